@@ -1,0 +1,1 @@
+"""What tests, benchmarks and users share: tiny models, timing, comparison."""

@@ -1,0 +1,197 @@
+"""Inputs for ``mla_decode`` that try to break it, its value in float64 by brute force, and how far a kernel may be from that.
+
+Every tolerance here follows from the arithmetic: unit roundoffs, lengths of sums and the sizes of the very inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentCase:
+    """One shape of ``mla_decode``, with everything optional about it.
+
+    fused: ``c_kv`` and ``k_pe`` are slices of one [B, T, R+P] buffer. mask: None, "bool", "additive" or "shared" (bool,
+    size 1 in batch and queries). poison: rows that no query sees hold NaN and infinities.
+    """
+
+    batch: int = 2
+    heads: int = 3
+    queries: int = 1
+    tokens: int = 70
+    rank: int = 40
+    rope: int = 8
+    dtype: torch.dtype = torch.float32
+    fused: bool = False
+    mask: str | None = None
+    start: bool = False
+    length: bool = False
+    causal: bool = False
+    poison: bool = False
+
+    def __str__(self) -> str:
+        size = f"b{self.batch}h{self.heads}s{self.queries}t{self.tokens}r{self.rank}p{self.rope}"
+        flags = [name for name, value in asdict(self).items() if value is True]
+        return "-".join([size, str(self.dtype).removeprefix("torch."), *([self.mask] if self.mask else []), *flags])
+
+
+@dataclass
+class LatentInputs:
+    """Arguments of ``mla_decode``: ``op(*inputs.tensors, **inputs.keywords)``."""
+
+    tensors: tuple[Tensor | None, ...]
+    keywords: dict[str, Any]
+
+
+def make_inputs(case: LatentCase, *, device: str | torch.device = "cpu", seed: int = 0) -> LatentInputs:
+    """Random inputs of that shape. The same seed gives the same inputs on every device."""
+    gen = torch.Generator().manual_seed(seed)
+    b, h, s, t, r, p = case.batch, case.heads, case.queries, case.tokens, case.rank, case.rope
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen).to(case.dtype)
+
+    # Queries come out of a projection as [B, S, H, ...]: their strides are not those of a contiguous [B, H, S, ...].
+    q_latent, q_pe = randn(b, s, h, r).transpose(1, 2), randn(b, s, h, p).transpose(1, 2) if p else None
+    cache = randn(b, t, r + p)
+    c_kv, k_pe = cache[..., :r], cache[..., r:] if p else None
+    if not case.fused:
+        c_kv, k_pe = c_kv.contiguous(), None if k_pe is None else k_pe.contiguous()
+    start = torch.randint(0, t // 2 + 1, (b,), generator=gen, dtype=torch.int32) if case.start else None
+    length = torch.randint(0, t + 1, (b,), generator=gen, dtype=torch.int32) if case.length else None
+    if length is not None:
+        length[-1] = t
+    tensors = (q_latent, q_pe, c_kv, k_pe, _mask(case, gen), start, length)
+    inputs = LatentInputs(tensors, {"scale": (r + p) ** -0.5, "causal": case.causal})
+    if case.poison:
+        poison_unseen(inputs)
+    if case.fused:  # a plain .to() would give each slice storage of its own
+        moved = cache.to(device)
+        c_kv, k_pe = moved[..., :r], moved[..., r:] if p else None
+    else:
+        c_kv, k_pe = c_kv.to(device), None if k_pe is None else k_pe.to(device)
+    move = [None if x is None else x.to(device) for x in inputs.tensors]
+    inputs.tensors = (move[0], move[1], c_kv, k_pe, *move[4:])
+    return inputs
+
+
+def _mask(case: LatentCase, gen: torch.Generator) -> Tensor | None:
+    if case.mask is None:
+        return None
+    shape = (1, 1, case.tokens) if case.mask == "shared" else (case.batch, case.queries, case.tokens)
+    attend = torch.rand(shape, generator=gen) < 0.7
+    if case.mask != "additive":
+        return attend
+    return torch.where(attend, torch.randn(shape, generator=gen), -math.inf)
+
+
+def seen_tokens(inputs: LatentInputs, row: int, query: int) -> Tensor:
+    """Indices of the tokens that one query sees, straight from the contract's wording."""
+    q_latent, _, c_kv, _, mask, start, length = inputs.tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    queries, tokens = q_latent.shape[2], c_kv.shape[1]
+    first = 0 if start is None else int(start[row])
+    end = tokens if length is None else int(length[row])
+    if inputs.keywords.get("causal", False):
+        end = min(end, end - queries + query + 1)
+    seen = torch.arange(max(first, 0), max(first, 0, min(end, tokens)), device=c_kv.device)
+    if mask is not None:
+        attend = mask.expand(q_latent.shape[0], queries, tokens)[row, query, seen]
+        seen = seen[attend if attend.dtype == torch.bool else attend != -math.inf]
+    return seen
+
+
+def poison_unseen(inputs: LatentInputs) -> None:
+    """Fill, in place, every cache row that no query of its batch row sees with NaN, +inf and -inf in turn."""
+    q_latent, _, c_kv, k_pe, *_ = inputs.tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    poison = (math.nan, math.inf, -math.inf)
+    for row in range(c_kv.shape[0]):
+        seen: set[int] = set()
+        for query in range(q_latent.shape[2]):
+            seen.update(seen_tokens(inputs, row, query).tolist())
+        for token in sorted(set(range(c_kv.shape[1])) - seen):
+            for cache in (c_kv, k_pe):
+                if cache is not None:
+                    cache[row, token] = poison[token % 3]
+
+
+@dataclass
+class Exact:
+    """float64 results [B, H, S, R] and [B, H, S], and the largest error that arithmetic of given roundoffs may make."""
+
+    out: Tensor
+    lse: Tensor
+    out_bound: Tensor
+    lse_bound: Tensor
+
+
+def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0.0, rows: int | None = None) -> Exact:
+    """Brute force in float64, one query at a time over the tokens it sees; nothing shared with the op's code.
+
+    unit: relative error of one accumulation step. operand_unit: unit roundoff of the dtype in which P enters the second
+    product and in which ``out`` is stored (0: only ``unit``). rows: only the first batch rows, for large inputs.
+
+    The bounds are first-order forward errors: a score of n products is off by at most (n + 3) * unit * sum|q||k|, which a
+    softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit. Tensor cores truncate
+    where they align addends, so a unit of 2^-22 describes them; 2^-23 describes float32 on a CPU.
+    """
+    q_latent, q_pe, c_kv, k_pe, mask, _, _ = inputs.tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    scale = inputs.keywords["scale"]
+    b, h, s, r = q_latent.shape
+    b = b if rows is None else min(b, rows)
+    made = {"dtype": torch.float64, "device": c_kv.device}
+    result = Exact(torch.zeros(b, h, s, r, **made), torch.full((b, h, s), -math.inf, **made),
+                   torch.zeros(b, h, s, r, **made), torch.zeros(b, h, s, **made))  # fmt: skip
+    for row in range(b):
+        for query in range(s):
+            seen = seen_tokens(inputs, row, query)
+            if seen.numel() == 0:
+                continue
+            q, v = q_latent[row, :, query].double(), c_kv[row, seen].double()
+            k = v
+            if q_pe is not None and k_pe is not None:
+                q = torch.cat([q, q_pe[row, :, query].double()], -1)
+                k = torch.cat([v, k_pe[row, seen].double()], -1)
+            scores, sizes = q @ k.T * scale, q.abs() @ k.abs().T * abs(scale)
+            if mask is not None and mask.dtype != torch.bool:
+                bias = mask.expand(q_latent.shape[0], s, c_kv.shape[1])[row, query, seen].double()
+                scores, sizes = scores + bias, sizes + bias.abs()
+            lse = torch.logsumexp(scores, -1)
+            weights = torch.exp(scores - lse[:, None])
+            result.out[row, :, query], result.lse[row, :, query] = weights @ v, lse
+            # exp2(x) carries the rounding of x itself, hence + |score - lse|
+            score_error = ((q.shape[1] + 3) * unit * sizes + unit * (scores - lse[:, None]).abs()).amax(-1)
+            sum_error = (seen.numel() + 8) * unit
+            spread = weights @ v.abs()
+            stored = max(operand_unit, unit)
+            result.lse_bound[row, :, query] = score_error + sum_error + 4 * unit * lse.abs()
+            result.out_bound[row, :, query] = (
+                2 * score_error[:, None] + 2 * sum_error + operand_unit
+            ) * spread + stored * result.out[row, :, query].abs()
+    return result
+
+
+def worst(got: Tensor, want: Tensor, bound: Tensor) -> str:
+    """'' when |got - want| <= bound everywhere (equal infinities agree), else a sentence with the worst element."""
+    got = got.double()
+    error = torch.where(got == want, 0.0, (got - want).abs())
+    excess = torch.where(error.isnan(), math.inf, error - bound)
+    if excess.numel() == 0 or float(excess.max()) <= 0:
+        return ""
+    flat = int(excess.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape))
+    return (
+        f"worst at {index}: got {float(got[index]):.6g}, want {float(want[index]):.6g}, "
+        f"error {float(error[index]):.3g} > bound {float(bound[index]):.3g}; {int((excess > 0).sum())} of {got.numel()} exceed"
+    )

@@ -1,4 +1,4 @@
-"""Inputs for ``mla_decode`` that try to break it, its value in float64 by brute force, and how far a kernel may be from that.
+"""Inputs for ``mla_decode`` that try to break it, its value in float64 by brute force, and the error a kernel may make.
 
 Every tolerance here follows from the arithmetic: unit roundoffs, lengths of sums and the sizes of the very inputs.
 """
@@ -38,7 +38,9 @@ class LatentCase:
     def __str__(self) -> str:
         size = f"b{self.batch}h{self.heads}s{self.queries}t{self.tokens}r{self.rank}p{self.rope}"
         flags = [name for name, value in asdict(self).items() if value is True]
-        return "-".join([size, str(self.dtype).removeprefix("torch."), *([self.mask] if self.mask else []), *flags])
+        return "-".join(
+            [size, str(self.dtype).removeprefix("torch."), *([self.mask] if self.mask else []), *flags]
+        )
 
 
 @dataclass
@@ -134,15 +136,17 @@ class Exact:
     lse_bound: Tensor
 
 
-def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0.0, rows: int | None = None) -> Exact:
+def exact(
+    inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0.0, rows: int | None = None
+) -> Exact:
     """Brute force in float64, one query at a time over the tokens it sees; nothing shared with the op's code.
 
     unit: relative error of one accumulation step. operand_unit: unit roundoff of the dtype in which P enters the second
     product and in which ``out`` is stored (0: only ``unit``). rows: only the first batch rows, for large inputs.
 
-    The bounds are first-order forward errors: a score of n products is off by at most (n + 3) * unit * sum|q||k|, which a
-    softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit. Tensor cores truncate
-    where they align addends, so a unit of 2^-22 describes them; 2^-23 describes float32 on a CPU.
+    The bounds are first-order forward errors: a score of n products is off by at most (n + 3) * unit *
+    sum|q||k|, which a softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit.
+    Tensor cores truncate where they align addends, so 2^-22 describes them; 2^-23 describes float32 on a CPU.
     """
     q_latent, q_pe, c_kv, k_pe, mask, _, _ = inputs.tensors
     assert q_latent is not None
@@ -150,9 +154,10 @@ def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0
     scale = inputs.keywords["scale"]
     b, h, s, r = q_latent.shape
     b = b if rows is None else min(b, rows)
-    made = {"dtype": torch.float64, "device": c_kv.device}
-    result = Exact(torch.zeros(b, h, s, r, **made), torch.full((b, h, s), -math.inf, **made),
-                   torch.zeros(b, h, s, r, **made), torch.zeros(b, h, s, **made))  # fmt: skip
+    rows_of = c_kv.new_zeros(b, h, s, r, dtype=torch.float64)
+    result = Exact(
+        rows_of, torch.full_like(rows_of[..., 0], -math.inf), rows_of.clone(), rows_of[..., 0].clone()
+    )
     for row in range(b):
         for query in range(s):
             seen = seen_tokens(inputs, row, query)
@@ -193,5 +198,6 @@ def worst(got: Tensor, want: Tensor, bound: Tensor) -> str:
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape))
     return (
         f"worst at {index}: got {float(got[index]):.6g}, want {float(want[index]):.6g}, "
-        f"error {float(error[index]):.3g} > bound {float(bound[index]):.3g}; {int((excess > 0).sum())} of {got.numel()} exceed"
+        f"error {float(error[index]):.3g} > bound {float(bound[index]):.3g}; "
+        f"{int((excess > 0).sum())} of {got.numel()} exceed"
     )

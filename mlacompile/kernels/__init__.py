@@ -1,0 +1,1 @@
+"""Triton and Gluon kernels, a folder a family; each says in words which inputs it supports."""

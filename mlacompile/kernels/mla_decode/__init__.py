@@ -1,0 +1,15 @@
+"""Kernels of ``mlacompile::mla_decode``, best first."""
+
+from __future__ import annotations
+
+from mlacompile.kernels.mla_decode.supports import portable_reasons
+from mlacompile.kernels.registry import Kernel
+
+
+def _run_portable(*args: object, **kwargs: object) -> object:
+    from mlacompile.kernels.mla_decode.launch import mla_decode_portable  # imports triton
+
+    return mla_decode_portable(*args, **kwargs)  # type: ignore[arg-type]
+
+
+KERNELS = (Kernel("triton", "mla_decode", portable_reasons, _run_portable),)

@@ -1,0 +1,78 @@
+"""What the portable Triton kernel cannot take, in words. Needs no Triton, so that asking is always possible."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 512  # the float32 output tile of 64 rows then fills half of an SM's registers
+MAX_ROPE = 128
+_INT32 = 2**31
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Triton runs kernels in Python, on the CPU, when this is set before it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if not _triton_installed():
+        return ["triton is not installed (pip install triton)"]
+    if interpreted():
+        return []
+    if device.type != "cuda":
+        return [f"inputs are on {device}, the kernel needs a CUDA device (or TRITON_INTERPRET=1)"]
+    if not torch.cuda.is_available():
+        return ["no CUDA device is available"]
+    major, minor = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    return [] if major >= 8 else [f"compute capability {major}.{minor}, the kernel needs 8.0 or newer"]
+
+
+def portable_reasons(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> list[str]:
+    """Why the portable kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
+    reasons = _device_reasons(q_latent.device)
+    dtypes = (torch.float32,) if interpreted() else (torch.float32, torch.bfloat16, torch.float16)
+    if q_latent.dtype not in dtypes:
+        reasons.append(f"dtype is {q_latent.dtype}, the kernel takes {', '.join(map(str, dtypes))}")
+    rank, rope = q_latent.shape[3], 0 if q_pe is None else q_pe.shape[3]
+    if rank > MAX_RANK:
+        reasons.append(f"rank is {rank}, the kernel holds at most {MAX_RANK} in registers")
+    if rope > MAX_ROPE:
+        reasons.append(f"rope width is {rope}, the kernel takes at most {MAX_ROPE}")
+    for name, x in (("c_kv", c_kv), ("k_pe", k_pe)):
+        if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
+            reasons.append(f"the last dimension of {name} has stride {x.stride(-1)}, the kernel needs 1")
+    # Offsets of a batch row are 64-bit; those of a token, a head or a query inside it are 32-bit.
+    for name, x in (("q_latent", q_latent), ("q_pe", q_pe), ("c_kv", c_kv), ("k_pe", k_pe), ("mask", mask)):
+        if x is not None and sum((n - 1) * abs(st) for n, st in zip(x.shape[1:], x.stride()[1:])) >= _INT32:
+            reasons.append(f"one batch row of {name} spans 2^31 elements or more")
+    if q_latent.numel() >= _INT32:
+        reasons.append(f"q_latent has {q_latent.numel()} elements, the kernel counts rows in 32 bits")
+    if q_latent.numel() == 0 or c_kv.numel() == 0:
+        reasons.append("an input is empty")
+    return reasons

@@ -1,0 +1,50 @@
+"""Which kernels serve an op: a lookup by name, best first, that imports nothing heavy until it is asked.
+
+A family of kernels is a package under ``mlacompile.kernels`` with a tuple ``KERNELS``. The first kernel whose
+``supports`` returns no reason against the inputs is the best one for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+#: op -> the package that holds its kernels
+_FAMILIES = {"mla_decode": "mlacompile.kernels.mla_decode"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    supports: called like the op; the human reasons why this kernel cannot take these inputs, empty when it can.
+    run: called like the op, only after ``supports`` found no reason; same results as the op's reference.
+    """
+
+    name: str
+    op: str
+    supports: Callable[..., list[str]]
+    run: Callable[..., Any]
+
+
+@cache
+def kernels(op: str) -> tuple[Kernel, ...]:
+    """The kernels of an op, best first; empty for an op that has none."""
+    family = _FAMILIES.get(op)
+    return () if family is None else tuple(importlib.import_module(family).KERNELS)
+
+
+@cache
+def names(op: str) -> tuple[str, ...]:
+    return tuple(kernel.name for kernel in kernels(op))
+
+
+def find(op: str, name: str) -> Kernel:
+    """The kernel of that name. KeyError when there is none: ``names`` lists what there is."""
+    for kernel in kernels(op):
+        if kernel.name == name:
+            return kernel
+    raise KeyError(f"op {op!r} has no kernel {name!r}; it has {', '.join(names(op)) or 'none'}")

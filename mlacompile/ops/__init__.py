@@ -1,0 +1,5 @@
+"""The ops that rewritten graphs speak: schema, fake and a plain PyTorch body that is the reference for every kernel."""
+
+from mlacompile.ops.mla_decode import mla_decode, mla_decode_reference
+
+__all__ = ["mla_decode", "mla_decode_reference"]

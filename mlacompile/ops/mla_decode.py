@@ -1,0 +1,260 @@
+"""``mlacompile::mla_decode``: attention of a few queries straight on a latent cache that all heads share.
+
+The body below is the definition; kernels stand beside it in ``mlacompile.kernels`` and must agree with it. A cached
+token is one latent ``c_kv`` (key *and* value) and one rotary key ``k_pe``; queries arrive already absorbed
+(``q_nope @ w_uk``), and the output leaves in latent space, to be multiplied by ``w_uv``. DeepSeek-V2, arXiv 2405.04434,
+section 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mlacompile.errors import UnsupportedInputError
+from mlacompile.kernels import registry
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def mla_decode_reference(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch: any device and dtype, traceable, batched products on the cache, no expanded copy.
+
+    Shapes as in :func:`mla_decode`. Lower precisions are computed in float32, float64 in float64.
+    """
+    b, h, s, r = q_latent.shape
+    t = c_kv.shape[1]
+    compute = torch.promote_types(q_latent.dtype, torch.float32)
+    visible = visible_tokens(mask, start, length, causal, queries=s, tokens=t, device=c_kv.device)
+
+    values = c_kv.to(compute)
+    if visible is not None:  # 0 * NaN is NaN: a row that no query sees must not reach the product with P
+        values = torch.where(visible.any(dim=1).unsqueeze(-1), values, 0.0)
+    scores = torch.bmm(q_latent.reshape(b, h * s, r).to(compute) * scale, values.transpose(1, 2))
+    if q_pe is not None and k_pe is not None:
+        rope_rows = q_pe.reshape(b, h * s, q_pe.shape[3]).to(compute) * scale
+        scores = scores + torch.bmm(rope_rows, k_pe.to(compute).transpose(1, 2))
+    scores = scores.view(b, h, s, t)
+    if visible is not None:
+        if mask is not None and mask.dtype != torch.bool:
+            scores = scores + mask.unsqueeze(1).to(compute)
+        scores = torch.where(visible.unsqueeze(1), scores, -math.inf)
+
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    weights = torch.exp(
+        scores - torch.where(lse == -math.inf, 0.0, lse)
+    )  # sees nothing: exp(-inf - 0) = 0, so out = 0
+    out = torch.bmm(weights.view(b, h * s, t), values).view(b, h, s, r)
+    return out.to(q_latent.dtype), lse.squeeze(-1).to(torch.float32)
+
+
+def visible_tokens(
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    causal: bool,
+    *,
+    queries: int,
+    tokens: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Which cached tokens each query may see: bool, broadcastable to [B, S, T]; None when every query sees all."""
+    token = torch.arange(tokens, device=device)
+    conditions: list[Tensor] = []
+    if start is not None:
+        conditions.append(token >= start[:, None, None])
+    if causal and queries > 1:
+        query = torch.arange(queries, device=device).view(1, -1, 1)
+        end = length[:, None, None] if length is not None else tokens
+        conditions.append(token <= end - queries + query)
+    elif length is not None:
+        conditions.append(token < length[:, None, None])
+    if mask is not None:
+        conditions.append(mask if mask.dtype == torch.bool else mask != -math.inf)
+    if not conditions:
+        return None
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return visible
+
+
+@torch.library.custom_op("mlacompile::mla_decode", mutates_args=())
+def mla_decode(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """softmax((q_latent @ c_kv^T + q_pe @ k_pe^T) * scale) @ c_kv, and the logarithm of the softmax's denominator.
+
+    Args:
+        q_latent: [B, H, S, R] absorbed queries, any strides.
+        q_pe: [B, H, S, P] rotary queries, or None together with ``k_pe``.
+        c_kv: [B, T, R] latent cache; the last dimension contiguous, else it is copied.
+        k_pe: [B, T, P] rotary keys, likewise. Both may be slices of one [B, T, R+P] buffer.
+        mask: [B, S, T], any of the three may be 1. Bool (True: attend) or additive (-inf: not visible).
+        start, length: int32 [B]: the row sees tokens start <= t < length. Default 0 and T.
+        scale: multiplies the scores, before an additive mask is added.
+        causal: query s also sees only t <= length - S + s.
+        kernel: "auto", "reference", or the name of a kernel, which then must support the inputs.
+
+    Returns:
+        out [B, H, S, R] in the dtype of ``q_latent`` and lse [B, H, S] in float32 (natural logarithm). A query that
+        sees nothing gets 0 and -inf. A cache row that no query of its batch row sees never reaches a result, NaN or
+        not; a NaN in a row that some query sees reaches that query and may reach others of its batch row.
+    """
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, kernel)
+    c_kv = _last_dim_contiguous(c_kv)
+    k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
+    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    if kernel == "auto":
+        for candidate in registry.kernels("mla_decode"):
+            if not candidate.supports(*tensors, scale=scale, causal=causal):
+                return candidate.run(*tensors, scale=scale, causal=causal)
+    elif kernel != "reference":
+        chosen = registry.find("mla_decode", kernel)
+        if reasons := chosen.supports(*tensors, scale=scale, causal=causal):
+            raise UnsupportedInputError(
+                f"mla_decode: kernel {kernel!r} cannot take these inputs: {'; '.join(reasons)}. "
+                "Use kernel='auto' to fall back to one that can."
+            )
+        return chosen.run(*tensors, scale=scale, causal=causal)
+    return mla_decode_reference(*tensors, scale=scale, causal=causal)
+
+
+@mla_decode.register_fake
+def _mla_decode_fake(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, kernel)
+    b, h, s, r = q_latent.shape
+    return q_latent.new_empty(b, h, s, r), q_latent.new_empty(b, h, s, dtype=torch.float32)
+
+
+def _last_dim_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _check(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    kernel: str,
+) -> None:
+    """Raise UnsupportedInputError naming the argument, what it was, what it should be and what to do."""
+    if q_latent.dim() != 4 or c_kv.dim() != 3:
+        raise UnsupportedInputError(
+            f"mla_decode: got q_latent {_shape(q_latent)} and c_kv {_shape(c_kv)}; expected [B, H, S, R] and "
+            "[B, T, R]. Give queries a head and a query dimension, and view a [B, 1, T, R] cache as [B, T, R]."
+        )
+    b, h, s, r = q_latent.shape
+    t = c_kv.shape[1]
+    _check_shape("c_kv", c_kv, (b, t, r), "batch and rank must be those of q_latent")
+    if (q_pe is None) != (k_pe is None):
+        raise UnsupportedInputError(
+            f"mla_decode: got q_pe {_shape(q_pe)} with k_pe {_shape(k_pe)}; expected both or neither. "
+            "Pass None for both to go without rope."
+        )
+    if q_pe is not None and k_pe is not None:
+        width = q_pe.shape[-1]
+        _check_shape("q_pe", q_pe, (b, h, s, width), "batch, heads and queries must be those of q_latent")
+        _check_shape(
+            "k_pe", k_pe, (b, t, width), "batch and tokens must be those of c_kv, the width that of q_pe"
+        )
+    for name, bound in (("start", start), ("length", length)):
+        if bound is not None:
+            _check_shape(name, bound, (b,), "one value a batch row")
+            if bound.dtype != torch.int32:
+                raise UnsupportedInputError(
+                    f"mla_decode: got {name} of {bound.dtype}; expected torch.int32. "
+                    f"Convert with {name}.to(torch.int32)."
+                )
+    _check_dtypes(q_latent, q_pe, c_kv, k_pe)
+    if mask is not None:
+        _check_mask(mask, (b, s, t))
+    others = {"q_pe": q_pe, "c_kv": c_kv, "k_pe": k_pe, "mask": mask, "start": start, "length": length}
+    for name, other in others.items():
+        if other is not None and other.device != q_latent.device:
+            raise UnsupportedInputError(
+                f"mla_decode: got {name} on {other.device} and q_latent on {q_latent.device}; expected one device. "
+                f"Move {name} with .to(q_latent.device)."
+            )
+    names = ("auto", "reference", *registry.names("mla_decode"))
+    if kernel not in names:
+        raise UnsupportedInputError(
+            f"mla_decode: got kernel={kernel!r}; expected one of {', '.join(names)}. 'auto' picks the best."
+        )
+
+
+def _check_dtypes(q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None) -> None:
+    if q_latent.dtype not in _FLOATS:
+        raise UnsupportedInputError(
+            f"mla_decode: got q_latent of {q_latent.dtype}; expected float32, bfloat16 or float16. "
+            "Dequantize it first."
+        )
+    for name, x in (("q_pe", q_pe), ("c_kv", c_kv), ("k_pe", k_pe)):
+        if x is not None and x.dtype != q_latent.dtype:
+            raise UnsupportedInputError(
+                f"mla_decode: got {name} of {x.dtype} with q_latent of {q_latent.dtype}; expected one dtype for "
+                "all four. Convert the queries to the dtype of the cache."
+            )
+
+
+def _check_mask(mask: Tensor, full: tuple[int, int, int]) -> None:
+    fits = mask.dim() == 3 and all(m == 1 or m == f for m, f in zip(mask.shape, full, strict=True))
+    if not fits:
+        raise UnsupportedInputError(
+            f"mla_decode: got a mask {_shape(mask)}; expected [B, S, T] = {list(full)} where any size may "
+            "be 1. Drop the head dimension of a [B, 1, S, T] mask with mask[:, 0]."
+        )
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise UnsupportedInputError(
+            f"mla_decode: got a mask of {mask.dtype}; expected bool (True: attend) or a floating point mask to "
+            "add. Convert an integer mask with mask != 0."
+        )
+
+
+def _check_shape(name: str, x: Tensor, want: tuple[int, ...], why: str) -> None:
+    if x.dim() != len(want) or any(have != size for have, size in zip(x.shape, want, strict=True)):
+        raise UnsupportedInputError(
+            f"mla_decode: got {name} {_shape(x)}; expected {list(want)}: {why}. Check how it was reshaped."
+        )
+
+
+def _shape(x: Tensor | None) -> str:
+    return "None" if x is None else f"of shape {list(x.shape)}"

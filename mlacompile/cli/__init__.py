@@ -1,7 +1,7 @@
 """The command line: `mlacompile explain`, `mlacompile doctor`, `mlacompile demo`; one file a command.
 
-Exit codes: 0 all is well, 1 the answer is no (nothing absorbed, a site refused under --strict, the backend is not usable),
-2 the question could not be understood (a bad path, configuration or option).
+Exit codes: 0 all is well, 1 the answer is no (nothing absorbed, a site refused under --strict, no usable
+backend), 2 the question could not be understood (a bad path, configuration or option).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`mlacompile demo`: the whole claim on one small model, in under three minutes on two cores, nothing downloaded.
 
-A DeepSeek-V3 of random weights generates on a static cache; then one decode step is timed at growing contexts under eager,
-stock torch.compile and mlacompile, and the logits of all three are compared.
+A DeepSeek-V3 of random weights generates on a static cache; then one decode step is timed at growing contexts under
+eager, stock torch.compile and mlacompile, and the logits of all three are compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RUNNERS = ("eager", "torch.compile", "mlacompile")
 
 #: Real proportions (rank 512, rope 64), few and narrow layers: one dense, the others with experts.
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -59,6 +59,7 @@ def demo(
 
     from mlacompile.errors import UnsupportedInputError
     from mlacompile.testing import models
+    from mlacompile.testing.registration import ensure_registered
 
     try:
         lengths = sorted({int(part) for part in contexts.split(",")})
@@ -69,6 +70,7 @@ def demo(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    ensure_registered()
     console = Console()
     model = models.tiny_model("deepseek_v3", dtype=dtype, device=device, **_SIZES)
     _introduce(console, model, device, dtype)

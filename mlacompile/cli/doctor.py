@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -118,14 +117,12 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         devices.add_row(row["device"], escape(row["name"]), row["detail"])
     checks = Table("what", "usable", "reason", title="Usable here", title_justify="left")
     backend, compiler = found["backend"], found["cpu_compiler"]
-    checks.add_row("torch.compile(backend='mlacompile')", *_verdict(backend["usable"], backend["reasons"]))
-    checks.add_row("C++ compiler (code on the CPU)", *_verdict(compiler["path"], compiler["reasons"], compiler["path"]))
+    checks.add_row("backend 'mlacompile'", *_verdict(backend["usable"], backend["reasons"]))
+    checks.add_row("C++ compiler for the CPU", *_verdict(compiler["path"], compiler["reasons"], compiler["path"]))
     for row in found["kernels"]:
         checks.add_row(f"{row['op']}: {row['kernel']}", *_verdict(row["usable"], row["reasons"]))
     for table in (versions, devices, checks):
         console.print(table)
-    if sys.version_info < (3, 11):  # the package says so too; an interpreter on a PYTHONPATH does not ask it
-        console.print("[red]Python 3.11 or newer is needed.[/]")
 
 
 def _verdict(usable: Any, reasons: list[str], note: str | None = None) -> tuple[str, str]:

@@ -2,9 +2,9 @@
 
 Two layers with dense MLPs, random weights, a vocabulary of 1024 (so that the figure is the layers', not the head's), a
 StaticCache exactly as long as the context and full of random latents; the step writes the last position. The logits are
-held against the same step in a higher precision (float32 for bf16, float64 for float32), batch rows in chunks: the error
-that eager itself makes there is the yardstick, and a backend fails parity beyond twice that. A second run on the same
-device, versions and commit adds to the first one's results.
+held against the same step in a higher precision (float32 for bf16, float64 for float32), batch rows in chunks: the
+error that eager itself makes there is the yardstick, and a backend fails parity beyond twice that. docs/benchmarks.md
+says more.
 
     python benchmarks/decode_step.py                       the whole table, on a GPU
     python benchmarks/decode_step.py --shapes 64x8192 --models v3 --backends default,mlacompile

@@ -31,6 +31,7 @@ from mlacompile.testing.timing import Timing, environment, free_memory, measure
 
 LAYERS = 2
 VOCAB = 1024
+ROWS_AT_ONCE_TOKENS = 32768  # cached tokens that the run in higher precision expands at a time
 RESULTS = Path(__file__).parent / "results"
 _DENSE = {"num_hidden_layers": LAYERS, "first_k_dense_replace": LAYERS, "vocab_size": VOCAB}
 _DENSE |= {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -188,7 +189,7 @@ def reference_logits(model: Any, cache: Any, tokens: Tensor, context: int) -> Te
     """The same step, untouched model, next higher precision, a few batch rows at a time."""
     dtype = torch.float64 if model.dtype == torch.float32 else torch.float32
     exact = copy.deepcopy(model).to(dtype)
-    rows_at_once = max(1, 32768 // context)
+    rows_at_once = max(1, ROWS_AT_ONCE_TOKENS // context)
     found = []
     for start in range(0, tokens.shape[0], rows_at_once):
         part = slice(start, start + rows_at_once)

@@ -1,0 +1,36 @@
+"""Latent attention, free to use: ``torch.compile(model, backend="mlacompile")`` decodes on the latent cache.
+
+Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``. Each is imported when first used, so that
+importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlacompile.backend import backend as backend
+    from mlacompile.explain import explain as explain
+    from mlacompile.geometry import MLAGeometry as MLAGeometry
+    from mlacompile.options import Options as Options
+    from mlacompile.report import Report as Report
+    from mlacompile.report import last_report as last_report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "backend": "mlacompile.backend",
+    "explain": "mlacompile.explain",
+    "MLAGeometry": "mlacompile.geometry",
+    "Options": "mlacompile.options",
+    "Report": "mlacompile.report",
+    "last_report": "mlacompile.report",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,23 @@
+"""Every error mlacompile raises on purpose: each says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class MLACompileError(Exception):
+    """Base of all errors raised by mlacompile."""
+
+
+class UnsupportedInputError(MLACompileError, ValueError):
+    """An op, a kernel or a tool was handed something outside its contract."""
+
+
+class OptionsError(MLACompileError, ValueError):
+    """An unknown option, or a value that an option does not take."""
+
+
+class RefusedSiteError(MLACompileError, RuntimeError):
+    """``strict=True`` and an attention op could not be rewritten; carries every refused site's reason."""
+
+
+class VerificationError(MLACompileError, RuntimeError):
+    """``verify="first-call"`` found that the compiled graph differs from the original. A bug: please report it."""

@@ -1,0 +1,32 @@
+"""CUDA graphs: the whole decode step replayed, cache mutation included.
+
+Inductor's CUDA graph trees record the step. They allow a mutated input when its address is static, which is what
+``mark_static_address`` of a static cache says; the functional stage keeps these marks. Graphs with symbolic shapes are not recorded:
+every length would be a recording of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mlacompile.options import Options
+
+_WITHOUT = ("max-autotune-no-cudagraphs",)
+
+
+def uses_cuda(example_inputs: Sequence[Any]) -> bool:
+    """Whether any input lies on a CUDA device."""
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
+
+
+def cudagraph_patches(example_inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
+    """Inductor settings for the ``cudagraphs`` option; automatic means: on CUDA, unless the mode says no."""
+    wanted = options.cudagraphs
+    if wanted is None:
+        wanted = uses_cuda(example_inputs) and mode not in _WITHOUT
+    return {"triton.cudagraphs": wanted, "triton.cudagraph_skip_dynamic_graphs": True} if wanted else {
+        "triton.cudagraphs": False
+    }

@@ -1,0 +1,57 @@
+"""Which kernel computes an op: the first whose ``supports()`` has nothing to say against it.
+
+On a CPU, and wherever no kernel fits, an op's reference body takes its place in the graph and Inductor compiles that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mlacompile.kernels import registry
+from mlacompile.ops import mla_decode_reference
+
+_DECODE_ARGS = 7
+
+
+def decode_nodes(gm: GraphModule) -> list[Node]:
+    """All ``mla_decode`` calls of a graph."""
+    return list(gm.graph.find_nodes(op="call_function", target=torch.ops.mlacompile.mla_decode.default))
+
+
+def select(node: Node, wanted: str) -> tuple[str, list[str]]:
+    """Name of the kernel for one ``mla_decode`` call, and why each better one was passed over.
+
+    "inductor" stands for the reference body compiled in place.
+    """
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in node.args[:_DECODE_ARGS]]
+    device = values[0].device.type
+    if device == "meta":
+        return "chosen on the device", []
+    if wanted == "reference" or device == "cpu":
+        return "inductor", [] if wanted in ("auto", "reference") else [f"{wanted}: tensors are on {device}"]
+    settings: dict[str, Any] = {"scale": node.kwargs["scale"], "causal": node.kwargs.get("causal", False)}
+    passed: list[str] = []
+    for kernel in registry.kernels("mla_decode"):
+        if wanted not in ("auto", kernel.name):
+            continue
+        reasons = kernel.supports(*values, **settings)
+        if not reasons:
+            return kernel.name, passed
+        passed.append(f"{kernel.name}: {'; '.join(reasons)}")
+    return "inductor", passed
+
+
+def place_kernels(gm: GraphModule, chosen: dict[Node, str]) -> None:
+    """Write the choice into the graph: a kernel's name, or the reference body in place of the op."""
+    for node, name in chosen.items():
+        kwargs = dict(node.kwargs)
+        kwargs.pop("kernel", None)
+        if name == "inductor":
+            node.target = mla_decode_reference
+        elif name in {k.name for k in registry.kernels("mla_decode")}:
+            kwargs["kernel"] = name
+        node.kwargs = kwargs
+    gm.recompile()

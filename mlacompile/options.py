@@ -1,0 +1,92 @@
+"""What a user can choose, in one frozen, validated place.
+
+Options arrive as ``torch.compile(model, backend="mlacompile", options={...})``. All are optional; a name or a value that
+is not listed here is an error that lists what is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mlacompile.errors import OptionsError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "form": ("auto", "absorbed", "expanded"),
+    "fp8": ("off", "weights", "absorb", "all"),
+    "verify": ("off", "compile", "first-call"),
+    "rest": ("inductor", "eager"),
+    "kernel": ("auto", "triton", "reference"),
+}
+#: Modes of ``torch.compile`` that a caller such as ``generate()`` may pass along.
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend.
+
+    form: "auto" absorbs where that is cheaper (decode) and leaves prefill expanded; the others force one form.
+    fp8: which products run in FP8. Not available yet: anything but "off" is an error.
+    cudagraphs: replay the compiled step from a CUDA graph. None: yes on CUDA with static shapes.
+    verify: "compile" checks every rewrite in float64 on small stand-in lengths while compiling; "first-call" also runs the
+        original graph beside the compiled one, once, on the real inputs; "off" trusts the recogniser's own probe.
+    strict: a refused attention op raises instead of staying as it was.
+    dump: a folder that receives the graph after every stage, as readable Python.
+    rest: who runs the rest of the graph.
+    kernel: which implementation serves ``mla_decode``; "auto" takes the best that supports the shape.
+    """
+
+    form: str = "auto"
+    fp8: str = "off"
+    cudagraphs: bool | None = None
+    verify: str = "compile"
+    strict: bool = False
+    dump: str | Path | None = None
+    rest: str = "inductor"
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise OptionsError(f"option {name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+        if self.fp8 != "off":
+            raise OptionsError(f"option fp8={self.fp8!r}: FP8 is not implemented yet; use fp8='off'")
+        if not isinstance(self.strict, bool):
+            raise OptionsError(f"option strict={self.strict!r}: expected True or False")
+        if self.cudagraphs is not None and not isinstance(self.cudagraphs, bool):
+            raise OptionsError(f"option cudagraphs={self.cudagraphs!r}: expected True, False or None (automatic)")
+        if self.dump is not None and not isinstance(self.dump, (str, Path)):
+            raise OptionsError(f"option dump={self.dump!r}: expected the path of a folder")
+
+    @classmethod
+    def parse(cls, options: Options | Mapping[str, Any] | None) -> Options:
+        """Options from what a caller passed to torch.compile.
+
+        Raises:
+            OptionsError: for an unknown name (naming the nearest one and all allowed ones) or value.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
+            raise OptionsError(f"options must be a dict or Options, got {type(options).__name__}")
+        names = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise OptionsError(f"unknown option {name!r}{hint} (allowed: {', '.join(names)})")
+        return cls(**options)
+
+
+def check_mode(mode: str | None) -> str | None:
+    """The mode a caller passed to torch.compile, or an error that lists the known ones."""
+    if mode not in MODES:
+        raise OptionsError(f"mode={mode!r}: expected one of {', '.join(map(repr, MODES))}")
+    return mode

@@ -1,0 +1,159 @@
+"""The stages in their order, and what each leaves behind for the report and the dump folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mlacompile.errors import RefusedSiteError
+from mlacompile.logs import dump_graph, log
+from mlacompile.lowering.select import place_kernels, select
+from mlacompile.options import Options
+from mlacompile.passes.absorb import absorb, choose_form, refuse
+from mlacompile.passes.canonicalize import canonicalize_softmax, restore
+from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
+from mlacompile.passes.validate import Verdict, validate
+from mlacompile.report import Report, Site
+
+
+@dataclass
+class Pipeline:
+    """One graph on its way from functional ATen to a graph that is ready to be lowered.
+
+    parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
+    """
+
+    options: Options
+    parameters: Sequence[bool]
+    name: str = "graph"
+    sites: list[Site] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rewritten: int = 0
+
+    def run(self, gm: GraphModule) -> GraphModule:
+        """Rewrite ``gm`` in place. What is not rewritten is as it was.
+
+        Raises:
+            RefusedSiteError: with ``strict=True``, when any attention op stays unrewritten for a reason other than its form.
+        """
+        dump_graph(self.options.dump, self.name, "2-functional", gm)
+        with self.stage("canonicalize"):
+            canonicalize_softmax(gm.graph)
+        dump_graph(self.options.dump, self.name, "1-canonical", gm)
+        with self.stage("recognize"):
+            found = list(Recognizer(gm.graph, self._weights(gm)).find())
+        self._rewrite(gm, found)
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+        dump_graph(self.options.dump, self.name, "4-absorbed", gm)
+        if self.options.strict:
+            self._raise_refused()
+        return gm
+
+    def report(self) -> Report:
+        """What happened so far."""
+        return Report(tuple(self.sites), tuple(self.notes), dict(self.seconds))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and log it."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            log.debug("%s: %s took %.3f s", self.name, name, spent)
+
+    def _weights(self, gm: GraphModule) -> set[Node]:
+        """Placeholders that hold weights: parameters and constant buffers, unless the graph writes to them."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        written = {n.args[0] for n in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
+        if len(placeholders) != len(self.parameters):
+            self.notes.append("AOTAutograd rearranged the graph's inputs, so weights cannot be told from activations")
+            return set()
+        return {n for n, weight in zip(placeholders, self.parameters, strict=True) if weight and n not in written}
+
+    def _rewrite(self, gm: GraphModule, found: Sequence[MLASite | Refusal]) -> None:
+        kernels: dict[Node, str] = {}
+        verdicts: dict[Any, Verdict] = {}
+        for site in found:
+            if isinstance(site, Refusal):
+                self._leave(site, site.reason)
+                continue
+            reason = refuse(site)
+            if reason is not None:
+                self._leave(site, reason)
+                continue
+            form, why = choose_form(site, self.options)
+            if form == "expanded":
+                self._leave(site, why, status="expanded")
+                continue
+            with self.stage("validate"):
+                verdict = self._validate(site, verdicts)
+            if verdict is not None and not verdict.holds:
+                self._leave(
+                    site,
+                    f"the rewrite differs from the original by {verdict.error:.2e} (rounding explains {verdict.bound:.2e}): "
+                    "this is a bug in mlacompile, please report it with the dump folder",
+                )
+                continue
+            with self.stage("absorb"):
+                decode = absorb(site, self.options)
+                self.rewritten += 1
+            kernel, passed = select(decode, self.options.kernel)
+            kernels[decode] = kernel
+            self.sites.append(_absorbed(site, decode, why, kernel, passed))
+        with self.stage("lower"):
+            place_kernels(gm, kernels)
+
+    def _validate(self, site: MLASite, known: dict[Any, Verdict]) -> Verdict | None:
+        if self.options.verify == "off":
+            return None
+        order = {n: i for i, n in enumerate(site.cone.order)}
+        key = (site.cone.signature(), order[site.attention.k], order[site.attention.v], site.attention.scale)
+        if key not in known:
+            known[key] = validate(site, self.options)
+        return known[key]
+
+    def _leave(self, site: MLASite | Refusal, reason: str, status: str = "refused") -> None:
+        attention = site.attention
+        geometry = site.geometry if isinstance(site, MLASite) else None
+        source = source_position(attention)
+        log.info("%s: attention at %s %s: %s", self.name, source, status, reason)
+        self.sites.append(
+            Site(status, reason, source, geometry, queries=str(attention.queries), context=str(attention.context))
+        )
+        restore(attention.node)
+
+    def _raise_refused(self) -> None:
+        refused = [s for s in self.sites if s.status == "refused"]
+        if refused:
+            lines = "\n".join(f"  {s.source}: {s.reason}" for s in refused)
+            raise RefusedSiteError(f"strict=True and {len(refused)} attention ops cannot be rewritten:\n{lines}")
+
+
+def _absorbed(site: MLASite, decode: Node, why: str, kernel: str, passed: Sequence[str]) -> Site:
+    value = decode.args[2].meta["val"]  # type: ignore[union-attr]
+    dtype = value.dtype
+    reason = why if not passed else f"{why}; passed over {' and '.join(passed)}"
+    log.info("attention at %s absorbed: %s, kernel %s", source_position(site.attention), site.geometry, kernel)
+    return Site(
+        "absorbed",
+        reason,
+        source_position(site.attention),
+        site.geometry,
+        form="absorbed",
+        kernel=kernel,
+        kv_layout=site.geometry.layout(str(dtype).removeprefix("torch."), dtype.itemsize),
+        queries=str(site.attention.queries),
+        context=str(site.attention.context),
+    )

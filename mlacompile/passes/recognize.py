@@ -1,0 +1,189 @@
+"""Stage 3: attention op → ``MLASite``: geometry, latents, exact views of the live weights.
+
+Walk back from K and V (``cone.py``) until values have no heads, probe what lies between (``probe.py``), and write down the result as a
+site. Everything that is not latent attention ends in a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from mlacompile.geometry import MLAGeometry
+from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, labels, shape_of
+from mlacompile.passes.canonicalize import attention_nodes
+from mlacompile.passes.cone import Cone, WalkError, dynamic_nodes, walk
+from mlacompile.passes.probe import Probe, feature_width, probe
+from mlacompile.passes.source import source_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A canonical attention node, unpacked. Shapes: q ``[B, H, S, D]``, k ``[B, H, T, D]``, v ``[B, H, T, V]``."""
+
+    node: Node
+    q: Node
+    k: Node
+    v: Node
+    mask: Node | None
+    causal: bool
+    scale: float
+    grouped: bool
+
+    @classmethod
+    def of(cls, node: Node) -> Attention:
+        """Unpack a ``mlacompile::attention`` node."""
+        return cls(node, *node.args)  # type: ignore[arg-type]
+
+    @property
+    def queries(self) -> Size:
+        """Query tokens in one call."""
+        return shape_of(self.q)[2]  # type: ignore[index]
+
+    @property
+    def context(self) -> Size:
+        """Cached tokens attended to."""
+        return shape_of(self.k)[2]  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class MLASite:
+    """One attention op that is latent attention, and everything needed to rewrite it."""
+
+    attention: Attention
+    geometry: MLAGeometry
+    cone: Cone
+    probe: Probe
+    head_size: int
+    v_size: int
+
+    @property
+    def c_kv(self) -> Node:
+        """The latent, in whatever axes it has: ``cone.dims[c_kv]``."""
+        return self.cone.latents[self.probe.c_kv]
+
+    @property
+    def k_pe(self) -> Node | None:
+        """The rotary key, or None."""
+        return None if self.probe.k_pe is None else self.cone.latents[self.probe.k_pe]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An attention op that is left as it was, and why."""
+
+    attention: Attention
+    reason: str
+
+
+class Recognizer:
+    """Finds latent attention in a functional ATen graph; remembers what it learned from equal cones.
+
+    Args:
+        weights: placeholders that hold parameters or constant buffers, not activations or caches.
+    """
+
+    def __init__(self, graph: Graph, weights: set[Node]) -> None:
+        self.graph = graph
+        self.dynamic = dynamic_nodes(graph, weights)
+        self._known: dict[Any, Probe | WalkError] = {}
+
+    def find(self) -> Iterator[MLASite | Refusal]:
+        """All attention ops of the graph in order, each recognised or refused."""
+        for node in attention_nodes(self.graph):
+            attention = Attention.of(node)
+            try:
+                yield self._site(attention)
+            except WalkError as error:
+                yield Refusal(attention, str(error))
+
+    def _site(self, attention: Attention) -> MLASite:
+        q, k, v = (shape_of(n) for n in (attention.q, attention.k, attention.v))
+        if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
+            raise WalkError(f"attention over {len(q or ())}-dimensional queries; [batch, heads, tokens, features] was expected")
+        if attention.grouped or k[1] != q[1] or v[1] != q[1]:
+            raise WalkError(
+                f"{q[1]} query heads share {k[1]} key heads: grouped-query attention has no latent "
+                "(`mlacompile convert --from-gqa` gives it one)"
+            )
+        if not all(isinstance(s, int) for s in (q[1], q[3], v[3])):
+            raise WalkError("heads or head sizes are symbolic; mark only batch and lengths as dynamic")
+        if k[2] == 1:
+            raise WalkError("a context of one token: there is nothing to keep compressed yet")
+        dims = dims_for(k, (BATCH, HEAD, TOKEN, "D")), dims_for(v, (BATCH, HEAD, TOKEN, "D"))
+        cone = walk([(attention.k, dims[0]), (attention.v, dims[1])], self.dynamic)
+        found = self._probe(cone, attention)
+        geometry = _geometry(cone, found, int(q[1]))
+        _check_dtypes(attention, cone, found)
+        _check_tokens(cone)
+        return MLASite(attention, geometry, cone, found, int(q[3]), int(v[3]))
+
+    def _probe(self, cone: Cone, attention: Attention) -> Probe:
+        position = {n: i for i, n in enumerate(cone.order)}
+        key = (cone.signature(), position[attention.k], position[attention.v])
+        if key not in self._known:
+            try:
+                self._known[key] = probe(cone, attention.k, attention.v)
+            except WalkError as error:
+                self._known[key] = error
+        known = self._known[key]
+        if isinstance(known, WalkError):
+            raise known
+        return known
+
+
+def _geometry(cone: Cone, found: Probe, heads: int) -> MLAGeometry:
+    return MLAGeometry(
+        heads=heads,
+        rank=feature_width(cone.dims[cone.latents[found.c_kv]]),
+        nope=found.k_rows[1],
+        rope=found.pe_rows[1],
+        v=found.v_rows[1],
+    )
+
+
+def _check_dtypes(attention: Attention, cone: Cone, found: Probe) -> None:
+    nodes = [attention.q, *cone.latents, *(cone.weights[w.leaf] for w in (found.w_uk, found.w_uv))]
+    dtypes = [n.meta["val"].dtype for n in nodes]
+    if len(set(dtypes)) > 1:
+        kinds = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
+        raise WalkError(f"queries, latents and weights mix {kinds}; convert the model and its cache to one dtype")
+    if dtypes[0] not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise WalkError(f"attention in {dtypes[0]}; float16, bfloat16 or float32 was expected")
+
+
+def _check_tokens(cone: Cone) -> None:
+    for node in cone.latents:
+        names = [a.label for d in cone.dims[node] for a in d if a.resizable]
+        if sorted(set(names)) != sorted(names):
+            raise WalkError("the batch or token axis of the latent is split")
+
+
+def axes_of(cone: Cone, node: Node) -> Dims:
+    """Axes of a node in a cone."""
+    return cone.dims[node]
+
+
+def mask_without_heads(mask: Node) -> Node | None:
+    """The mask as a node that is the same for all heads, or None when it may differ from head to head."""
+    shape = shape_of(mask)
+    while shape is not None and len(shape) == 4 and shape[1] != 1:
+        if mask.target is not aten.expand.default:
+            return None
+        mask = mask.args[0]  # type: ignore[assignment]
+        shape = shape_of(mask)
+    return mask
+
+
+def source_position(attention: Attention) -> str:
+    """``file:line`` of an attention op."""
+    return source_of(attention.node)
+
+
+__all__ = ["Attention", "MLASite", "Recognizer", "Refusal", "labels", "mask_without_heads", "source_position"]

@@ -1,0 +1,27 @@
+"""Where in the user's own files a node comes from."""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import Node
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+def source_of(node: Node) -> str:
+    """``file:line`` of the innermost ``forward`` that made this node (any frame when there is none), or ``unknown``."""
+    frames = [m.groupdict() for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    if not frames:
+        return "unknown"
+    forwards = [f for f in frames if f["function"].endswith("forward")]
+    frame = forwards[-1] if forwards else frames[-1]
+    return f"{frame['file']}:{frame['line']}"
+
+
+def describe(node: Node) -> str:
+    """A node for a reader: what it is, and where it stands in the source."""
+    if node.op == "placeholder":
+        return "an input of the graph"
+    op = str(node.target).removeprefix("aten.").split(".")[0]
+    return f"{op} at {source_of(node)}"

@@ -1,0 +1,186 @@
+"""What was rewritten, what was not, and why: the answer to "why did nothing fuse?"."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mlacompile.geometry import KVLayout, MLAGeometry
+
+_COLOURS = {"absorbed": "green", "expanded": "cyan", "refused": "yellow"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention op that was found.
+
+    status: "absorbed" (decodes on the latent), "expanded" (recognised, left in expanded form) or "refused" (not rewritten).
+    reason: why it has this status, in words a user can act on. source: file:line in the user's model.
+    kernel: what computes it. queries, context: tokens as text, symbolic where they vary.
+    """
+
+    status: str
+    reason: str
+    source: str
+    geometry: MLAGeometry | None = None
+    form: str = "expanded"
+    kernel: str = "as before"
+    kv_layout: KVLayout | None = None
+    queries: str = ""
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All attention ops of one compilation (or of several, merged), and remarks on the whole graph.
+
+    seconds: time of each stage. notes: what a user should know beyond single sites.
+    """
+
+    sites: tuple[Site, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def _count(self, status: str) -> int:
+        return sum(site.status == status for site in self.sites)
+
+    @property
+    def absorbed(self) -> int:
+        """How many attention ops decode on the latent."""
+        return self._count("absorbed")
+
+    @property
+    def expanded(self) -> int:
+        """How many were recognised and left in expanded form."""
+        return self._count("expanded")
+
+    @property
+    def refused(self) -> int:
+        """How many were found and left as they were."""
+        return self._count("refused")
+
+    @classmethod
+    def merge(cls, reports: Iterable[Report]) -> Report:
+        """One report out of several, in order; equal notes once, times added."""
+        sites: list[Site] = []
+        notes: dict[str, None] = {}
+        seconds: dict[str, float] = {}
+        for report in reports:
+            sites += report.sites
+            notes |= dict.fromkeys(report.notes)
+            for stage, time in report.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + time
+        return cls(tuple(sites), tuple(notes), seconds)
+
+    def with_note(self, note: str) -> Report:
+        """The same report with one more remark."""
+        return replace(self, notes=(*self.notes, note))
+
+    def summary(self) -> str:
+        """The counts in one line."""
+        return f"{self.absorbed} absorbed, {self.expanded} expanded, {self.refused} refused"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        counts = {"absorbed": self.absorbed, "expanded": self.expanded, "refused": self.refused}
+        return counts | {"sites": [asdict(s) for s in self.sites], "notes": list(self.notes), "seconds": self.seconds}
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self) -> str:
+        """A table that stands alone in a browser."""
+        head = "".join(f"<th>{h}</th>" for h in _HEADINGS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>" for cells in _grouped_rows(self.sites)
+        )
+        notes = "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+        style = "body{font-family:sans-serif}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+        return (
+            f"<!doctype html><meta charset=utf-8><title>mlacompile report</title><style>{style}</style>"
+            f"<h1>{html.escape(self.summary())}</h1><table><tr>{head}</tr>{rows}</table>{notes}"
+        )
+
+    def render(self) -> Any:
+        """A rich renderable: one row for each run of equal sites."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"mlacompile: {self.summary()}", title_justify="left", show_lines=False)
+        for heading in _HEADINGS:
+            table.add_column(heading, overflow="fold")
+        for cells in _grouped_rows(self.sites):
+            table.add_row(*(Text(c) for c in cells), style=_COLOURS.get(cells[1], ""))
+        return Group(table, *(Text(f"note: {n}") for n in self.notes))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=140, no_color=True).print(self.render())
+        return out.getvalue()
+
+
+_HEADINGS = ("ops", "status", "attention", "tokens", "kernel", "cache", "source", "why")
+
+
+def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
+    """Rows of text; sites that are alike in everything (layers of one model) share a row and are counted."""
+    groups: dict[Site, int] = {}
+    for site in sites:
+        groups[site] = groups.get(site, 0) + 1
+    return [
+        (
+            str(n),
+            s.status,
+            str(s.geometry or "not latent attention"),
+            f"{s.queries} × {s.context}" if s.queries else "",
+            s.kernel,
+            str(s.kv_layout or ""),
+            s.source,
+            s.reason,
+        )
+        for s, n in groups.items()
+    ]
+
+
+class Journal:
+    """Reports of everything compiled since the last ``torch._dynamo.reset()``; safe to use from several threads.
+
+    A frame compiled again replaces its earlier report; the graphs between the breaks of one compilation add up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._frames: dict[Any, tuple[Any, list[Report]]] = {}
+
+    def add(self, frame: Any, compilation: Any, report: Report) -> None:
+        """Record the report of one graph of one compilation of one frame."""
+        with self._lock:
+            latest, reports = self._frames.pop(frame, (None, []))
+            self._frames[frame] = (compilation, [*reports, report] if latest == compilation else [report])
+
+    def merged(self) -> Report:
+        """All frames' latest compilations as one report."""
+        with self._lock:
+            return Report.merge(r for _, reports in self._frames.values() for r in reports)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._frames.clear()
+
+
+JOURNAL = Journal()
+
+
+def last_report() -> Report:
+    """What mlacompile did since ``torch._dynamo.reset()``: every compiled frame's latest compilation, merged."""
+    return JOURNAL.merged()

@@ -1,0 +1,114 @@
+"""Compiles a Triton kernel for an NVIDIA GPU that is not there, and reads what came out: registers, spills, instructions.
+
+The Triton wheel carries ptxas, cuobjdump and nvdisasm, so a test on any machine can assert that the products became ``wgmma``
+(HGMMA), that tiles arrive by TMA (UTMALDG) or cp.async (LDGSTS), and that nothing lives in local memory (LDL, STL).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "FFMA")
+_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel costs. spill_bytes: stores and loads together; serialized: ptxas warnings that wgmma waits."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    smem: int
+    serialized: int
+    counts: dict[str, int]
+
+    @property
+    def local_memory(self) -> int:
+        """Instructions that touch local memory."""
+        return self.counts["LDL"] + self.counts["STL"]
+
+
+def compile_for(
+    kernel: Any, arguments: dict[str, Any], options: dict[str, Any], *, capability: int = 90, name: str = ""
+) -> Compiled:
+    """Compile ``kernel`` as a launch with these arguments would. Tensors may be on the meta device.
+
+    capability: 80, 90, …: the GPU to compile for. Pointers are taken to be 16-byte aligned.
+    """
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        kind = "constexpr" if param.name in constexprs or value is None else _type_of(value)
+        if kind == "i32" and value == 1:  # as a launch does
+            kind = "constexpr"
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif kind[0] == "*" or (kind in ("i32", "i64") and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {key: value for key, value in options.items() if key != "launch_pdl"}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _inspect(built, capability, name or kernel.__name__)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _inspect(built: Any, capability: int, name: str) -> Compiled:
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(built.asm["cubin"])
+        ptx.write_text(built.asm["ptx"])
+        arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        log = _run(tools / "ptxas", "-v", f"-arch={arch}", ptx, "-o", Path(folder, "again.cubin"))
+        sass = _run(tools / "nvdisasm", "-c", cubin)
+        usage = _run(tools / "cuobjdump", "-res-usage", cubin)
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    counts = {word: len(re.findall(rf"\b{word}\b", sass)) for word in INSTRUCTIONS}
+    return Compiled(name, registers, spilled, built.metadata.shared, len(re.findall(r"C75\d\d", log)), counts)
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def table(rows: Iterable[Compiled]) -> str:
+    """A fixed-width table, one kernel a line."""
+    lines = [f"{'kernel':44s} {'regs':>5s} {'spill B':>8s} {'smem':>8s} {'serial':>6s} " + " ".join(f"{w:>7s}" for w in INSTRUCTIONS)]
+    lines += [
+        f"{row.name:44s} {row.registers:5d} {row.spill_bytes:8d} {row.smem:8d} {row.serialized:6d} "
+        + " ".join(f"{row.counts[w]:7d}" for w in INSTRUCTIONS)
+        for row in rows
+    ]
+    return "\n".join(lines)

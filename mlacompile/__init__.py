@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlacompile.backend import backend as backend
-    from mlacompile.explain import explain as explain
+    from mlacompile.compiler import backend as backend
+    from mlacompile.explainer import explain as explain
     from mlacompile.geometry import MLAGeometry as MLAGeometry
     from mlacompile.options import Options as Options
     from mlacompile.report import Report as Report
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "backend": "mlacompile.backend",
-    "explain": "mlacompile.explain",
+    "backend": "mlacompile.compiler",
+    "explain": "mlacompile.explainer",
     "MLAGeometry": "mlacompile.geometry",
     "Options": "mlacompile.options",
     "Report": "mlacompile.report",

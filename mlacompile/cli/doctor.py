@@ -60,16 +60,16 @@ def _backend() -> dict[str, Any]:
     """Whether torch.compile finds the backend by its name, and whether it loads."""
     registered = any(e.name == "mlacompile" for e in metadata.entry_points(group="torch_dynamo_backends"))
     reasons = (
-        [] if registered else ["no entry point: install the package (pip install -e .), or import mlacompile.backend"]
+        [] if registered else ["no entry point: install the package (pip install -e .), or import mlacompile"]
     )
     loads = True
     try:
-        from mlacompile.backend import backend
+        from mlacompile import backend
 
         assert callable(backend)
     except Exception as error:  # whatever is broken in an installation is what a user wants to see
         loads = False
-        reasons.append(f"mlacompile.backend cannot be imported: {type(error).__name__}: {error}")
+        reasons.append(f"mlacompile cannot be imported: {type(error).__name__}: {error}")
     return {"registered": registered, "usable": registered and loads, "reasons": reasons}
 
 

@@ -14,7 +14,7 @@ def source_of(node: Node) -> str:
     frames = [m.groupdict() for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
     if not frames:
         return "unknown"
-    forwards = [f for f in frames if f["function"].endswith("forward")]
+    forwards = [f for f in frames if f["function"] == "forward"]
     frame = forwards[-1] if forwards else frames[-1]
     return f"{frame['file']}:{frame['line']}"
 

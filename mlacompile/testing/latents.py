@@ -38,9 +38,7 @@ class LatentCase:
     def __str__(self) -> str:
         size = f"b{self.batch}h{self.heads}s{self.queries}t{self.tokens}r{self.rank}p{self.rope}"
         flags = [name for name, value in asdict(self).items() if value is True]
-        return "-".join(
-            [size, str(self.dtype).removeprefix("torch."), *([self.mask] if self.mask else []), *flags]
-        )
+        return "-".join([size, str(self.dtype).removeprefix("torch."), *([self.mask] if self.mask else []), *flags])
 
 
 @dataclass
@@ -136,9 +134,7 @@ class Exact:
     lse_bound: Tensor
 
 
-def exact(
-    inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0.0, rows: int | None = None
-) -> Exact:
+def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0.0, rows: int | None = None) -> Exact:
     """Brute force in float64, one query at a time over the tokens it sees; nothing shared with the op's code.
 
     unit: relative error of one accumulation step. operand_unit: unit roundoff of the dtype in which P enters the second
@@ -155,9 +151,7 @@ def exact(
     b, h, s, r = q_latent.shape
     b = b if rows is None else min(b, rows)
     rows_of = c_kv.new_zeros(b, h, s, r, dtype=torch.float64)
-    result = Exact(
-        rows_of, torch.full_like(rows_of[..., 0], -math.inf), rows_of.clone(), rows_of[..., 0].clone()
-    )
+    result = Exact(rows_of, torch.full_like(rows_of[..., 0], -math.inf), rows_of.clone(), rows_of[..., 0].clone())
     for row in range(b):
         for query in range(s):
             seen = seen_tokens(inputs, row, query)

@@ -11,6 +11,6 @@ from torch._dynamo import list_backends, register_backend
 def ensure_registered() -> None:
     """Register the backend by its name, unless torch knows it already."""
     if "mlacompile" not in list_backends(exclude_tags=()):
-        from mlacompile.backend import backend
+        from mlacompile import backend
 
         register_backend(backend, name="mlacompile")

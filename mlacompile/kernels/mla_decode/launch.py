@@ -115,7 +115,7 @@ def launches(
         "BLOCK_H": plan.block_h, "BLOCK_N": plan.block_n, "BLOCK_R": block_r, "BLOCK_P": block_p,
         "BLOCK_S": queries_in_tile(plan, shape), "SPLITS": plan.splits,
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        "CAUSAL": causal and s > 1, "TMA": plan.tma, "WIDE": plan.wide, "PDL": pdl,
+        "CAUSAL": causal and s > 1, "TMA": plan.tma, "WIDE": plan.wide, "STAGES": plan.num_stages, "PDL": pdl,
         "PRECISION": "tf32x3" if q_latent.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     grid = (planning.row_tiles(plan, shape), plan.splits, b)

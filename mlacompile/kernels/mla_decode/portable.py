@@ -61,20 +61,19 @@ def _trim(p_mask, o_s, lo, hi, stride_ms, stride_mt, S, MASK: tl.constexpr, CHUN
 @triton.jit
 def _attend(
     acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-    o_s, o_row_s, m_row, limit, lo, hi, i_first, i_last, scale_log2, never,
+    o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
     stride_ct, stride_pt, stride_ms, stride_mt, S,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold tokens lo + i * BLOCK_N, i in [i_first, i_last), up to hi, into (acc, m, l).
+    """Fold the tokens [lo, hi) into (acc, m, l).
 
     No row that nobody sees is ever loaded, so there is nothing to zero: a partial tile moves back over rows that are
     seen (TMA, which copies BLOCK_N consecutive rows) or names one seen row many times (pointers). Scores tell them apart.
     """
     o_r = tl.arange(0, BLOCK_R)
-    for i in range(i_first, i_last):
-        t = lo + i * BLOCK_N
+    for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         if TMA:
             t_load = tl.minimum(t, hi - BLOCK_N)
             o_t = t_load + tl.arange(0, BLOCK_N)
@@ -157,7 +156,7 @@ def _mla_decode_kernel(
     H: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one batch row over one split of its context.
 
@@ -201,8 +200,7 @@ def _mla_decode_kernel(
     hi = tl.minimum(hi, lo + per_split * BLOCK_N)
     if MASK != 0:
         p_mask += i_b * stride_mb
-        lo, hi = _trim(p_mask, o_s, lo, hi, stride_ms, stride_mt, S, MASK, 1024 // BLOCK_S)
-    n_tiles = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N)
+        lo, hi = _trim(p_mask, o_s, lo, tl.maximum(lo, hi), stride_ms, stride_mt, S, MASK, 1024 // BLOCK_S)
 
     o_r = tl.arange(0, BLOCK_R)
     p = p_q + i_b * stride_qb + (o_h * stride_qh + o_row_s * stride_qs)[:, None] + o_r[None, :] * stride_qr
@@ -219,21 +217,27 @@ def _mla_decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
     m_i = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_H,), tl.float32)
-    # A context shorter than one tile gives TMA no BLOCK_N consecutive rows that are seen: pointers name rows one by one.
-    n_by_tma = n_tiles if n_seen >= BLOCK_N else 0
     if TMA:
-        acc, m_i, l_i = _attend(
-            acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-            o_s, o_row_s, m_row, limit, lo, hi, 0, n_by_tma, scale_log2, never,
-            stride_ct, stride_kt, stride_ms, stride_mt, S,
-            R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, True, WIDE, PRECISION,
-        )  # fmt: skip
+        if n_seen >= BLOCK_N:
+            acc, m_i, l_i = _attend(
+                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
+                o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
+                stride_ct, stride_kt, stride_ms, stride_mt, S,
+                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, True, WIDE, STAGES, PRECISION,
+            )  # fmt: skip
+        else:  # fewer tokens than TMA copies at once: pointers name rows one by one
+            acc, m_i, l_i = _attend(
+                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
+                o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
+                stride_ct, stride_kt, stride_ms, stride_mt, S,
+                R, P, BLOCK_R, BLOCK_P, BLOCK_H, 16, MASK, CAUSAL, False, False, 1, PRECISION,
+            )  # fmt: skip
     else:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-            o_s, o_row_s, m_row, limit, lo, hi, 0, n_tiles, scale_log2, never,
+            o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
             stride_ct, stride_kt, stride_ms, stride_mt, S,
-            R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, False, WIDE, PRECISION,
+            R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, False, WIDE, STAGES, PRECISION,
         )  # fmt: skip
 
     out = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
@@ -244,7 +248,7 @@ def _mla_decode_kernel(
     else:
         o_out = (i_split * tl.num_programs(2) + i_b) * ROWS + o_row
         tl.store(p_lse + o_out, lse, mask=m_row)
-        m_row = m_row & (n_tiles > 0)  # the combine skips a partial whose lse is -inf
+        m_row = m_row & (lo < hi)  # the combine skips a partial whose lse is -inf
     p = p_out + o_out[:, None] * R + o_r[None, :]
     tl.store(p, out.to(p_out.dtype.element_ty), mask=m_row[:, None] & (o_r < R)[None, :])
 

@@ -70,18 +70,22 @@ backend.reset = JOURNAL.clear  # type: ignore[attr-defined]  # called by torch._
 
 
 def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None, *, lower: bool = True
 ) -> tuple[Compiled, Report]:
-    """Compile one Dynamo graph and say what was done."""
+    """Compile one Dynamo graph and say what was done. With ``lower=False`` everything but the last stage: a graph to look at."""
+
+    def finish(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return compile_rest(graph, inputs, options, mode) if lower else graph.forward  # type: ignore[return-value]
+
     if _needs_gradients(example_inputs):
         note = (
             "a graph that needs gradients was left to Inductor: mlacompile is for inference; "
             "call the model under torch.no_grad() or torch.inference_mode()"
         )
         _warn_once(note)
-        return compile_rest(gm, example_inputs, options, mode), Report(notes=(note,))
+        return finish(gm, example_inputs), Report(notes=(note,))
     if not may_hold_attention(gm):
-        return compile_rest(gm, example_inputs, options, mode), Report()
+        return finish(gm, example_inputs), Report()
     pipeline = Pipeline(options, [_is_weight(n, x) for n, x in _inputs(gm, example_inputs)], f"graph{next(_graphs)}")
     dump_graph(options.dump, pipeline.name, "0-dynamo", gm)
     canonical = canonicalize_sdpa(gm)
@@ -92,13 +96,13 @@ def compile_graph(
         if not pipeline.rewritten:
             raise _NothingToRewrite
         with pipeline.stage("compile the rest"), nested_context(rewritten):
-            return compile_rest(rewritten, inputs, options, mode)
+            return finish(rewritten, inputs)
 
     try:
         with pipeline.stage("all"):
             compiled = functionalize(canonical, example_inputs, stages)
     except _NothingToRewrite:
-        compiled = compile_rest(gm, example_inputs, options, mode)
+        compiled = finish(gm, example_inputs)
     else:
         compiled = verified_once(compiled, gm, options)
     report = pipeline.report()

@@ -1,0 +1,68 @@
+"""``explain(model, *args)``: what mlacompile would do for these arguments, without computing anything.
+
+The model, its cache and its arguments are copied onto the meta device (shapes, no data), traced by Dynamo, and taken through the same
+stages as in ``torch.compile``; nothing is lowered and no weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.fx import GraphModule
+
+from mlacompile.compiler import compile_graph
+from mlacompile.options import Options
+from mlacompile.report import Report
+
+
+def _meta_like(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """In place of ``Tensor.__deepcopy__``: the shape of a tensor, once for every tensor."""
+    if id(tensor) not in memo:
+        shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, torch.nn.Parameter):
+            shape = torch.nn.Parameter(shape, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = shape
+    return memo[id(tensor)]  # type: ignore[no-any-return]
+
+
+_copying = threading.Lock()
+
+
+@contextmanager
+def _copies_are_meta() -> Iterator[None]:
+    """Deep copies made in this context hold meta tensors, and say "meta" wherever the original remembers a device, as caches do."""
+    with _copying, patch.object(torch.Tensor, "__deepcopy__", _meta_like):
+        with patch.object(torch.nn.Parameter, "__deepcopy__", _meta_like):
+            with patch.dict(copyreg.dispatch_table, {torch.device: lambda device: (torch.device, ("meta",))}):
+                yield
+
+
+def explain(model: Callable[..., Any], *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Compile ``model`` for these arguments, run nothing on the weights, and say what would be rewritten.
+
+    Args:
+        model: a module or function. args, kwargs: what it would be called with, caches included; they are not changed.
+        options: as for the backend.
+    Raises:
+        OptionsError, RefusedSiteError: as the backend does.
+    """
+    chosen = Options.parse(options)
+    reports: list[Report] = []
+
+    def analyse(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        _, report = compile_graph(gm, example_inputs, chosen, lower=False)
+        reports.append(report)
+        return gm.forward  # type: ignore[return-value]
+
+    with _copies_are_meta():
+        shadow, args, kwargs = copy.deepcopy((model, args, kwargs))
+    with torch.no_grad():
+        torch.compile(shadow, backend=analyse)(*args, **kwargs)
+    return Report.merge(reports)

@@ -7,12 +7,15 @@ command line, never by the compiler. Every function imports transformers when it
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mlacompile.errors import UnsupportedInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _BASE: dict[str, Any] = {
     "vocab_size": 256,
@@ -90,7 +93,7 @@ def tiny_model(
     device: str | torch.device = "cpu",
     seed: int = 0,
     **overrides: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A small model of ``family`` with random weights, in eval mode and without gradients."""
     return build_model(tiny_config(family, **overrides), attn=attn, dtype=dtype, device=device, seed=seed)
 
@@ -121,7 +124,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal language model from a configuration, its random weights made on ``device`` ("meta" too).
 
     Experts run as batched products, the form that every dtype takes and that compiles whole. On the meta device they

@@ -1,7 +1,8 @@
-"""Compiles a Triton kernel for an NVIDIA GPU that is not there, and reads what came out: registers, spills, instructions.
+"""Compiles a Triton kernel for an NVIDIA GPU that is not there, and reads registers, spills and instructions.
 
-The Triton wheel carries ptxas, cuobjdump and nvdisasm, so a test on any machine can assert that the products became ``wgmma``
-(HGMMA), that tiles arrive by TMA (UTMALDG) or cp.async (LDGSTS), and that nothing lives in local memory (LDL, STL).
+The Triton wheel carries ptxas, cuobjdump and nvdisasm, so a test on any machine can assert that products became
+``wgmma`` (HGMMA), that tiles arrive by TMA (UTMALDG) or cp.async (LDGSTS), and that nothing lives in local memory
+(LDL, STL).
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ def _run(*command: str | Path) -> str:
 
 def table(rows: Iterable[Compiled]) -> str:
     """A fixed-width table, one kernel a line."""
-    lines = [f"{'kernel':44s} {'regs':>5s} {'spill B':>8s} {'smem':>8s} {'serial':>6s} " + " ".join(f"{w:>7s}" for w in INSTRUCTIONS)]
+    lines = [
+        f"{'kernel':44s} {'regs':>5s} {'spill B':>8s} {'smem':>8s} {'serial':>6s} "
+        + " ".join(f"{w:>7s}" for w in INSTRUCTIONS)
+    ]
     lines += [
         f"{row.name:44s} {row.registers:5d} {row.spill_bytes:8d} {row.smem:8d} {row.serialized:6d} "
         + " ".join(f"{row.counts[w]:7d}" for w in INSTRUCTIONS)

@@ -1,4 +1,4 @@
-"""Launches the portable kernels: turns tensors and a plan into kernel arguments. No host sync, nothing data-dependent."""
+"""Launches the portable kernels: turns tensors and a plan into kernel arguments, with no host sync."""
 
 from __future__ import annotations
 
@@ -55,10 +55,14 @@ def mla_decode_portable(
     return out, lse
 
 
-def shape_of(q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, mask: Tensor | None) -> Shape:
+def shape_of(
+    q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, mask: Tensor | None
+) -> Shape:
     """What the plan may depend on."""
     b, h, s, r = q_latent.shape
-    described = mask is None and _describable(c_kv) and (k_pe is None or _describable(k_pe))
+    described = mask is None and _describable(c_kv)
+    if k_pe is not None:  # one row number serves both
+        described = described and _describable(k_pe) and _rows_apart(k_pe) == _rows_apart(c_kv)
     rope = 0 if q_pe is None else q_pe.shape[3]
     return Shape(b, h, s, c_kv.shape[1], r, rope, q_latent.element_size(), described)
 
@@ -68,27 +72,31 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":  # interpreted
         return Device(capability=(8, 0), sm_count=4)
     properties = torch.cuda.get_device_properties(device)
-    smem = properties.shared_memory_per_block_optin
+    smem = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Device((properties.major, properties.minor), properties.multi_processor_count, smem)
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether [B, T, D] can be seen as one [rows, D] by a TMA descriptor: batch rows whole tokens apart, 16-byte aligned."""
-    token = x.stride(1)
+    """Whether a TMA descriptor can see [B, T, D] as [rows, D]: batch rows whole tokens apart, 16-byte aligned."""
+    row, token = x.stride(0), x.stride(1)
     aligned = token * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return token > 0 and x.stride(0) % token == 0 and aligned and x.shape[0] * (x.stride(0) // token) < 2**31
+    return token > 0 and row % token == 0 and aligned and x.shape[0] * (row // token) < 2**31
+
+
+def _rows_apart(x: Tensor) -> int:
+    return x.stride(0) // x.stride(1)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     b, t, d = x.shape
-    rows = (b - 1) * (x.stride(0) // x.stride(1)) + t
+    rows = (b - 1) * _rows_apart(x) + t
     return TensorDescriptor(x, [rows, d], [x.stride(1), 1], block)
 
 
 def launches(
     tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor, plan: Plan, *, scale: float, causal: bool
 ) -> list[Launch]:
-    """The main kernel and, with several splits, the combine. Tensors may be on the meta device, to compile without a GPU."""
+    """The main kernel and, with several splits, the combine. Meta tensors do, to compile without a GPU."""
     q_latent, q_pe, c_kv, k_pe, mask, start, length = tensors
     assert q_latent is not None
     assert c_kv is not None
@@ -108,7 +116,7 @@ def launches(
         "p_mask": mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
         "p_start": start, "p_length": length, "p_out": partial, "p_lse": partial_lse,
         "scale_log2": scale * math.log2(math.e), "T": c_kv.shape[1],
-        "d_rows": c_kv.stride(0) // c_kv.stride(1) if plan.tma else 0, "never": 0,
+        "d_rows": _rows_apart(c_kv) if plan.tma else 0, "zero": 0,
         **_strides("q", "bhsr", q_latent), **_strides("p", "bhsr", q_pe),
         **_strides("c", "bt", c_kv), **_strides("k", "bt", k_pe), **_strides("m", "bst", mask),
         "H": h, "S": s, "R": r, "P": shape.rope,
@@ -116,10 +124,13 @@ def launches(
         "BLOCK_S": queries_in_tile(plan, shape), "SPLITS": plan.splits,
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         "CAUSAL": causal and s > 1, "TMA": plan.tma, "WIDE": plan.wide, "STAGES": plan.num_stages, "PDL": pdl,
-        "PRECISION": "tf32x3" if q_latent.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     grid = (planning.row_tiles(plan, shape), plan.splits, b)
-    result = [Launch(_mla_decode_kernel, grid, arguments, {"num_warps": plan.num_warps, "num_stages": plan.num_stages})]
+    result = [
+        Launch(
+            _mla_decode_kernel, grid, arguments, {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+        )
+    ]
     if plan.splits > 1:
         result.append(_combine(partial, partial_lse, out, lse, plan, shape, pdl))
     return result
@@ -138,7 +149,9 @@ def _combine(
         "CHUNK": min(planning.next_power_of_2(plan.splits), 16), "PDL": pdl,
     }  # fmt: skip
     grid = (n_rows, -(-shape.rank // block_c), 1)
-    return Launch(_mla_combine_kernel, grid, arguments, {"num_warps": 4, **({"launch_pdl": True} if pdl else {})})
+    return Launch(
+        _mla_combine_kernel, grid, arguments, {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
+    )
 
 
 def queries_in_tile(plan: Plan, shape: Shape) -> int:

@@ -5,7 +5,15 @@ Pure Python, no Triton: it runs while a CUDA graph is captured and may not look 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+MAX_SPLITS = 64
+# What one program and one combine take on a Hopper GPU. They only rank numbers of splits.
+START_US = 4.0  # launch, queries, first tile, epilogue
+TILE_US = 2.0
+COMBINE_US = 3.0
+PARTIAL_BYTES_US = 3e6  # partials are written and read mostly in L2
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,12 @@ def shared_memory(plan: Plan, shape: Shape) -> int:
     """An upper estimate of the bytes of shared memory of the main kernel: queries, stages of cache, P, reductions."""
     width = (block_rank(shape) + block_rope(shape)) * shape.itemsize
     stages = max(plan.num_stages - (shape.itemsize == 4), 1)
-    return plan.block_h * width + stages * plan.block_n * width + plan.block_h * plan.block_n * shape.itemsize + 2048
+    return (
+        plan.block_h * width
+        + stages * plan.block_n * width
+        + plan.block_h * plan.block_n * shape.itemsize
+        + 2048
+    )
 
 
 def row_tiles(plan: Plan, shape: Shape) -> int:
@@ -79,35 +92,48 @@ def row_tiles(plan: Plan, shape: Shape) -> int:
 
 def choose_plan(shape: Shape, device: Device) -> Plan:
     """The plan for a call."""
-    tiles = _tiles(shape, device)
-    return Plan(**{**tiles.__dict__, "splits": choose_splits(tiles, shape, device), "pdl": device.capability >= (9, 0)})
+    tiles = choose_tiles(shape, device)
+    return replace(tiles, splits=choose_splits(tiles, shape, device), pdl=device.capability >= (9, 0))
 
 
-def _tiles(shape: Shape, device: Device) -> Plan:
-    hopper = device.capability[0] == 9
-    if shape.itemsize == 4:
-        candidates = [Plan(16, 32, 4, 2), Plan(16, 16, 4, 2), Plan(16, 16, 4, 1)]
-    elif hopper and (shape.rows > 16 or shape.descriptors):
-        # wgmma needs 64 rows. Even mostly empty ones keep up with memory, as TMA spares the threads the copying.
-        candidates = [Plan(64, 64, 8, 2, tma=shape.descriptors, wide=True), Plan(64, 32, 8, 2, tma=shape.descriptors, wide=True)]
-    elif shape.rows > 16:
-        candidates = [Plan(32, 32, 8, 2), Plan(16, 32, 4, 2)]
-    else:
-        candidates = [Plan(16, 64, 4, 2), Plan(16, 32, 4, 2)]
-    candidates.append(Plan(16, 16, 4, 2))
-    for plan in candidates:
+def choose_tiles(shape: Shape, device: Device) -> Plan:
+    """Tiles, warps and stages: the first of a list, best first, that fits into shared memory."""
+    for plan in _candidates(shape, device):
         if shared_memory(plan, shape) <= device.smem:
             return plan
     return Plan(16, 16, 4, 1)
 
 
-def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
-    """Enough splits to give every SM one program, as long as each keeps a few tiles to itself.
+def _candidates(shape: Shape, device: Device) -> Iterator[Plan]:
+    if shape.itemsize == 4:  # products on the CUDA cores, in IEEE float32
+        yield from (Plan(16, n, 8, 2) for n in (32, 16))
+    elif device.capability[0] == 9 and (shape.rows > 16 or shape.descriptors):
+        # wgmma needs 64 rows. Even mostly empty ones keep up with memory, as TMA spares the threads the copying.
+        for n, stages in ((64, 4), (64, 3), (64, 2), (32, 3), (32, 2)):
+            yield Plan(64, n, 8, stages, tma=shape.descriptors, wide=True)
+    elif shape.rows > 16:
+        yield Plan(32, 32, 8, 2)
+    else:
+        yield Plan(16, 64, 4, 2)
+    yield from (Plan(16, n, 4, 2) for n in (32, 16))
 
-    A split costs a round trip of float32 partials, so none is made where batch and row tiles fill the SMs already; two or
-    more waves are left as they are, because a tail of a wave costs less than the combine.
+
+def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
+    """The number of stretches of the context that ends soonest.
+
+    A split gives idle SMs work, but costs each program its start and the combine a read of float32 partials.
     """
     programs = shape.batch * row_tiles(tiles, shape)
+    resident = max(min(device.smem // shared_memory(tiles, shape), 4), 1) * device.sm_count
     n_tiles = -(-shape.tokens // tiles.block_n)
-    wanted = max(device.sm_count // programs, 1)
-    return max(1, min(wanted, -(-n_tiles // 2), 128))
+
+    def microseconds(splits: int) -> float:
+        waves = -(-programs * splits // resident)
+        combine = (
+            0.0
+            if splits == 1
+            else COMBINE_US + shape.batch * shape.rows * shape.rank * 8 * splits / PARTIAL_BYTES_US
+        )
+        return waves * (START_US + -(-n_tiles // splits) * TILE_US) + combine
+
+    return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)

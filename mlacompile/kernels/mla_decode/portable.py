@@ -1,14 +1,15 @@
 """Portable Triton kernels of ``mla_decode``: each cached token is loaded once, and serves as key and as value.
 
-One program takes a tile of rows (query, head), packed because all heads share the cache, and one stretch of the context.
-It keeps queries in shared memory, streams [BLOCK_N, R] tiles of the cache through it, and holds the whole output tile in
-registers under an online softmax. With several stretches ("splits") every program leaves a normalized float32 partial and
-its log-sum-exp, in base 2, and ``_mla_combine_kernel`` merges them.
+One program takes a tile of rows (query, head), packed because all heads share the cache, and one stretch of the
+context. It keeps queries in shared memory, streams [BLOCK_N, R] tiles of the cache through it, and holds the whole
+output tile in registers under an online softmax. With several stretches ("splits") every program leaves a normalized
+float32 partial and its log-sum-exp in base 2, and ``_mla_combine_kernel`` merges them.
 
-The launches read nothing on the host: bounds come from ``start`` and ``length`` on the device, so a CUDA graph replays them.
+The host reads no tensor: bounds come from ``start`` and ``length`` on the device, so a CUDA graph can replay a launch.
 """
 
-# Kernel parameters carry no type hints, as Triton reads those as constexpr or not.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (Triton reads the hints of kernel parameters itself.)
 from __future__ import annotations
 
 import triton
@@ -23,16 +24,22 @@ LOWEST = tl.constexpr(-1.7e38)  # a finite additive mask stays finite after the 
 @triton.jit
 def _exp2_here(x):
     """2^x that the compiler may not compute again in another layout: only the [BLOCK_H] result should change warps."""
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
 def _narrow_here(x, dtype: tl.constexpr):
     """x in 16 bits, likewise: P crosses shared memory once, as 16 bits, instead of the scores as 32 several times."""
     if dtype == tl.bfloat16:
-        y = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=False, pack=2
+        )
     else:
-        y = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=False, pack=2)
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=False, pack=2
+        )
     return y
 
 
@@ -59,110 +66,115 @@ def _trim(p_mask, o_s, lo, hi, stride_ms, stride_mt, S, MASK: tl.constexpr, CHUN
 
 
 @triton.jit
-def _attend(
+def _fold_tile(
     acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-    o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
+    o_s, o_row_s, m_row, limit, t, t_seen, hi, scale_log2, zero,
     stride_ct, stride_pt, stride_ms, stride_mt, S,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the tokens [lo, hi) into (acc, m, l).
+    """Fold the tokens [t, min(t + BLOCK_N, hi)) into (acc, m, l). t_seen is any token that is seen.
 
     No row that nobody sees is ever loaded, so there is nothing to zero: a partial tile moves back over rows that are
-    seen (TMA, which copies BLOCK_N consecutive rows) or names one seen row many times (pointers). Scores tell them apart.
+    seen (TMA, which copies BLOCK_N consecutive rows) or names one seen row many times (pointers).
     """
     o_r = tl.arange(0, BLOCK_R)
-    for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        if TMA:
-            t_load = tl.minimum(t, hi - BLOCK_N)
-            o_t = t_load + tl.arange(0, BLOCK_N)
-            live = o_t >= t
-            b_c = d_c.load([d_row + t_load, 0])
-        else:
-            o_t = t + tl.arange(0, BLOCK_N)
-            live = o_t < hi
-            if MASK != 0:
-                live = live & _visible_rows(p_mask, o_s, o_t, live, stride_ms, stride_mt, S, MASK)
-            o_load = tl.where(live, o_t, lo)
-            p = p_c + o_load[:, None] * stride_ct + o_r[None, :]
-            if BLOCK_R == R:
-                b_c = tl.load(p)
-            else:
-                b_c = tl.load(p, mask=(o_r < R)[None, :], other=0.0)
-        b_pe = b_c
-        if P > 0:
-            o_p = tl.arange(0, BLOCK_P)
-            if TMA:
-                b_pe = d_pe.load([d_row + t_load, 0])
-            elif BLOCK_P == P:
-                b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :])
-            else:
-                b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :], mask=(o_p < P)[None, :], other=0.0)
-        # Triton gives a product that feeds another one all warps along its rows, so that two warpgroups would compute
-        # the same 64. It does not look for the second product across a branch, so the branch spreads them over columns.
-        s = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-        if WIDE:
-            if P > 0:
-                if never < 1:
-                    s = tl.dot(b_qpe, tl.trans(b_pe), s, input_precision=PRECISION)
-                else:
-                    s = tl.dot(b_qpe, tl.trans(b_pe), s + 1.0, input_precision=PRECISION)
-            if never == 0:
-                s = tl.dot(b_q, tl.trans(b_c), s, input_precision=PRECISION)
-            else:
-                s = tl.dot(b_q, tl.trans(b_c), s + 1.0, input_precision=PRECISION)
-        else:
-            if P > 0:
-                s = tl.dot(b_qpe, tl.trans(b_pe), s, input_precision=PRECISION)
-            s = tl.dot(b_q, tl.trans(b_c), s, input_precision=PRECISION)
-        s = s * scale_log2 + tl.where(live, 0.0, float("-inf"))[None, :]
+    if TMA:
+        t_load = tl.minimum(t, hi - BLOCK_N)
+        o_t = t_load + tl.arange(0, BLOCK_N)
+        live = o_t >= t
+        b_c = d_c.load([d_row + t_load, 0])
+    else:
+        o_t = t + tl.arange(0, BLOCK_N)
+        live = o_t < hi
         if MASK != 0:
-            p_m = p_mask + o_row_s[:, None] * stride_ms + o_t[None, :] * stride_mt
-            m_m = m_row[:, None] & live[None, :]
-            if MASK == 1:
-                s = tl.where(tl.load(p_m, mask=m_m, other=0) != 0, s, float("-inf"))
+            live = live & _visible_rows(p_mask, o_s, o_t, live, stride_ms, stride_mt, S, MASK)
+        o_load = tl.where(live, o_t, t_seen)
+        p = p_c + o_load[:, None] * stride_ct + o_r[None, :]
+        if BLOCK_R == R:
+            b_c = tl.load(p)
+        else:
+            b_c = tl.load(p, mask=(o_r < R)[None, :], other=0.0)
+    b_pe = b_c
+    if P > 0:
+        o_p = tl.arange(0, BLOCK_P)
+        if TMA:
+            b_pe = d_pe.load([d_row + t_load, 0])
+        elif BLOCK_P == P:
+            b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :])
+        else:
+            b_pe = tl.load(
+                p_pe + o_load[:, None] * stride_pt + o_p[None, :], mask=(o_p < P)[None, :], other=0.0
+            )
+    # Triton gives a product that feeds another one all warps along its rows, so that two warpgroups would compute
+    # the same 64. It does not look for the second product across a branch, so the branch spreads them over columns.
+    s = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    if WIDE:
+        if P > 0:
+            if zero < 1:
+                s = tl.dot(b_qpe, tl.trans(b_pe), s, input_precision="ieee")
             else:
-                b_m = tl.load(p_m, mask=m_m, other=float("-inf")).to(tl.float32)
-                s = tl.where(b_m == float("-inf"), float("-inf"), s + tl.maximum(b_m * LOG2E, LOWEST))
-        if CAUSAL:
-            s = tl.where(o_t[None, :] < limit[:, None], s, float("-inf"))
+                s = tl.dot(b_qpe, tl.trans(b_pe), s + 1.0, input_precision="ieee")
+        if zero == 0:
+            s = tl.dot(b_q, tl.trans(b_c), s, input_precision="ieee")
+        else:
+            s = tl.dot(b_q, tl.trans(b_c), s + 1.0, input_precision="ieee")
+    else:
+        if P > 0:
+            s = tl.dot(b_qpe, tl.trans(b_pe), s, input_precision="ieee")
+        s = tl.dot(b_q, tl.trans(b_c), s, input_precision="ieee")
+    s = s * scale_log2 + tl.where(live, 0.0, float("-inf"))[None, :]
+    if MASK == 2 and o_s.shape[0] == 1:  # one query in the tile: one row of the mask
+        b_m = tl.load(p_mask + tl.min(o_s, 0) * stride_ms + o_t * stride_mt, mask=live, other=0.0).to(
+            tl.float32
+        )
+        s += tl.maximum(b_m * LOG2E, LOWEST)[None, :]
+    elif MASK != 0 and o_s.shape[0] > 1:
+        p_m = p_mask + o_row_s[:, None] * stride_ms + o_t[None, :] * stride_mt
+        m_m = m_row[:, None] & live[None, :]
+        if MASK == 1:
+            s = tl.where(tl.load(p_m, mask=m_m, other=0) != 0, s, float("-inf"))
+        else:
+            b_m = tl.load(p_m, mask=m_m, other=float("-inf")).to(tl.float32)
+            s = tl.where(b_m == float("-inf"), float("-inf"), s + tl.maximum(b_m * LOG2E, LOWEST))
+    if CAUSAL:
+        s = tl.where(o_t[None, :] < limit[:, None], s, float("-inf"))
 
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        if MASK != 0 or CAUSAL:  # a row may have seen nothing yet, and -inf - -inf is NaN
-            m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-        else:
-            m_use = m_new
-        b_p = tl.exp2(s - m_use[:, None])
-        if WIDE:
-            alpha = _exp2_here(m_i - m_use)
-            l_i = l_i * alpha + tl.sum(b_p, 1)
-            b_p = _narrow_here(b_p, b_c.dtype)
-        else:
-            alpha = tl.exp2(m_i - m_use)
-            l_i = l_i * alpha + tl.sum(b_p, 1)
-            b_p = b_p.to(b_c.dtype)
-        acc = tl.dot(b_p, b_c, acc * alpha[:, None], input_precision=PRECISION)
-        m_i = m_new
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    if MASK != 0 or CAUSAL:  # a row may have seen nothing yet, and -inf - -inf is NaN
+        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        m_use = m_new
+    b_p = tl.exp2(s - m_use[:, None])
+    if WIDE:
+        alpha = _exp2_here(m_i - m_use)
+        l_i = l_i * alpha + tl.sum(b_p, 1)
+        b_p = _narrow_here(b_p, b_c.dtype)
+    else:
+        alpha = tl.exp2(m_i - m_use)
+        l_i = l_i * alpha + tl.sum(b_p, 1)
+        b_p = b_p.to(b_c.dtype)
+    acc = tl.dot(b_p, b_c, acc * alpha[:, None], input_precision="ieee")
+    m_i = m_new
     return acc, m_i, l_i
 
 
 @triton.jit
 def _mla_decode_kernel(
     p_q, p_qpe, p_c, p_pe, d_c, d_pe, p_mask, p_start, p_length, p_out, p_lse,
-    scale_log2, T, d_rows, never,
+    scale_log2, T, d_rows, zero,
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     stride_cb, stride_ct, stride_kb, stride_kt, stride_mb, stride_ms, stride_mt,
     H: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one batch row over one split of its context.
 
-    Grid: (row tiles, splits, batch), row tiles innermost so that those reading the same tokens run together and share L2.
-    MASK: 0 none, 1 bool, 2 additive. TMA: d_c and d_pe are descriptors of [rows, R] and [rows, P], d_rows rows a batch row.
-    never: 0, unknown to the compiler.
+    Grid: (row tiles, splits, batch): tiles that read the same tokens run together and share L2.
+    MASK: 0 none, 1 bool, 2 additive. TMA: d_c, d_pe describe [rows, R] and [rows, P], d_rows rows a batch row.
+    zero: 0, which the compiler must not know.
     """
     ROWS: tl.constexpr = H * S
     i_tile = tl.program_id(0)
@@ -208,7 +220,12 @@ def _mla_decode_kernel(
     b_qpe = b_q
     if P > 0:
         o_p = tl.arange(0, BLOCK_P)
-        p = p_qpe + i_b * stride_pb + (o_h * stride_ph + o_row_s * stride_ps)[:, None] + o_p[None, :] * stride_pr
+        p = (
+            p_qpe
+            + i_b * stride_pb
+            + (o_h * stride_ph + o_row_s * stride_ps)[:, None]
+            + o_p[None, :] * stride_pr
+        )
         b_qpe = tl.load(p, mask=m_row[:, None] & (o_p < P)[None, :], other=0.0)
         p_pe += i_b * stride_kb
     p_c += i_b * stride_cb
@@ -217,38 +234,39 @@ def _mla_decode_kernel(
     acc = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
     m_i = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_H,), tl.float32)
-    if TMA:
-        if n_seen >= BLOCK_N:
-            acc, m_i, l_i = _attend(
+    WIDE16: tl.constexpr = p_q.dtype.element_ty.primitive_bitwidth == 16
+    if TMA and n_seen < BLOCK_N:  # fewer tokens than TMA copies at once: pointers name rows one by one
+        if lo < hi:
+            acc, m_i, l_i = _fold_tile(
                 acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-                o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
+                o_s, o_row_s, m_row, limit, lo, lo, hi, scale_log2, zero,
                 stride_ct, stride_kt, stride_ms, stride_mt, S,
-                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, True, WIDE, STAGES, PRECISION,
-            )  # fmt: skip
-        else:  # fewer tokens than TMA copies at once: pointers name rows one by one
-            acc, m_i, l_i = _attend(
-                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-                o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
-                stride_ct, stride_kt, stride_ms, stride_mt, S,
-                R, P, BLOCK_R, BLOCK_P, BLOCK_H, 16, MASK, CAUSAL, False, False, 1, PRECISION,
+                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, False, WIDE16,
             )  # fmt: skip
     else:
-        acc, m_i, l_i = _attend(
-            acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
-            o_s, o_row_s, m_row, limit, lo, hi, scale_log2, never,
-            stride_ct, stride_kt, stride_ms, stride_mt, S,
-            R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, False, WIDE, STAGES, PRECISION,
-        )  # fmt: skip
+        for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+            acc, m_i, l_i = _fold_tile(
+                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
+                o_s, o_row_s, m_row, limit, t, lo, hi, scale_log2, zero,
+                stride_ct, stride_kt, stride_ms, stride_mt, S,
+                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, TMA, WIDE,
+            )  # fmt: skip
 
     out = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
     lse = tl.where(l_i == 0, float("-inf"), m_i + tl.log2(l_i))  # m is -inf only where l is 0
+    # Rows once more, from a sum the compiler cannot fold: else it keeps them in registers, and there are none left.
+    o_row = (i_tile + zero) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_row = o_row < ROWS
     if SPLITS == 1:
+        o_h = o_row % H
+        o_row_s = o_row // H
         o_out = (i_b * H + o_h) * S + o_row_s
         tl.store(p_lse + o_out, lse * LN2, mask=m_row)
     else:
         o_out = (i_split * tl.num_programs(2) + i_b) * ROWS + o_row
         tl.store(p_lse + o_out, lse, mask=m_row)
         m_row = m_row & (lo < hi)  # the combine skips a partial whose lse is -inf
+    o_r = zero + tl.arange(0, BLOCK_R)
     p = p_out + o_out[:, None] * R + o_r[None, :]
     tl.store(p, out.to(p_out.dtype.element_ty), mask=m_row[:, None] & (o_r < R)[None, :])
 

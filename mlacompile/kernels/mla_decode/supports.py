@@ -11,6 +11,7 @@ from torch import Tensor
 
 MAX_RANK = 512  # the float32 output tile of 64 rows then fills half of an SM's registers
 MAX_ROPE = 128
+MAX_BATCH = 65_535
 _INT32 = 2**31
 
 
@@ -73,6 +74,8 @@ def portable_reasons(
             reasons.append(f"one batch row of {name} spans 2^31 elements or more")
     if q_latent.numel() >= _INT32:
         reasons.append(f"q_latent has {q_latent.numel()} elements, the kernel counts rows in 32 bits")
+    if q_latent.shape[0] > MAX_BATCH:
+        reasons.append(f"batch is {q_latent.shape[0]}, the kernel's grid takes at most {MAX_BATCH}")
     if q_latent.numel() == 0 or c_kv.numel() == 0:
         reasons.append("an input is empty")
     return reasons

@@ -1,0 +1,39 @@
+"""The kernel's logic, run by Triton's interpreter in float32: masks, bounds, tails, splits, poison."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+RAGGED = {"start": True, "length": True, "poison": True}
+CASES: dict[str, list[dict[str, Any]]] = {
+    "plain": [{}, {"fused": True, "heads": 20}, {"rope": 0, "rank": 24}, {"tokens": 5}, {"tokens": 64, "rank": 64}],
+    "ragged": [RAGGED, {**RAGGED, "fused": True, "heads": 17}, {**RAGGED, "tokens": 12}, {**RAGGED, "tokens": 21}],
+    "causal": [{"queries": 3, "causal": True, **RAGGED}, {"queries": 8, "causal": True, "heads": 20, "length": True}],
+    "masked": [
+        {"mask": "bool", "poison": True},
+        {"mask": "bool", "queries": 4, **RAGGED},
+        {"mask": "additive", "queries": 3, "causal": True, **RAGGED},
+        {"mask": "additive", "poison": True},
+        {"mask": "shared", "queries": 2, "heads": 16, **RAGGED},
+    ],
+}
+TILE = {"block_h": 16, "block_n": 16, "num_warps": 4, "num_stages": 2}
+PLANS: list[dict[str, Any]] = [TILE, {**TILE, "splits": 3}]
+TMA_PLANS: list[dict[str, Any]] = [{**TILE, "tma": True}, {**TILE, "tma": True, "block_n": 32, "splits": 2}]
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_kernel_logic(family: str) -> None:
+    plans = PLANS if family == "masked" else [*PLANS, *TMA_PLANS]
+    script = Path(__file__).with_name("interpreted.py")
+    runs = [(case, plan) for case in CASES[family] for plan in plans]
+    done = subprocess.run([sys.executable, script, repr(runs)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""

@@ -13,9 +13,23 @@ pytest.importorskip("triton")
 
 RAGGED = {"start": True, "length": True, "poison": True}
 CASES: dict[str, list[dict[str, Any]]] = {
-    "plain": [{}, {"fused": True, "heads": 20}, {"rope": 0, "rank": 24}, {"tokens": 5}, {"tokens": 64, "rank": 64}],
-    "ragged": [RAGGED, {**RAGGED, "fused": True, "heads": 17}, {**RAGGED, "tokens": 12}, {**RAGGED, "tokens": 21}],
-    "causal": [{"queries": 3, "causal": True, **RAGGED}, {"queries": 8, "causal": True, "heads": 20, "length": True}],
+    "plain": [
+        {},
+        {"fused": True, "heads": 20},
+        {"rope": 0, "rank": 24},
+        {"tokens": 5},
+        {"tokens": 64, "rank": 64},
+    ],
+    "ragged": [
+        RAGGED,
+        {**RAGGED, "fused": True, "heads": 17},
+        {**RAGGED, "tokens": 12},
+        {**RAGGED, "tokens": 21},
+    ],
+    "causal": [
+        {"queries": 3, "causal": True, **RAGGED},
+        {"queries": 5, "causal": True, "heads": 5, "length": True, "tokens": 40},
+    ],
     "masked": [
         {"mask": "bool", "poison": True},
         {"mask": "bool", "queries": 4, **RAGGED},

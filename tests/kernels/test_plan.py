@@ -6,9 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlacompile.kernels.mla_decode.plan import MAX_SPLITS, Device, Shape, choose_plan, row_tiles, shared_memory
+from mlacompile.kernels.mla_decode.plan import (
+    MAX_SPLITS,
+    Device,
+    Shape,
+    choose_plan,
+    row_tiles,
+    shared_memory,
+)
 
-DEVICES = [Device(), Device((8, 0), 108, 166_912), Device((8, 9), 128, 101_376), Device((12, 0), 170, 101_376)]
+DEVICES = [
+    Device(),
+    Device((8, 0), 108, 166_912),
+    Device((8, 9), 128, 101_376),
+    Device((12, 0), 170, 101_376),
+]
 
 shapes = st.builds(
     Shape,

@@ -1,0 +1,132 @@
+"""The kernels on a GPU against float64: dtypes, odd heads, ragged and poisoned caches, masks, tails, CUDA graphs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mlacompile.ops import mla_decode
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, worst
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+#: Unit roundoff of the dtype in which P enters the second product and in which the output is stored.
+UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0.0}
+#: What DeepSeek's kernels and ours reach on random bf16 inputs, as a bound on the norm of the error.
+NORM = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+
+DEEPSEEK = LatentCase(batch=3, heads=16, tokens=1000, rank=512, rope=64, dtype=torch.bfloat16)
+
+
+def variant(**changes: object) -> LatentCase:
+    return LatentCase(**{**DEEPSEEK.__dict__, **changes})  # type: ignore[arg-type]
+
+
+RAGGED = {"start": True, "length": True, "poison": True}
+CASES = [
+    DEEPSEEK,
+    *(variant(heads=heads, fused=True, **RAGGED) for heads in (1, 3, 20, 40, 64, 128)),
+    *(variant(queries=queries, causal=True, length=True, poison=True) for queries in (2, 3, 4, 8)),
+    *(variant(heads=128, queries=queries, causal=True, **RAGGED) for queries in (2, 5)),
+    *(variant(dtype=dtype, **RAGGED) for dtype in (torch.float16, torch.float32)),
+    *(variant(dtype=dtype, heads=128, fused=True) for dtype in (torch.float16, torch.float32)),
+    *(variant(tokens=tokens, length=True, poison=True) for tokens in (1, 17, 63, 64, 65, 128)),
+    *(
+        variant(rank=rank, rope=rope, **RAGGED)
+        for rank, rope in ((256, 32), (320, 64), (96, 0), (40, 8), (20, 10), (512, 0))
+    ),
+    *(variant(mask=mask, poison=True) for mask in ("bool", "additive", "shared")),
+    *(variant(mask=mask, heads=128, queries=2, **RAGGED) for mask in ("bool", "additive")),
+    *(
+        variant(mask="bool", heads=16, queries=4, dtype=dtype, **RAGGED)
+        for dtype in (torch.float16, torch.float32)
+    ),
+    variant(batch=1, tokens=20_000, heads=16, length=True),
+    variant(batch=140, tokens=300, heads=8, **RAGGED),
+]
+
+
+def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    dtype = out.dtype
+    want = exact(inputs, unit=2**-22, operand_unit=UNIT[dtype])
+    assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
+    assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
+    if want.out.norm() > 0:
+        assert (out.double() - want.out).norm() / want.out.norm() <= NORM[dtype]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case: LatentCase) -> None:
+    inputs = make_inputs(case, device="cuda")
+    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")
+    check(inputs, out, lse)
+    again, lse_again = mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")
+    assert torch.equal(out, again), "a result that changes between runs is a race"
+    assert torch.equal(lse, lse_again)
+
+
+def test_static_cache_longer_than_its_rows() -> None:
+    """A slice of a larger cache: batch rows lie further apart than T tokens."""
+    inputs = make_inputs(variant(tokens=500, fused=True), device="cuda")
+    q, q_pe, c_kv, k_pe, *rest = inputs.tensors
+    inputs.tensors = (q, q_pe, c_kv[:, :300], k_pe[:, :300], *rest)
+    check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton"))
+
+
+def test_replays_from_a_graph_with_new_lengths() -> None:
+    """Bounds are read on the device: a captured launch follows them, however short or long a row becomes."""
+    inputs = make_inputs(variant(batch=4, heads=16, length=True), device="cuda")
+    length = inputs.tensors[6]
+    assert length is not None
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        return mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = call()
+    for lengths in ([1000, 1, 64, 513], [0, 63, 65, 1000], [7, 7, 7, 7]):
+        length.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(inputs, out, lse)
+
+
+def test_cache_beyond_two_to_the_31_elements() -> None:
+    """Offsets of batch rows are 64-bit; only the last rows are compared."""
+    b, t, r, p = 64, 65_536, 512, 64
+    if torch.cuda.mem_get_info()[0] < 2.5 * b * t * (r + p):
+        pytest.skip("needs 6 GB of free GPU memory")
+    cache = torch.empty(b, t, r + p, dtype=torch.bfloat16, device="cuda")
+    cache[-1].normal_()
+    q, q_pe = (
+        torch.randn(b, 16, 1, r, device="cuda").bfloat16(),
+        torch.randn(b, 16, 1, p, device="cuda").bfloat16(),
+    )
+    length = torch.zeros(b, dtype=torch.int32, device="cuda")
+    length[-1] = t
+    scale = (r + p) ** -0.5
+    out, lse = mla_decode(
+        q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, kernel="triton"
+    )
+    last = LatentInputs(
+        (q[-1:], q_pe[-1:], cache[-1:, :, :r], cache[-1:, :, r:], None, None, None), {"scale": scale}
+    )
+    check(last, out[-1:], lse[-1:])
+    assert torch.equal(out[:-1], torch.zeros_like(out[:-1]))
+    assert (lse[:-1] == -math.inf).all()
+
+
+def test_auto_takes_the_kernel() -> None:
+    inputs = make_inputs(DEEPSEEK, device="cuda")
+    forced = mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")[0]
+    assert torch.equal(mla_decode(*inputs.tensors, **inputs.keywords)[0], forced)

@@ -46,7 +46,7 @@ class Pipeline:
         dump_graph(self.options.dump, self.name, "2-functional", gm)
         with self.stage("canonicalize"):
             canonicalize_softmax(gm.graph)
-        dump_graph(self.options.dump, self.name, "1-canonical", gm)
+        dump_graph(self.options.dump, self.name, "3-canonical", gm)
         with self.stage("recognize"):
             found = list(Recognizer(gm.graph, self._weights(gm)).find())
         self._rewrite(gm, found)

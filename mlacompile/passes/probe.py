@@ -221,7 +221,7 @@ def _interpret(prober: _Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) -
     if len(sources) != 1:
         raise WalkError(f"values are made of {len(sources)} latents; exactly one was expected")
     c_kv = sources[0]
-    others = [i for i in latents if i != c_kv]
+    others = [i for i in latents if i != c_kv and bool((k.factors[i] != 0).any())]
     if any(k.weighted(i) for i in others):
         raise WalkError("keys and values are projected from two different latents")
     if k.plain(c_kv):

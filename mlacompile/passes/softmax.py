@@ -20,6 +20,15 @@ from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
 MASKED = -1e4  # a score this low, or lower, has probability zero in float32
+_RESHAPE = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
 _PASS = REARRANGE | {aten._to_copy.default: REARRANGE[aten.clone.default], aten.expand.default: None}
 
 
@@ -145,7 +154,7 @@ def _push(node: Node, dims: Dims) -> Dims | None:
     shape = shape_of(node)
     if shape is None or node.target not in _PASS:
         return None
-    if node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+    if node.target in _RESHAPE:
         return regroup([a for d in dims for a in d], shape)
     if node.target in (aten.transpose.int, aten.permute.default):
         if node.target is aten.permute.default:

@@ -6,6 +6,7 @@ eager, stock torch.compile and mlacompile, and the logits of all three are compa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("mlacompile-demo.png"),
 ) -> None:
     """Build a small random DeepSeek-V3, rewrite it, check it, time it, plot it."""
+    # Read when torch is imported. Spinning threads (the default) make every runner crawl where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from mlacompile.errors import UnsupportedInputError

@@ -115,13 +115,13 @@ def launches(
         "d_pe": _descriptor(k_pe, [plan.block_n, block_p]) if plan.tma and k_pe is not None else None,
         "p_mask": mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
         "p_start": start, "p_length": length, "p_out": partial, "p_lse": partial_lse,
-        "scale_log2": scale * math.log2(math.e), "T": c_kv.shape[1],
+        "scale_log2": scale * math.log2(math.e), "H": h, "S": s, "T": c_kv.shape[1],
         "d_rows": _rows_apart(c_kv) if plan.tma else 0, "zero": 0,
         **_strides("q", "bhsr", q_latent), **_strides("p", "bhsr", q_pe),
         **_strides("c", "bt", c_kv), **_strides("k", "bt", k_pe), **_strides("m", "bst", mask),
-        "H": h, "S": s, "R": r, "P": shape.rope,
+        "R": r, "P": shape.rope,
         "BLOCK_H": plan.block_h, "BLOCK_N": plan.block_n, "BLOCK_R": block_r, "BLOCK_P": block_p,
-        "BLOCK_S": queries_in_tile(plan, shape), "SPLITS": plan.splits,
+        "BLOCK_S": queries_in_tile(plan, shape), "SPLIT": plan.splits > 1,
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         "CAUSAL": causal and s > 1, "TMA": plan.tma, "WIDE": plan.wide, "STAGES": plan.num_stages, "PDL": pdl,
     }  # fmt: skip
@@ -144,7 +144,7 @@ def _combine(
     block_c = min(planning.next_power_of_2(shape.rank), 128 if n_rows < 512 else 512)
     arguments = {
         "p_part": partial, "p_part_lse": partial_lse, "p_out": out, "p_lse": lse, "n_rows": n_rows,
-        "H": shape.heads, "S": shape.queries, "R": shape.rank, "SPLITS": plan.splits,
+        "n_splits": plan.splits, "H": shape.heads, "S": shape.queries, "R": shape.rank,
         "BLOCK_SPLITS": planning.next_power_of_2(plan.splits), "BLOCK_C": block_c,
         "CHUNK": min(planning.next_power_of_2(plan.splits), 16), "PDL": pdl,
     }  # fmt: skip

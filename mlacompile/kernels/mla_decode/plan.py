@@ -77,7 +77,8 @@ def block_rope(shape: Shape) -> int:
 def shared_memory(plan: Plan, shape: Shape) -> int:
     """An upper estimate of the bytes of shared memory of the main kernel: queries, stages of cache, P, reductions."""
     width = (block_rank(shape) + block_rope(shape)) * shape.itemsize
-    stages = max(plan.num_stages - (shape.itemsize == 4), 1)
+    # The pipeliner keeps one tile more where wgmma may still be reading it.
+    stages = plan.num_stages if plan.block_h >= 64 else max(plan.num_stages - 1, 1)
     return (
         plan.block_h * width
         + stages * plan.block_n * width
@@ -106,16 +107,16 @@ def choose_tiles(shape: Shape, device: Device) -> Plan:
 
 def _candidates(shape: Shape, device: Device) -> Iterator[Plan]:
     if shape.itemsize == 4:  # products on the CUDA cores, in IEEE float32
-        yield from (Plan(16, n, 8, 2) for n in (32, 16))
+        yield from (Plan(16, n, 8, stages) for n, stages in ((32, 3), (16, 3), (16, 2)))
     elif device.capability[0] == 9 and (shape.rows > 16 or shape.descriptors):
         # wgmma needs 64 rows. Even mostly empty ones keep up with memory, as TMA spares the threads the copying.
         for n, stages in ((64, 4), (64, 3), (64, 2), (32, 3), (32, 2)):
             yield Plan(64, n, 8, stages, tma=shape.descriptors, wide=True)
     elif shape.rows > 16:
-        yield Plan(32, 32, 8, 2)
+        yield Plan(32, 32, 8, 3)
     else:
-        yield Plan(16, 64, 4, 2)
-    yield from (Plan(16, n, 4, 2) for n in (32, 16))
+        yield Plan(16, 64, 4, 3)
+    yield from (Plan(16, n, 4, 3) for n in (32, 16))
 
 
 def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:

@@ -162,12 +162,12 @@ def _fold_tile(
 @triton.jit
 def _mla_decode_kernel(
     p_q, p_qpe, p_c, p_pe, d_c, d_pe, p_mask, p_start, p_length, p_out, p_lse,
-    scale_log2, T, d_rows, zero,
+    scale_log2, H, S, T, d_rows, zero,
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     stride_cb, stride_ct, stride_kb, stride_kt, stride_mb, stride_ms, stride_mt,
-    H: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one batch row over one split of its context.
@@ -176,15 +176,15 @@ def _mla_decode_kernel(
     MASK: 0 none, 1 bool, 2 additive. TMA: d_c, d_pe describe [rows, R] and [rows, P], d_rows rows a batch row.
     zero: 0, which the compiler must not know.
     """
-    ROWS: tl.constexpr = H * S
     i_tile = tl.program_id(0)
     i_split = tl.program_id(1)
+    n_splits = tl.num_programs(1)
     i_b = tl.program_id(2).to(tl.int64)
     if PDL:
         gdc_launch_dependents()
 
     o_row = i_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    m_row = o_row < ROWS
+    m_row = o_row < H * S
     o_h = o_row % H
     o_row_s = o_row // H
     i_s = (i_tile * BLOCK_H) // H  # the first query of the tile
@@ -207,7 +207,7 @@ def _mla_decode_kernel(
 
     # This program's stretch of [lo, hi), a whole number of tiles counted from lo: only the very last can be partial.
     n_seen = hi - lo
-    per_split = tl.cdiv(tl.maximum(tl.cdiv(n_seen, BLOCK_N), 0), SPLITS)
+    per_split = tl.cdiv(tl.maximum(tl.cdiv(n_seen, BLOCK_N), 0), n_splits)
     lo = lo + i_split * per_split * BLOCK_N
     hi = tl.minimum(hi, lo + per_split * BLOCK_N)
     if MASK != 0:
@@ -256,14 +256,14 @@ def _mla_decode_kernel(
     lse = tl.where(l_i == 0, float("-inf"), m_i + tl.log2(l_i))  # m is -inf only where l is 0
     # Rows once more, from a sum the compiler cannot fold: else it keeps them in registers, and there are none left.
     o_row = (i_tile + zero) * BLOCK_H + tl.arange(0, BLOCK_H)
-    m_row = o_row < ROWS
-    if SPLITS == 1:
+    m_row = o_row < H * S
+    if not SPLIT:
         o_h = o_row % H
         o_row_s = o_row // H
         o_out = (i_b * H + o_h) * S + o_row_s
         tl.store(p_lse + o_out, lse * LN2, mask=m_row)
     else:
-        o_out = (i_split * tl.num_programs(2) + i_b) * ROWS + o_row
+        o_out = (i_split * tl.num_programs(2) + i_b) * (H * S) + o_row
         tl.store(p_lse + o_out, lse, mask=m_row)
         m_row = m_row & (lo < hi)  # the combine skips a partial whose lse is -inf
     o_r = zero + tl.arange(0, BLOCK_R)
@@ -273,9 +273,8 @@ def _mla_decode_kernel(
 
 @triton.jit
 def _mla_combine_kernel(
-    p_part, p_part_lse, p_out, p_lse, n_rows,
-    H: tl.constexpr, S: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    p_part, p_part_lse, p_out, p_lse, n_rows, n_splits, H, S,
+    R: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = sum of partials weighted by 2^(lse - max lse). Grid: (batch * rows, column chunks)."""
     i_row = tl.program_id(0)
@@ -283,16 +282,18 @@ def _mla_combine_kernel(
     if PDL:
         gdc_wait()
     o_split = tl.arange(0, BLOCK_SPLITS)
-    lse = tl.load(p_part_lse + o_split * n_rows + i_row, mask=o_split < SPLITS, other=float("-inf"))
+    lse = tl.load(p_part_lse + o_split * n_rows + i_row, mask=o_split < n_splits, other=float("-inf"))
     peak = tl.max(lse, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(lse - peak), 0)
     acc = tl.zeros((BLOCK_C,), tl.float32)
-    for split in tl.static_range(0, SPLITS, CHUNK):
-        o_split = split + tl.arange(0, CHUNK)
-        part_lse = tl.load(p_part_lse + o_split * n_rows + i_row, mask=o_split < SPLITS, other=float("-inf"))
+    for split in range(0, n_splits, CHUNK):
+        o_part = split + tl.arange(0, CHUNK)
+        part_lse = tl.load(
+            p_part_lse + o_part * n_rows + i_row, mask=o_part < n_splits, other=float("-inf")
+        )
         written = part_lse != float("-inf")
-        p = p_part + (o_split[:, None].to(tl.int64) * n_rows + i_row) * R + o_c[None, :]
+        p = p_part + (o_part[:, None].to(tl.int64) * n_rows + i_row) * R + o_c[None, :]
         part = tl.load(p, mask=written[:, None] & (o_c < R)[None, :], other=0.0)
         acc += tl.sum(part * tl.exp2(part_lse - peak)[:, None], 0)
     out = acc / tl.where(total == 0, 1.0, total)

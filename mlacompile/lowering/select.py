@@ -48,10 +48,10 @@ def place_kernels(gm: GraphModule, chosen: dict[Node, str]) -> None:
     """Write the choice into the graph: a kernel's name, or the reference body in place of the op."""
     for node, name in chosen.items():
         kwargs = dict(node.kwargs)
-        kwargs.pop("kernel", None)
+        kwargs.pop("impl", None)
         if name == "inductor":
             node.target = mla_decode_reference
         elif name in {k.name for k in registry.kernels("mla_decode")}:
-            kwargs["kernel"] = name
+            kwargs["impl"] = name
         node.kwargs = kwargs
     gm.recompile()

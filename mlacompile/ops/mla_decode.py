@@ -104,7 +104,7 @@ def mla_decode(
     *,
     scale: float,
     causal: bool = False,
-    kernel: str = "auto",
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """softmax((q_latent @ c_kv^T + q_pe @ k_pe^T) * scale) @ c_kv, and the logarithm of the softmax's denominator.
 
@@ -117,27 +117,27 @@ def mla_decode(
         start, length: int32 [B]: the row sees tokens start <= t < length. Default 0 and T.
         scale: multiplies the scores, before an additive mask is added.
         causal: query s also sees only t <= length - S + s.
-        kernel: "auto", "reference", or the name of a kernel, which then must support the inputs.
+        impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
 
     Returns:
         out [B, H, S, R] in the dtype of ``q_latent`` and lse [B, H, S] in float32 (natural logarithm). A query that
         sees nothing gets 0 and -inf. A cache row that no query of its batch row sees never reaches a result, NaN or
         not; a NaN in a row that some query sees reaches that query and may reach others of its batch row.
     """
-    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, kernel)
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
     c_kv = _last_dim_contiguous(c_kv)
     k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
     tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
-    if kernel == "auto":
+    if impl == "auto":
         for candidate in registry.kernels("mla_decode"):
             if not candidate.supports(*tensors, scale=scale, causal=causal):
                 return candidate.run(*tensors, scale=scale, causal=causal)
-    elif kernel != "reference":
-        chosen = registry.find("mla_decode", kernel)
+    elif impl != "reference":
+        chosen = registry.find("mla_decode", impl)
         if reasons := chosen.supports(*tensors, scale=scale, causal=causal):
             raise UnsupportedInputError(
-                f"mla_decode: kernel {kernel!r} cannot take these inputs: {'; '.join(reasons)}. "
-                "Use kernel='auto' to fall back to one that can."
+                f"mla_decode: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}. "
+                "Use impl='auto' to fall back to one that can."
             )
         return chosen.run(*tensors, scale=scale, causal=causal)
     return mla_decode_reference(*tensors, scale=scale, causal=causal)
@@ -155,9 +155,9 @@ def _mla_decode_fake(
     *,
     scale: float,
     causal: bool = False,
-    kernel: str = "auto",
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, kernel)
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
     b, h, s, r = q_latent.shape
     return q_latent.new_empty(b, h, s, r), q_latent.new_empty(b, h, s, dtype=torch.float32)
 
@@ -174,7 +174,7 @@ def _check(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
-    kernel: str,
+    impl: str,
 ) -> None:
     """Raise UnsupportedInputError naming the argument, what it was, what it should be and what to do."""
     if q_latent.dim() != 4 or c_kv.dim() != 3:
@@ -215,9 +215,9 @@ def _check(
                 f"Move {name} with .to(q_latent.device)."
             )
     names = ("auto", "reference", *registry.names("mla_decode"))
-    if kernel not in names:
+    if impl not in names:
         raise UnsupportedInputError(
-            f"mla_decode: got kernel={kernel!r}; expected one of {', '.join(names)}. 'auto' picks the best."
+            f"mla_decode: got impl={impl!r}; expected one of {', '.join(names)}. 'auto' picks the best."
         )
 
 

@@ -66,7 +66,7 @@ def absorb(site: MLASite, options: Options) -> Node:
         torch.ops.mlacompile.mla_decode.default,
         *(q_latent, q_pe, c_kv, k_pe, mask, None, None),
         scale=attention.scale,
-        kernel=options.kernel,
+        impl=options.kernel,
     )
     out = _up(emit, emit(operator.getitem, decode, 0), weight_view(emit, site, found.w_uv), transposed=True)
     out = _scaled(emit, out, found.w_uv.scale)

@@ -122,7 +122,7 @@ def _rewritten(site: MLASite, options: Options, data: _StandIn) -> Tensor:
         cone=Cone(small, [], [leaves[n] for n in cone.latents], [leaves[n] for n in cone.weights]),
     )
     decode = absorb(stand_in, options)
-    decode.kwargs = {key: value for key, value in decode.kwargs.items() if key != "kernel"}
+    decode.kwargs = {key: value for key, value in decode.kwargs.items() if key != "impl"}
     decode.target = mla_decode_reference
     graph.eliminate_dead_code()
     return GraphModule({}, graph)(*feeds)  # type: ignore[no-any-return]

@@ -63,9 +63,9 @@ def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case: LatentCase) -> None:
     inputs = make_inputs(case, device="cuda")
-    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")
+    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")
     check(inputs, out, lse)
-    again, lse_again = mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")
+    again, lse_again = mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")
     assert torch.equal(out, again), "a result that changes between runs is a race"
     assert torch.equal(lse, lse_again)
 
@@ -75,7 +75,7 @@ def test_static_cache_longer_than_its_rows() -> None:
     inputs = make_inputs(variant(tokens=500, fused=True), device="cuda")
     q, q_pe, c_kv, k_pe, *rest = inputs.tensors
     inputs.tensors = (q, q_pe, c_kv[:, :300], k_pe[:, :300], *rest)
-    check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton"))
+    check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, impl="triton"))
 
 
 def test_replays_from_a_graph_with_new_lengths() -> None:
@@ -85,7 +85,7 @@ def test_replays_from_a_graph_with_new_lengths() -> None:
     assert length is not None
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
-        return mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")
+        return mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")
 
     call()
     torch.cuda.synchronize()
@@ -116,7 +116,7 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
     length[-1] = t
     scale = (r + p) ** -0.5
     out, lse = mla_decode(
-        q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, kernel="triton"
+        q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, impl="triton"
     )
     last = LatentInputs(
         (q[-1:], q_pe[-1:], cache[-1:, :, :r], cache[-1:, :, r:], None, None, None), {"scale": scale}
@@ -128,5 +128,5 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
 
 def test_auto_takes_the_kernel() -> None:
     inputs = make_inputs(DEEPSEEK, device="cuda")
-    forced = mla_decode(*inputs.tensors, **inputs.keywords, kernel="triton")[0]
+    forced = mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")[0]
     assert torch.equal(mla_decode(*inputs.tensors, **inputs.keywords)[0], forced)

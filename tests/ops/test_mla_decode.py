@@ -113,8 +113,8 @@ def bad(**changes: Any) -> None:
         ({"length": torch.tensor([1, 2])}, "length.to"),
         ({"start": torch.tensor([1], dtype=torch.int32)}, "one value a batch row"),
         ({"mask": torch.ones(2, 2, 7, dtype=torch.bool, device="meta")}, "expected one device"),
-        ({"kernel": "fastest"}, "expected one of auto, reference, triton"),
-        ({"kernel": "triton"}, "cannot take these inputs: .*CUDA"),
+        ({"impl": "fastest"}, "expected one of auto, reference, triton"),
+        ({"impl": "triton"}, "cannot take these inputs: .*CUDA"),
     ],
 )
 def test_bad_input_says_what_to_do(changes: dict[str, Any], message: str) -> None:
@@ -133,7 +133,7 @@ def test_bad_input_says_what_to_do(changes: dict[str, Any], message: str) -> Non
 )
 def test_opcheck(case: LatentCase) -> None:
     inputs = make_inputs(case)
-    torch.library.opcheck(mla_decode, inputs.tensors, {**inputs.keywords, "kernel": "reference"})
+    torch.library.opcheck(mla_decode, inputs.tensors, {**inputs.keywords, "impl": "reference"})
 
 
 def test_fake_keeps_symbolic_shapes() -> None:

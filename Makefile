@@ -14,9 +14,9 @@ JOBS ?= 2
 TESTS ?=
 PYTEST_ARGS ?=
 
-# Threads sleep while they wait for each other. The default spins, which on a machine with anything else to do (two test
-# processes, say) makes every parallel loop on the CPU up to fifty times slower, whoever compiled it.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for each other spin shortly and then sleep. The default spins long, which on a machine with anything else
+# to do (two test processes, say) makes every parallel loop on the CPU up to fifty times slower, whoever compiled it.
+export GOMP_SPINCOUNT ?= 1000
 
 ifeq ($(strip $(VENV)),)
 PY := PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)

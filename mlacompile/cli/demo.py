@@ -56,8 +56,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("mlacompile-demo.png"),
 ) -> None:
     """Build a small random DeepSeek-V3, rewrite it, check it, time it, plot it."""
-    # Read when torch is imported. Spinning threads (the default) make every runner crawl where cores are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is imported. Threads that spin long (the default) make every runner crawl where cores are shared.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
 
     from mlacompile.errors import UnsupportedInputError

@@ -168,12 +168,12 @@ def _compiled(model: nn.Module, runner: str) -> Any:
 
 
 def _table(steps: list[Step]) -> Table:
-    table = Table(title="One decode step, batch 1 (ms a token)", title_justify="left")
+    table = Table(title="One decode step, batch 1, ms a token (speedup: over torch.compile)", title_justify="left")
     table.add_column("context", justify="right")
     for runner in RUNNERS:
         table.add_column(runner, justify="right")
-    table.add_column("speedup over torch.compile", justify="right")
-    table.add_column("logits against eager", justify="right")
+    table.add_column("speedup", justify="right")
+    table.add_column("logits vs. eager", justify="right")
     for step in steps:
         speedup = step.ms["torch.compile"] / step.ms["mlacompile"]
         times = [f"{step.ms[runner]:.2f}" for runner in RUNNERS]

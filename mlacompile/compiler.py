@@ -20,7 +20,7 @@ from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.inductor import compile_rest
 from mlacompile.options import Options, check_mode
 from mlacompile.passes.canonicalize import canonicalize_sdpa, may_hold_attention
-from mlacompile.passes.functionalize import functionalize, nested_context
+from mlacompile.passes.functionalize import carry_dynamo_marks, functionalize, nested_context
 from mlacompile.passes.pipeline import Pipeline
 from mlacompile.passes.verify import verified_once
 from mlacompile.report import JOURNAL, Report
@@ -89,6 +89,7 @@ def compile_graph(
     pipeline = Pipeline(options, [_is_weight(n, x) for n, x in _inputs(gm, example_inputs)], f"graph{next(_graphs)}")
     dump_graph(options.dump, pipeline.name, "0-dynamo", gm)
     canonical = canonicalize_sdpa(gm)
+    carry_dynamo_marks(gm, canonical)
     dump_graph(options.dump, pipeline.name, "1-canonical", canonical)
 
     def stages(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:

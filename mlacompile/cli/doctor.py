@@ -59,9 +59,7 @@ def _devices() -> list[dict[str, Any]]:
 def _backend() -> dict[str, Any]:
     """Whether torch.compile finds the backend by its name, and whether it loads."""
     registered = any(e.name == "mlacompile" for e in metadata.entry_points(group="torch_dynamo_backends"))
-    reasons = (
-        [] if registered else ["no entry point: install the package (pip install -e .), or import mlacompile"]
-    )
+    reasons = [] if registered else ["no entry point: install the package (pip install -e .), or import mlacompile"]
     loads = True
     try:
         from mlacompile import backend

@@ -127,6 +127,7 @@ def mla_decode(
     _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
     c_kv = _last_dim_contiguous(c_kv)
     k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
+    start, length = (None if x is None else x.contiguous() for x in (start, length))
     tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
     if impl == "auto":
         for candidate in registry.kernels("mla_decode"):

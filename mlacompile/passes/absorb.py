@@ -18,6 +18,7 @@ from mlacompile.options import Options
 from mlacompile.passes.axes import Size
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.probe import WeightView
+from mlacompile.passes.ranges import bounds_of, emit_range
 from mlacompile.passes.recognize import MLASite, mask_without_heads
 from mlacompile.passes.views import View
 
@@ -61,10 +62,10 @@ def absorb(site: MLASite, options: Options) -> Node:
         q_pe = _scaled(emit, _rows(emit, attention.q, found.pe_rows), found.pe_scale)
         k_pe = emit.arrange(site.k_pe, site.cone.dims[site.k_pe], "BTD")
     c_kv = emit.arrange(site.c_kv, site.cone.dims[site.c_kv], "BTD")
-    mask = _mask(emit, site)
+    mask, start, length = _visibility(emit, site)
     decode = emit(
         torch.ops.mlacompile.mla_decode.default,
-        *(q_latent, q_pe, c_kv, k_pe, mask, None, None),
+        *(q_latent, q_pe, c_kv, k_pe, mask, start, length),
         scale=attention.scale,
         impl=options.kernel,
     )
@@ -125,6 +126,18 @@ def _add_bias(emit: Emitter, site: MLASite, found: WeightView, out: Node) -> Nod
     bias = _scaled(emit, weight_view(emit, site, found), found.scale)  # [H, V, 1]
     row = emit.permute(bias, [0, 2, 1])  # [H, 1, V]
     return emit(aten.add.Tensor, out, emit(aten.unsqueeze.default, row, 0))
+
+
+def _visibility(emit: Emitter, site: MLASite) -> tuple[Node | None, Node | None, Node | None]:
+    """Which tokens a query sees: a mask, or start and length of a range when the mask says no more than that."""
+    mask = site.attention.mask
+    shared = None if mask is None else mask_without_heads(mask)
+    if shared is None or site.attention.queries != 1 or shared.meta["val"].dtype is not torch.bool:
+        return _mask(emit, site), None, None
+    bounds = bounds_of(shared)
+    if bounds is None or site.attention.causal:
+        return _mask(emit, site), None, None
+    return None, *emit_range(emit, bounds, emit.size(site.attention.q, 0))
 
 
 def _mask(emit: Emitter, site: MLASite) -> Node | None:

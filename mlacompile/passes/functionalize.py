@@ -30,7 +30,7 @@ def functionalize(gm: GraphModule, example_inputs: Sequence[Any], then: Stage) -
     direct: list[Compiled] = []
 
     def compile_functional(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        _copy_static_marks(gm, graph)
+        carry_dynamo_marks(gm, graph)
         context = TracingContext.try_get()
         compiled = then(graph, inputs)
         if context is not None and _is_plain(context.fw_metadata, gm, graph):
@@ -55,13 +55,18 @@ def _no_backward(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
     raise AssertionError("a graph that needs gradients reached the inference pipeline")
 
 
-def _copy_static_marks(source: GraphModule, target: GraphModule) -> None:
-    """Keep which inputs have static addresses (parameters, static caches): CUDA graphs need it."""
+def carry_dynamo_marks(source: GraphModule, target: GraphModule) -> None:
+    """Make a graph derived from Dynamo's count as one: which inputs have static addresses (parameters, static caches) is read
+    from these marks, and without them CUDA graphs would copy every weight and refuse to write the cache.
+    """
     before = source.graph.find_nodes(op="placeholder")
     after = target.graph.find_nodes(op="placeholder")
-    if len(before) != len(after):
+    if len(before) != len(after) or "dynamo_compile_id" not in source.meta:
         return
+    target.meta["dynamo_compile_id"] = source.meta["dynamo_compile_id"]
+    target._param_name_to_source = getattr(source, "_param_name_to_source", {})
     for old, new in zip(before, after, strict=True):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
         if "tensor_dict" in old.meta:
             new.meta["tensor_dict"] = old.meta["tensor_dict"]
 

@@ -22,11 +22,18 @@ def uses_cuda(example_inputs: Sequence[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
 
 
+def is_dynamic(example_inputs: Sequence[Any]) -> bool:
+    """Whether any size is symbolic."""
+    return any(
+        isinstance(x, torch.SymInt)
+        or (isinstance(x, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in x.shape))
+        for x in example_inputs
+    )
+
+
 def cudagraph_patches(example_inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
     """Inductor settings for the ``cudagraphs`` option; automatic means: on CUDA, unless the mode says no."""
     wanted = options.cudagraphs
     if wanted is None:
         wanted = uses_cuda(example_inputs) and mode not in _WITHOUT
-    return {"triton.cudagraphs": wanted, "triton.cudagraph_skip_dynamic_graphs": True} if wanted else {
-        "triton.cudagraphs": False
-    }
+    return {"triton.cudagraphs": wanted and not is_dynamic(example_inputs)}

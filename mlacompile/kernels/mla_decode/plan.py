@@ -108,14 +108,15 @@ def choose_tiles(shape: Shape, device: Device) -> Plan:
 def _candidates(shape: Shape, device: Device) -> Iterator[Plan]:
     if shape.itemsize == 4:  # products on the CUDA cores, in IEEE float32
         yield from (Plan(16, n, 8, stages) for n, stages in ((32, 3), (16, 3), (16, 2)))
-    elif device.capability[0] == 9 and (shape.rows > 16 or shape.descriptors):
-        # wgmma needs 64 rows. Even mostly empty ones keep up with memory, as TMA spares the threads the copying.
+    elif shape.rows <= 16 or (device.capability[0] == 9 and shape.batch * -(-shape.rows // 64) <= 2):
+        # Little work for each token: small tiles start sooner, and rows that share tokens find them in L2.
+        yield from (Plan(16, n, w, 3) for n, w in ((64, 8), (32, 4)))
+    elif device.capability[0] == 9:
+        # wgmma needs 64 rows.
         for n, stages in ((64, 4), (64, 3), (64, 2), (32, 3), (32, 2)):
             yield Plan(64, n, 8, stages, tma=shape.descriptors, wide=True)
-    elif shape.rows > 16:
-        yield Plan(32, 32, 8, 3)
     else:
-        yield Plan(16, 64, 4, 3)
+        yield Plan(32, 32, 8, 3)
     yield from (Plan(16, n, 4, 3) for n in (32, 16))
 
 

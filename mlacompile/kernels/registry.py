@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 #: op -> the package that holds its kernels
-_FAMILIES = {"mla_decode": "mlacompile.kernels.mla_decode"}
+_FAMILIES = {"mla_decode": "mlacompile.kernels.mla_decode", "row_product": "mlacompile.kernels.row_product"}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from mlacompile.lowering import single_row
 from mlacompile.lowering.cudagraphs import cudagraph_patches
 from mlacompile.options import Options
 
@@ -21,12 +20,7 @@ def compile_rest(gm: GraphModule, example_inputs: Sequence[Any], options: Option
         return gm.forward  # type: ignore[return-value]
     from torch._inductor.compile_fx import compile_fx
 
-    settings = _patches(example_inputs, options, mode)
-    table = None
-    if single_row.has_single_row_products(gm):
-        settings |= single_row.patches()
-        table = single_row.decompositions()
-    return compile_fx(gm, list(example_inputs), config_patches=settings, decompositions=table)  # type: ignore[return-value]
+    return compile_fx(gm, list(example_inputs), config_patches=_patches(example_inputs, options, mode))  # type: ignore[return-value]
 
 
 def _patches(example_inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:

@@ -1,54 +1,47 @@
-"""Products with one row: decoding one sequence reads every weight once to use it once.
+"""Products with one row: decoding one sequence reads every weight once, to use it once.
 
-Such a product is a reduction, and Inductor's reductions, tuned by coordinate descent, reach memory bandwidth and take the norm or the
-gate before them along. They win where the weight has at least as many output rows as it is long; a long reduction to few outputs is
-better cut into pieces, which is what cuBLAS does, and so are the batched absorbed products.
+``mm(x [1, K], wᵀ)`` becomes ``mlacompile::row_product`` where a kernel takes it. Libraries tile such a product for a matrix unit that has
+nothing to do, and reach two thirds of the memory bandwidth.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mlacompile.kernels import registry
+
 aten = torch.ops.aten
 
-
-def has_single_row_products(gm: GraphModule) -> bool:
-    """Whether any matrix product on a CUDA device has exactly one row."""
-    return any(_is_single_row(n) for n in gm.graph.find_nodes(op="call_function", target=aten.mm.default))
+#: Below this many weight elements a launch costs more than the reading.
+SMALLEST = 1 << 18
 
 
-def _is_single_row(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.device.type == "cuda" and _static_one(value.shape[0])
+def place_row_products(gm: GraphModule) -> int:
+    """Replace the products of a functional ATen graph that have one row on a CUDA device; returns how many."""
+    placed = 0
+    for node, x, weight in _products(gm):
+        kernel = next((k for k in registry.kernels("row_product") if not k.supports(x.meta["val"], weight.meta["val"])), None)
+        if kernel is None:
+            continue
+        node.target = torch.ops.mlacompile.row_product.default
+        node.args, node.kwargs = (x, weight), {"impl": kernel.name}
+        placed += 1
+    return placed
 
 
-def _static_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def patches() -> dict[str, Any]:
-    """Inductor settings for a graph with such products."""
-    return {"coordinate_descent_tuning": True}
-
-
-def decompositions() -> dict[Any, Any]:
-    """Inductor's table, with one-row products as reductions where those are faster."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    return {**select_decomp_table(), aten.mm.default: _mm, aten.bmm.default: _bmm}
-
-
-def _mm(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    k, n = weight.shape
-    static = isinstance(k, int) and isinstance(n, int)
-    if out_dtype is None and _static_one(x.shape[0]) and static and n >= k:
-        return (x.unsqueeze(2) * weight.unsqueeze(0)).sum(dim=1)
-    return NotImplemented
-
-
-def _bmm(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    return NotImplemented
+def _products(gm: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
+    """Products of one static row with the transpose of a large matrix: (node, x, weight)."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default):
+        x, transposed = node.args
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.device.type != "cuda" or isinstance(value.shape[0], torch.SymInt):
+            continue
+        if value.shape[0] != 1 or transposed.target is not aten.t.default:
+            continue
+        weight = transposed.args[0]
+        if weight.meta["val"].numel() >= SMALLEST:
+            yield node, x, weight

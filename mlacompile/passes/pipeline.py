@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from mlacompile.errors import RefusedSiteError
 from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.select import place_kernels, select
+from mlacompile.lowering.single_row import place_row_products
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
 from mlacompile.passes.canonicalize import canonicalize_softmax, restore
@@ -114,6 +115,10 @@ class Pipeline:
             self.sites.append(_absorbed(site, decode, why, kernel, passed))
         with self.stage("lower"):
             place_kernels(gm, kernels)
+            if kernels and self.options.kernel == "auto":
+                placed = place_row_products(gm)
+                if placed:
+                    self.notes.append(f"{placed} products with a single row read their weights by row_product")
 
     def _validate(self, site: MLASite, known: dict[Any, Verdict]) -> Verdict | None:
         if self.options.verify == "off":

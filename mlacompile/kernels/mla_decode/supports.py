@@ -30,7 +30,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _device_reasons(device: torch.device) -> list[str]:
+def device_reasons(device: torch.device) -> list[str]:
     if not _triton_installed():
         return ["triton is not installed (pip install triton)"]
     if interpreted():
@@ -56,7 +56,7 @@ def portable_reasons(
     causal: bool = False,
 ) -> list[str]:
     """Why the portable kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
-    reasons = _device_reasons(q_latent.device)
+    reasons = device_reasons(q_latent.device)
     dtypes = (torch.float32,) if interpreted() else (torch.float32, torch.bfloat16, torch.float16)
     if q_latent.dtype not in dtypes:
         reasons.append(f"dtype is {q_latent.dtype}, the kernel takes {', '.join(map(str, dtypes))}")

@@ -1,0 +1,17 @@
+"""Kernels of ``row_product``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mlacompile.kernels.registry import Kernel
+from mlacompile.kernels.row_product.supports import triton_reasons
+
+
+def _run(x: Tensor, weight: Tensor) -> Tensor:
+    from mlacompile.kernels.row_product.launch import row_product_triton
+
+    return row_product_triton(x, weight)
+
+
+KERNELS = (Kernel("triton", "row_product", triton_reasons, _run),)

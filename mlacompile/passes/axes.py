@@ -138,6 +138,12 @@ def _same(node: Node, dims: Dims) -> Pulled | None:
     return [(node.args[0], dims)]  # type: ignore[list-item]
 
 
+def _cast(node: Node, dims: Dims) -> Pulled | None:
+    """Rounding to another floating point width counts as linear; to integers or eight bits it is a quantizer."""
+    val = node.meta["val"]
+    return _same(node, dims) if val.is_floating_point() and val.dtype.itemsize > 1 else None
+
+
 def _elementwise(node: Node, dims: Dims) -> Pulled | None:
     pulled: Pulled = []
     for arg in node.args[:2]:
@@ -389,7 +395,7 @@ REARRANGE: dict[Any, Callable[[Node, Dims], Pulled | None]] = {
 
 #: All ops that act on every (batch, token) pair alike and linearly in each operand.
 LINEAR: dict[Any, Callable[[Node, Dims], Pulled | None]] = REARRANGE | {
-    aten._to_copy.default: _same,
+    aten._to_copy.default: _cast,
     aten.neg.default: _same,
     aten.copy.default: _copy,
     aten.expand.default: _expand,

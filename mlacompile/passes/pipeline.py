@@ -17,6 +17,7 @@ from mlacompile.lowering.select import place_kernels, select
 from mlacompile.lowering.single_row import place_row_products
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
+from mlacompile.passes.axes import CONSTANT
 from mlacompile.passes.canonicalize import canonicalize_softmax, restore
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
 from mlacompile.passes.validate import Verdict, validate
@@ -51,7 +52,7 @@ class Pipeline:
         with self.stage("recognize"):
             found = list(Recognizer(gm.graph, self._weights(gm)).find())
         self._rewrite(gm, found)
-        gm.graph.eliminate_dead_code()
+        _remove_dead(gm)
         gm.graph.lint()
         gm.recompile()
         dump_graph(self.options.dump, self.name, "4-absorbed", gm)
@@ -144,6 +145,15 @@ class Pipeline:
         if refused:
             lines = "\n".join(f"  {s.source}: {s.reason}" for s in refused)
             raise RefusedSiteError(f"strict=True and {len(refused)} attention ops cannot be rewritten:\n{lines}")
+
+
+def _remove_dead(gm: GraphModule) -> None:
+    """Erase what nothing uses any more, unwritten buffers too: torch counts those as random, and would allocate expanded keys for nobody."""
+    gm.graph.eliminate_dead_code()
+    for node in reversed(gm.graph.nodes):
+        if node.op == "call_function" and node.target in CONSTANT and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
 
 
 def _absorbed(site: MLASite, decode: Node, why: str, kernel: str, passed: Sequence[str]) -> Site:

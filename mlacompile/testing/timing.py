@@ -44,7 +44,7 @@ def measure(
     device: str | torch.device = "cpu",
     warmup: int = 3,
     calls: int = 20,
-    max_calls: int = 100,
+    max_calls: int = 2000,
     budget_s: float = 1.0,
 ) -> Timing:
     """Time ``step``: at least ``calls`` calls, more (to ``max_calls``) while they fit in ``budget_s``.

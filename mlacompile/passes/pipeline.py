@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 
 from mlacompile.errors import RefusedSiteError
@@ -47,6 +48,7 @@ class Pipeline:
         """
         dump_graph(self.options.dump, self.name, "2-functional", gm)
         with self.stage("canonicalize"):
+            gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
             canonicalize_softmax(gm.graph)
         dump_graph(self.options.dump, self.name, "3-canonical", gm)
         with self.stage("recognize"):

@@ -39,10 +39,10 @@ def decodes(gm: GraphModule) -> int:
 @pytest.mark.parametrize("change", [{}, {"projection": "separate"}, {"projection": "slices"}, {"attention": "einsum"}])
 def test_no_expanded_tensor_is_left(change: dict[str, str], rewritten: list[GraphModule]) -> None:
     spelling = replace(Spelling(cache="apart", mask="none"), **change)  # type: ignore[arg-type]
-    batch, context = 2, 64
+    batch, context = 2, 61
     module = Attention(spelling, batch, context)
     with torch.no_grad():
-        torch.compile(module, backend=backend, options={"rest": "eager"})(torch.randn(batch, 1, spelling.hidden), 63)
+        torch.compile(module, backend=backend, options={"rest": "eager"})(torch.randn(batch, 1, spelling.hidden), 60)
     (graph,) = rewritten
     assert decodes(graph) == 1
     # Largest tensor that depends on the cache: the cache itself. Expanded keys would be heads times nope wide.
@@ -51,7 +51,7 @@ def test_no_expanded_tensor_is_left(change: dict[str, str], rewritten: list[Grap
     assert allowed < expanded
     for node in graph.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and context in value.shape:
             assert value.numel() <= allowed, f"{node.format_node()} has {value.numel()} elements"
 
 

@@ -1,6 +1,6 @@
 """Which kernel computes an op: the first whose ``supports()`` has nothing to say against it.
 
-On a CPU, and wherever no kernel fits, an op's reference body takes its place in the graph and Inductor compiles that.
+Where none fits, an op's reference body takes its place in the graph and Inductor compiles that.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
 
     "inductor" stands for the reference body compiled in place.
     """
-    values = [a.meta["val"] if isinstance(a, Node) else a for a in node.args[:_DECODE_ARGS]]
+    values: list[Any] = [a.meta["val"] if isinstance(a, Node) else a for a in node.args[:_DECODE_ARGS]]
     device = values[0].device.type
     if device == "meta":
         return "chosen on the device", []
-    if wanted == "reference" or device == "cpu":
-        return "inductor", [] if wanted in ("auto", "reference") else [f"{wanted}: tensors are on {device}"]
+    if wanted == "reference":
+        return "inductor", []
     settings: dict[str, Any] = {"scale": node.kwargs["scale"], "causal": node.kwargs.get("causal", False)}
     passed: list[str] = []
     for kernel in registry.kernels("mla_decode"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlacompile.kernels.mla_decode.cpu import cpu_reasons, mla_decode_cpu
 from mlacompile.kernels.mla_decode.supports import portable_reasons
 from mlacompile.kernels.registry import Kernel
 
@@ -12,4 +13,7 @@ def _run_portable(*args: object, **kwargs: object) -> object:
     return mla_decode_portable(*args, **kwargs)  # type: ignore[arg-type]
 
 
-KERNELS = (Kernel("triton", "mla_decode", portable_reasons, _run_portable),)
+KERNELS = (
+    Kernel("triton", "mla_decode", portable_reasons, _run_portable),
+    Kernel("cpu", "mla_decode", cpu_reasons, mla_decode_cpu),
+)

@@ -1,0 +1,222 @@
+"""``mla_decode`` on a CPU: one flash attention in which stretches of the context stand where heads usually do.
+
+PyTorch's flash attention for CPUs uses a block of keys for both products while the processor's cache holds it, but
+hands threads whole heads, and a latent cache has one. So the H*S rows become the queries of a single head, each "head"
+gets another stretch of the same cache (a strided view, no copy), and log-sum-exps merge the stretches. Rotary scores
+and masks enter as a bias. All of it runs eagerly inside the op and may look at data: tokens outside the window that
+somebody sees are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mlacompile.kernels.mla_decode.supports import interpreted
+
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+_STRETCH = 512  # tokens; a shorter stretch costs more than the thread it occupies brings
+_ROWS = 32  # rows that flash attention gives a thread at least
+_FAR_FROM_OVERFLOW = 2.0**100  # a sum of products this large stays finite in float32 at any rank
+
+Window = tuple[int, int]
+
+
+def cpu_reasons(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> list[str]:
+    """Why the CPU kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
+    reasons = []
+    if q_latent.device.type != "cpu":
+        reasons.append(f"inputs are on {q_latent.device}, the kernel needs a CPU")
+    if interpreted():
+        reasons.append("TRITON_INTERPRET=1 asks for Triton's interpreter")
+    if not hasattr(torch.ops.aten, _FLASH):
+        reasons.append(f"torch {torch.__version__} has no flash attention for CPUs")
+    return reasons
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call, its cache cut to a window. visible: bool, broadcastable to [B, S, T]; None when everything is seen."""
+
+    q_latent: Tensor
+    q_pe: Tensor | None
+    c_kv: Tensor
+    k_pe: Tensor | None
+    additive: Tensor | None
+    visible: Tensor | None
+    scale: float
+
+
+def mla_decode_cpu(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool = False,
+    stretches: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``mla_decode`` for inputs that ``cpu_reasons`` has nothing against. stretches: None lets the shape decide."""
+    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    b, h, s, r = q_latent.shape
+    windows = _windows(mask, start, length, b, c_kv.shape[1])
+    occupied = [w for w in windows if w[0] < w[1]]
+    if not occupied or q_latent.numel() == 0:
+        return q_latent.new_zeros(b, h, s, r), q_latent.new_full((b, h, s), -math.inf, dtype=torch.float32)
+    first, end = min(w[0] for w in occupied), max(w[1] for w in occupied)
+    if 2 * sum(w[1] - w[0] for w in occupied) < b * (end - first):  # most of the common window is dead
+        rows = ([x if x is None or x.shape[0] == 1 else x[i : i + 1] for x in tensors] for i in range(b))
+        parts = [mla_decode_cpu(*row, scale=scale, causal=causal, stretches=stretches) for row in rows]  # type: ignore[arg-type]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+    mask = mask if mask is None or mask.shape[2] == 1 else mask[..., first:end]
+    last = (c_kv.shape[1] if length is None else length[:, None, None]) if causal and s > 1 else None
+    visible = _visible(mask, windows, last, s, first, end)
+    additive = None if mask is None or mask.dtype == torch.bool else mask
+    k_pe = None if k_pe is None else k_pe[:, first:end]
+    call = _Call(q_latent, q_pe, c_kv[:, first:end], k_pe, additive, visible, scale)
+    out, lse = _attend(_without_dead_rows(call), stretches)
+    return out.view(b, h, s, r), lse.view(b, h, s).to(torch.float32)
+
+
+def _windows(mask: Tensor | None, start: Tensor | None, length: Tensor | None, batch: int, tokens: int) -> list[Window]:
+    """For each batch row the first token that some query may see and one past the last; (0, 0) when there is none."""
+    firsts = [0] * batch if start is None else [max(n, 0) for n in start.tolist()]
+    ends = [tokens] * batch if length is None else [min(n, tokens) for n in length.tolist()]
+    if mask is not None:
+        seen = _attends(mask).any(dim=1).expand(batch, tokens)
+        token = torch.arange(tokens)
+        lowest = torch.where(seen, token, tokens).amin(1).tolist() if tokens else firsts
+        highest = torch.where(seen, token, -1).amax(1).tolist() if tokens else firsts
+        firsts = [max(pair) for pair in zip(firsts, lowest, strict=True)]
+        ends = [min(n, t + 1) for n, t in zip(ends, highest, strict=True)]
+    return [(first, end) if first < end else (0, 0) for first, end in zip(firsts, ends, strict=True)]
+
+
+def _attends(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != -math.inf
+
+
+def _visible(
+    mask: Tensor | None, windows: list[Window], last: Tensor | int | None, queries: int, first: int, end: int
+) -> Tensor | None:
+    """What each query sees of the tokens first..end, or None when every query sees all of them.
+
+    mask: already cut to these tokens. last: where causal rows end, None when not causal.
+    """
+    uneven = any(w != (first, end) for w in windows)
+    if mask is None and last is None and not uneven:
+        return None
+    token = torch.arange(first, end)
+    conditions = [] if mask is None else [_attends(mask)]
+    if uneven:
+        bounds = torch.tensor(windows)[:, :, None, None]
+        conditions.append((token >= bounds[:, 0]) & (token < bounds[:, 1]))
+    if last is not None:
+        conditions.append(token <= last - queries + torch.arange(queries).view(1, -1, 1))
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return None if visible.all() else visible
+
+
+def _without_dead_rows(call: _Call) -> _Call:
+    """Zero the latents that no query of their batch row sees, unless they are harmless: 0 * finite is 0.
+
+    Only a hole in the window needs it, and a copy only a hole that holds something odd. Rotary keys never do: the bias
+    that they give is overwritten.
+    """
+    if call.visible is None:
+        return call
+    dead = ~call.visible.any(dim=1).expand(call.c_kv.shape[:2])
+    if not dead.any():
+        return call
+    reach = float(call.c_kv[dead].abs().amax()) * max(float(call.q_latent.abs().amax() * call.scale), 1.0)
+    if reach < _FAR_FROM_OVERFLOW:  # not so for NaN
+        return call
+    return replace(call, c_kv=call.c_kv.masked_fill(dead.unsqueeze(-1), 0.0))
+
+
+def _attend(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]:
+    """out [B, H*S, R] and lse [B, H*S] of a call whose dead rows are harmless.
+
+    Stretches are equally long, as flash attention wants its heads: where their number does not divide the tokens, each
+    reaches a little into the next, behind a mask.
+    """
+    b, h, s, r = call.q_latent.shape
+    rows, tokens = h * s, call.c_kv.shape[1]
+    n = _stretches(b, rows, tokens) if stretches is None else min(stretches, tokens)
+    step = tokens // n
+    size = tokens - step * (n - 1)
+
+    row, token, column = call.c_kv.stride()
+    latents = call.c_kv.as_strided((b, n, size, r), (row, step * token, token, column))
+    queries = call.q_latent.reshape(b, 1, rows, r).expand(b, n, rows, r)
+    bias = _bias(call, needed=size > step)
+    if bias is not None:
+        bias = bias.as_strided((b, n, rows, size), (rows * tokens, step, tokens, 1))
+    if bias is not None and size > step:
+        bias = bias.clone(memory_format=torch.contiguous_format)
+        bias[:, :-1, :, step:] = -math.inf
+    flash = getattr(torch.ops.aten, _FLASH).default
+    out, lse = flash(queries, latents, latents, 0.0, False, attn_mask=bias, scale=call.scale)
+    blind = None if bias is None or call.visible is None else (bias == -math.inf).all(dim=3)
+    if blind is not None:  # flash attention leaves 0 for these
+        lse = lse.masked_fill(blind, -math.inf)
+    return _merge(out, lse, blind)
+
+
+def _stretches(batch: int, rows: int, tokens: int) -> int:
+    """As many as there are threads, if rows alone do not occupy them and stretches stay long."""
+    busy = batch * -(-rows // _ROWS)
+    return max(min(-(-torch.get_num_threads() // busy), tokens // _STRETCH), 1)
+
+
+def _merge(out: Tensor, lse: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One result [B, rows, R] of the results [B, stretches, rows, R] of the stretches."""
+    if out.shape[1] == 1:
+        return out[:, 0], lse[:, 0]
+    share = torch.softmax(lse, dim=1)
+    if blind is not None:  # a row without any visible token has no shares
+        share = share.masked_fill(blind, 0.0)
+    return (out * share.unsqueeze(3)).sum(dim=1).to(out.dtype), torch.logsumexp(lse, dim=1)
+
+
+def _bias(call: _Call, *, needed: bool) -> Tensor | None:
+    """What is added to latent scores: rotary scores, mask, -inf where nothing is seen. Contiguous [B, H, S, T].
+
+    In at least float32. None when there is nothing to add, unless it is needed anyway.
+    """
+    b, h, s, _ = call.q_latent.shape
+    tokens, dtype = call.c_kv.shape[1], torch.promote_types(call.q_latent.dtype, torch.float32)
+    if call.q_pe is not None and call.k_pe is not None:
+        rope_rows, keys = call.q_pe.reshape(b, h * s, -1).to(dtype), call.k_pe.to(dtype).transpose(1, 2)
+        bias = torch.baddbmm(torch.empty((), dtype=dtype), rope_rows, keys, beta=0, alpha=call.scale)
+        bias = bias.view(b, h, s, tokens)
+    elif needed or call.additive is not None or call.visible is not None:
+        bias = torch.zeros(b, h, s, tokens, dtype=dtype)
+    else:
+        return None
+    if call.additive is not None:
+        bias = bias.add_(call.additive.unsqueeze(1))
+    if call.visible is not None:
+        bias = bias.masked_fill_(~call.visible.unsqueeze(1), -math.inf)
+    return bias

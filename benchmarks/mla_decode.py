@@ -109,9 +109,7 @@ class Pool:
 
 def queries(row: Row) -> tuple[Tensor, Tensor]:
     gen = torch.Generator("cuda").manual_seed(0)
-    made = torch.randn(
-        row.batch, row.queries, row.heads, RANK + ROPE, device="cuda", generator=gen
-    ).bfloat16()
+    made = torch.randn(row.batch, row.queries, row.heads, RANK + ROPE, device="cuda", generator=gen).bfloat16()
     q_latent, q_pe = made.transpose(1, 2).split([RANK, ROPE], dim=-1)
     return q_latent, q_pe
 
@@ -136,16 +134,12 @@ def time_replay(calls: list[Callable[[], object]], repeats: int) -> float:
     return statistics.median(times)
 
 
-def error(
-    row: Row, q: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], length: Tensor, out: Tensor
-) -> float:
+def error(row: Row, q: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], length: Tensor, out: Tensor) -> float:
     """Relative error in norm against float32, on up to three batch rows."""
     picked = torch.tensor(sorted({0, row.batch // 2, row.batch - 1}), device="cuda")
     q_latent, q_pe, c_kv, k_pe = (x[picked].float() for x in (*q, *cache))
     causal = row.queries > 1
-    want, _ = mla_decode_reference(
-        q_latent, q_pe, c_kv, k_pe, None, None, length[picked], scale=SCALE, causal=causal
-    )
+    want, _ = mla_decode_reference(q_latent, q_pe, c_kv, k_pe, None, None, length[picked], scale=SCALE, causal=causal)
     return float((out[picked].float() - want).norm() / want.norm())
 
 
@@ -175,9 +169,7 @@ def chosen(row: Row, tiles: Plan | None) -> Plan:
     if tiles is None:
         return choose_plan(shape, device)
     if shared_memory(tiles, shape) > device.smem:
-        raise ValueError(
-            f"{tiles} needs {shared_memory(tiles, shape)} bytes of shared memory, there are {device.smem}"
-        )
+        raise ValueError(f"{tiles} needs {shared_memory(tiles, shape)} bytes of shared memory, there are {device.smem}")
     return replace(tiles, splits=choose_splits(tiles, shape, device), pdl=device.capability >= (9, 0))
 
 
@@ -242,14 +234,10 @@ def line(record: dict[str, Any], floor: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="auto", help=f"comma separated: auto, {', '.join(TILES)}")
     parser.add_argument("--sweep", action="store_true", help="tiles and splits over a few shapes")
-    parser.add_argument(
-        "--separate", action="store_true", help="c_kv and k_pe in buffers of their own, not fused"
-    )
+    parser.add_argument("--separate", action="store_true", help="c_kv and k_pe in buffers of their own, not fused")
     parser.add_argument("--repeats", type=int, default=0, help="replays per measurement (default 9; sweep 5)")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead; 0: none")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of the memory floor")
@@ -289,9 +277,7 @@ def main() -> None:
     if wrong:
         sys.exit(
             "wrong: "
-            + "; ".join(
-                f"{r['heads']}x{r['batch']}x{r['context']} {r['plan']} {r['error']:.1e}" for r in wrong
-            )
+            + "; ".join(f"{r['heads']}x{r['batch']}x{r['context']} {r['plan']} {r['error']:.1e}" for r in wrong)
         )
 
 

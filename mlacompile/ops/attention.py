@@ -1,7 +1,7 @@
 """``mlacompile::attention``: the one form every spelling of attention is brought into before anything is recognised.
 
-It is ordinary scaled dot product attention with unequal head sizes allowed. It exists so that attention stays one node while
-AOTAutograd takes the rest of the graph apart; a node of it that is not rewritten becomes what it was again.
+It is ordinary scaled dot product attention with unequal head sizes allowed. It exists so that attention stays one node
+while AOTAutograd takes the rest of the graph apart; a node of it that is not rewritten becomes what it was again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,5 @@ def attention(
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))

@@ -54,9 +54,7 @@ def mla_decode_reference(
         scores = torch.where(visible.unsqueeze(1), scores, -math.inf)
 
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    weights = torch.exp(
-        scores - torch.where(lse == -math.inf, 0.0, lse)
-    )  # sees nothing: exp(-inf - 0) = 0, so out = 0
+    weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse))  # sees nothing: exp(-inf - 0) = 0, so out = 0
     out = torch.bmm(weights.view(b, h * s, t), values).view(b, h, s, r)
     return out.to(q_latent.dtype), lse.squeeze(-1).to(torch.float32)
 
@@ -194,9 +192,7 @@ def _check(
     if q_pe is not None and k_pe is not None:
         width = q_pe.shape[-1]
         _check_shape("q_pe", q_pe, (b, h, s, width), "batch, heads and queries must be those of q_latent")
-        _check_shape(
-            "k_pe", k_pe, (b, t, width), "batch and tokens must be those of c_kv, the width that of q_pe"
-        )
+        _check_shape("k_pe", k_pe, (b, t, width), "batch and tokens must be those of c_kv, the width that of q_pe")
     for name, bound in (("start", start), ("length", length)):
         if bound is not None:
             _check_shape(name, bound, (b,), "one value a batch row")
@@ -225,8 +221,7 @@ def _check(
 def _check_dtypes(q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None) -> None:
     if q_latent.dtype not in _FLOATS:
         raise UnsupportedInputError(
-            f"mla_decode: got q_latent of {q_latent.dtype}; expected float32, bfloat16 or float16. "
-            "Dequantize it first."
+            f"mla_decode: got q_latent of {q_latent.dtype}; expected float32, bfloat16 or float16. Dequantize it first."
         )
     for name, x in (("q_pe", q_pe), ("c_kv", c_kv), ("k_pe", k_pe)):
         if x is not None and x.dtype != q_latent.dtype:

@@ -40,7 +40,9 @@ def row_product(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
             if not reasons:
                 return kernel.run(x, weight)  # type: ignore[no-any-return]
             if impl == kernel.name:
-                raise UnsupportedInputError(f"row_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}")
+                raise UnsupportedInputError(
+                    f"row_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
+                )
     return row_product_reference(x, weight)
 
 

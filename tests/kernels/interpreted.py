@@ -32,9 +32,9 @@ interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 
 def failure(case: LatentCase, plan: Plan) -> str:
     inputs = make_inputs(case)
-    if reasons := portable_reasons(*inputs.tensors, **inputs.keywords):
+    if reasons := portable_reasons(*inputs.tensors, **inputs.keywords):  # type: ignore[arg-type]
         return f"{case} {plan}: unsupported: {reasons}"
-    out, lse = mla_decode_portable(*inputs.tensors, **inputs.keywords, plan=plan)
+    out, lse = mla_decode_portable(*inputs.tensors, **inputs.keywords, plan=plan)  # type: ignore[arg-type]
     want = exact(inputs, unit=2**-23)
     wrong = worst(out, want.out, want.out_bound) or worst(
         lse, want.lse, want.lse_bound + 2**-23 * want.lse.abs().nan_to_num(posinf=0.0)

@@ -42,10 +42,7 @@ CASES = [
     ),
     *(variant(mask=mask, poison=True) for mask in ("bool", "additive", "shared")),
     *(variant(mask=mask, heads=128, queries=2, **RAGGED) for mask in ("bool", "additive")),
-    *(
-        variant(mask="bool", heads=16, queries=4, dtype=dtype, **RAGGED)
-        for dtype in (torch.float16, torch.float32)
-    ),
+    *(variant(mask="bool", heads=16, queries=4, dtype=dtype, **RAGGED) for dtype in (torch.float16, torch.float32)),
     variant(batch=1, tokens=20_000, heads=16, length=True),
     variant(batch=140, tokens=300, heads=8, **RAGGED),
 ]
@@ -74,7 +71,7 @@ def test_static_cache_longer_than_its_rows() -> None:
     """A slice of a larger cache: batch rows lie further apart than T tokens."""
     inputs = make_inputs(variant(tokens=500, fused=True), device="cuda")
     q, q_pe, c_kv, k_pe, *rest = inputs.tensors
-    inputs.tensors = (q, q_pe, c_kv[:, :300], k_pe[:, :300], *rest)
+    inputs.tensors = (q, q_pe, c_kv[:, :300], k_pe[:, :300], *rest)  # type: ignore[index]
     check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, impl="triton"))
 
 
@@ -115,12 +112,8 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
     length = torch.zeros(b, dtype=torch.int32, device="cuda")
     length[-1] = t
     scale = (r + p) ** -0.5
-    out, lse = mla_decode(
-        q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, impl="triton"
-    )
-    last = LatentInputs(
-        (q[-1:], q_pe[-1:], cache[-1:, :, :r], cache[-1:, :, r:], None, None, None), {"scale": scale}
-    )
+    out, lse = mla_decode(q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, impl="triton")
+    last = LatentInputs((q[-1:], q_pe[-1:], cache[-1:, :, :r], cache[-1:, :, r:], None, None, None), {"scale": scale})
     check(last, out[-1:], lse[-1:])
     assert torch.equal(out[:-1], torch.zeros_like(out[:-1]))
     assert (lse[:-1] == -math.inf).all()

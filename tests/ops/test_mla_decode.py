@@ -38,7 +38,7 @@ cases = st.builds(
 def check(inputs: LatentInputs, *, unit: float, operand_unit: float = 0.0, **keywords: Any) -> None:
     out, lse = mla_decode(*inputs.tensors, **inputs.keywords, **keywords)
     want = exact(inputs, unit=unit, operand_unit=operand_unit)
-    assert out.dtype == inputs.tensors[0].dtype
+    assert out.dtype == inputs.tensors[0].dtype  # type: ignore[union-attr]
     assert lse.dtype == torch.float32
     assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
     lse_bound = want.lse_bound + 2**-24 * want.lse.abs().nan_to_num(posinf=0.0)  # lse is stored in float32
@@ -62,9 +62,7 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype, unit: float) -
 
 def test_query_that_sees_nothing_gets_zero_and_minus_infinity() -> None:
     inputs = make_inputs(LatentCase(batch=2, queries=3, causal=True))
-    length = torch.tensor(
-        [2, 0], dtype=torch.int32
-    )  # of three causal queries over two tokens, the first sees none
+    length = torch.tensor([2, 0], dtype=torch.int32)  # of three causal queries over two tokens, the first sees none
     out, lse = mla_decode(*inputs.tensors[:6], length, **inputs.keywords)
     assert torch.equal(out[0, :, 0], torch.zeros_like(out[0, :, 0]))
     assert torch.equal(out[1], torch.zeros_like(out[1]))
@@ -75,7 +73,7 @@ def test_query_that_sees_nothing_gets_zero_and_minus_infinity() -> None:
 
 def test_live_nan_reaches_the_result() -> None:
     inputs = make_inputs(LatentCase(batch=2, poison=False))
-    inputs.tensors[2][0, 5] = math.nan
+    inputs.tensors[2][0, 5] = math.nan  # type: ignore[index]
     out, _ = mla_decode(*inputs.tensors, **inputs.keywords)
     assert out[0].isnan().all()
     assert not out[1].isnan().any()
@@ -84,7 +82,7 @@ def test_live_nan_reaches_the_result() -> None:
 def test_cache_with_a_strided_last_dimension_is_copied() -> None:
     inputs = make_inputs(LatentCase())
     q, qp, c, kp, *rest = inputs.tensors
-    swapped = c.transpose(1, 2).contiguous().transpose(1, 2)
+    swapped = c.transpose(1, 2).contiguous().transpose(1, 2)  # type: ignore[union-attr]
     got = mla_decode(q, qp, swapped, kp, *rest, **inputs.keywords)[0]
     torch.testing.assert_close(got, mla_decode(*inputs.tensors, **inputs.keywords)[0], rtol=0, atol=0)
 
@@ -138,9 +136,7 @@ def test_opcheck(case: LatentCase) -> None:
 
 def test_fake_keeps_symbolic_shapes() -> None:
     inputs = make_inputs(LatentCase(batch=2, heads=3, queries=2, tokens=9, length=True))
-    traced = make_fx(lambda *tensors: mla_decode(*tensors, **inputs.keywords), tracing_mode="symbolic")(
-        *inputs.tensors
-    )
+    traced = make_fx(lambda *tensors: mla_decode(*tensors, **inputs.keywords), tracing_mode="symbolic")(*inputs.tensors)
     node = next(n for n in traced.graph.nodes if n.target is torch.ops.mlacompile.mla_decode.default)
     out, lse = node.meta["val"]
     q_latent = next(n for n in traced.graph.nodes if n.op == "placeholder").meta["val"]
@@ -160,10 +156,8 @@ def test_fake_keeps_symbolic_shapes() -> None:
 )
 def test_body_is_traceable(case: LatentCase) -> None:
     inputs = make_inputs(case)
-    traced = make_fx(lambda *t: mla_decode_reference(*t, **inputs.keywords), tracing_mode="symbolic")(
-        *inputs.tensors
-    )
-    want = mla_decode_reference(*inputs.tensors, **inputs.keywords)
+    traced = make_fx(lambda *t: mla_decode_reference(*t, **inputs.keywords), tracing_mode="symbolic")(*inputs.tensors)
+    want = mla_decode_reference(*inputs.tensors, **inputs.keywords)  # type: ignore[arg-type]
     for got, expected in zip(traced(*inputs.tensors), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
     products = [n for n in traced.graph.nodes if n.target is torch.ops.aten.bmm.default]
@@ -174,8 +168,6 @@ def test_body_is_traceable(case: LatentCase) -> None:
 
 def test_import_pulls_in_no_triton() -> None:
     # torch itself may import triton; what is asked is that this package adds nothing to that.
-    probe = (
-        "import sys, torch; before = {*sys.modules}; import mlacompile.ops; print({*sys.modules} - before)"
-    )
+    probe = "import sys, torch; before = {*sys.modules}; import mlacompile.ops; print({*sys.modules} - before)"
     added = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True).stdout
     assert "'triton'" not in added

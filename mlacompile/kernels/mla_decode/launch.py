@@ -55,9 +55,7 @@ def mla_decode_portable(
     return out, lse
 
 
-def shape_of(
-    q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, mask: Tensor | None
-) -> Shape:
+def shape_of(q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, mask: Tensor | None) -> Shape:
     """What the plan may depend on."""
     b, h, s, r = q_latent.shape
     described = mask is None and _describable(c_kv)
@@ -126,11 +124,7 @@ def launches(
         "CAUSAL": causal and s > 1, "TMA": plan.tma, "WIDE": plan.wide, "STAGES": plan.num_stages, "PDL": pdl,
     }  # fmt: skip
     grid = (planning.row_tiles(plan, shape), plan.splits, b)
-    result = [
-        Launch(
-            _mla_decode_kernel, grid, arguments, {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-        )
-    ]
+    result = [Launch(_mla_decode_kernel, grid, arguments, {"num_warps": plan.num_warps, "num_stages": plan.num_stages})]
     if plan.splits > 1:
         result.append(_combine(partial, partial_lse, out, lse, plan, shape, pdl))
     return result
@@ -149,9 +143,7 @@ def _combine(
         "CHUNK": min(planning.next_power_of_2(plan.splits), 16), "PDL": pdl,
     }  # fmt: skip
     grid = (n_rows, -(-shape.rank // block_c), 1)
-    return Launch(
-        _mla_combine_kernel, grid, arguments, {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
-    )
+    return Launch(_mla_combine_kernel, grid, arguments, {"num_warps": 4, **({"launch_pdl": True} if pdl else {})})
 
 
 def queries_in_tile(plan: Plan, shape: Shape) -> int:

@@ -79,12 +79,7 @@ def shared_memory(plan: Plan, shape: Shape) -> int:
     width = (block_rank(shape) + block_rope(shape)) * shape.itemsize
     # The pipeliner keeps one tile more where wgmma may still be reading it.
     stages = plan.num_stages if plan.block_h >= 64 else max(plan.num_stages - 1, 1)
-    return (
-        plan.block_h * width
-        + stages * plan.block_n * width
-        + plan.block_h * plan.block_n * shape.itemsize
-        + 2048
-    )
+    return plan.block_h * width + stages * plan.block_n * width + plan.block_h * plan.block_n * shape.itemsize + 2048
 
 
 def row_tiles(plan: Plan, shape: Shape) -> int:
@@ -132,9 +127,7 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     def microseconds(splits: int) -> float:
         waves = -(-programs * splits // resident)
         combine = (
-            0.0
-            if splits == 1
-            else COMBINE_US + shape.batch * shape.rows * shape.rank * 8 * splits / PARTIAL_BYTES_US
+            0.0 if splits == 1 else COMBINE_US + shape.batch * shape.rows * shape.rank * 8 * splits / PARTIAL_BYTES_US
         )
         return waves * (START_US + -(-n_tiles // splits) * TILE_US) + combine
 

@@ -24,9 +24,7 @@ LOWEST = tl.constexpr(-1.7e38)  # a finite additive mask stays finite after the 
 @triton.jit
 def _exp2_here(x):
     """2^x that the compiler may not compute again in another layout: only the [BLOCK_H] result should change warps."""
-    return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -37,9 +35,7 @@ def _narrow_here(x, dtype: tl.constexpr):
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=False, pack=2
         )
     else:
-        y = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=False, pack=2
-        )
+        y = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, is_pure=False, pack=2)
     return y
 
 
@@ -103,9 +99,7 @@ def _fold_tile(
         elif BLOCK_P == P:
             b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :])
         else:
-            b_pe = tl.load(
-                p_pe + o_load[:, None] * stride_pt + o_p[None, :], mask=(o_p < P)[None, :], other=0.0
-            )
+            b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :], mask=(o_p < P)[None, :], other=0.0)
     # Triton gives a product that feeds another one all warps along its rows, so that two warpgroups would compute
     # the same 64. It does not look for the second product across a branch, so the branch spreads them over columns.
     s = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
@@ -125,9 +119,7 @@ def _fold_tile(
         s = tl.dot(b_q, tl.trans(b_c), s, input_precision="ieee")
     s = s * scale_log2 + tl.where(live, 0.0, float("-inf"))[None, :]
     if MASK == 2 and o_s.shape[0] == 1:  # one query in the tile: one row of the mask
-        b_m = tl.load(p_mask + tl.min(o_s, 0) * stride_ms + o_t * stride_mt, mask=live, other=0.0).to(
-            tl.float32
-        )
+        b_m = tl.load(p_mask + tl.min(o_s, 0) * stride_ms + o_t * stride_mt, mask=live, other=0.0).to(tl.float32)
         s += tl.maximum(b_m * LOG2E, LOWEST)[None, :]
     elif MASK != 0 and o_s.shape[0] > 1:
         p_m = p_mask + o_row_s[:, None] * stride_ms + o_t[None, :] * stride_mt
@@ -220,12 +212,7 @@ def _mla_decode_kernel(
     b_qpe = b_q
     if P > 0:
         o_p = tl.arange(0, BLOCK_P)
-        p = (
-            p_qpe
-            + i_b * stride_pb
-            + (o_h * stride_ph + o_row_s * stride_ps)[:, None]
-            + o_p[None, :] * stride_pr
-        )
+        p = p_qpe + i_b * stride_pb + (o_h * stride_ph + o_row_s * stride_ps)[:, None] + o_p[None, :] * stride_pr
         b_qpe = tl.load(p, mask=m_row[:, None] & (o_p < P)[None, :], other=0.0)
         p_pe += i_b * stride_kb
     p_c += i_b * stride_cb
@@ -289,9 +276,7 @@ def _mla_combine_kernel(
     acc = tl.zeros((BLOCK_C,), tl.float32)
     for split in range(0, n_splits, CHUNK):
         o_part = split + tl.arange(0, CHUNK)
-        part_lse = tl.load(
-            p_part_lse + o_part * n_rows + i_row, mask=o_part < n_splits, other=float("-inf")
-        )
+        part_lse = tl.load(p_part_lse + o_part * n_rows + i_row, mask=o_part < n_splits, other=float("-inf"))
         written = part_lse != float("-inf")
         p = p_part + (o_part[:, None].to(tl.int64) * n_rows + i_row) * R + o_c[None, :]
         part = tl.load(p, mask=written[:, None] & (o_c < R)[None, :], other=0.0)

@@ -96,6 +96,7 @@ def compile_graph(
         rewritten = pipeline.run(graph)
         if not pipeline.rewritten:
             raise _NothingToRewrite
+        carry_dynamo_marks(canonical, rewritten)
         with pipeline.stage("compile the rest"), nested_context(rewritten):
             return finish(rewritten, inputs)
 

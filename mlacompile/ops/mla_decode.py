@@ -9,6 +9,8 @@ section 2.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,10 +129,17 @@ def mla_decode(
     k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
     start, length = (None if x is None else x.contiguous() for x in (start, length))
     tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    run = _implementation(impl, tensors, scale, causal)
+    out, lse = run(*tensors, scale=scale, causal=causal)
+    return out.contiguous(), lse.contiguous()  # the strides that graphs are compiled for
+
+
+def _implementation(impl: str, tensors: tuple[Tensor | None, ...], scale: float, causal: bool) -> Callable[..., Any]:
+    """What computes a call: the named kernel, the best that supports it, or the reference."""
     if impl == "auto":
         for candidate in registry.kernels("mla_decode"):
             if not candidate.supports(*tensors, scale=scale, causal=causal):
-                return candidate.run(*tensors, scale=scale, causal=causal)
+                return candidate.run
     elif impl != "reference":
         chosen = registry.find("mla_decode", impl)
         if reasons := chosen.supports(*tensors, scale=scale, causal=causal):
@@ -138,8 +147,8 @@ def mla_decode(
                 f"mla_decode: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}. "
                 "Use impl='auto' to fall back to one that can."
             )
-        return chosen.run(*tensors, scale=scale, causal=causal)
-    return mla_decode_reference(*tensors, scale=scale, causal=causal)
+        return chosen.run
+    return mla_decode_reference
 
 
 @mla_decode.register_fake

@@ -30,7 +30,6 @@ def functionalize(gm: GraphModule, example_inputs: Sequence[Any], then: Stage) -
     direct: list[Compiled] = []
 
     def compile_functional(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        carry_dynamo_marks(gm, graph)
         context = TracingContext.try_get()
         compiled = then(graph, inputs)
         if context is not None and _is_plain(context.fw_metadata, gm, graph):

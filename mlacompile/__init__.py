@@ -1,7 +1,7 @@
 """Latent attention, free to use: ``torch.compile(model, backend="mlacompile")`` decodes on the latent cache.
 
-Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``. Each is imported when first used, so that
-importing the package costs nothing.
+Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``. Each is imported
+when first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations

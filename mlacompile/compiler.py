@@ -2,7 +2,8 @@
 
     model = torch.compile(model, backend="mlacompile")
 
-A graph that needs gradients, or holds no attention, or none that can be rewritten, goes to Inductor exactly as Dynamo made it.
+A graph that needs gradients, or holds no attention, or none that can be rewritten, goes to Inductor exactly as
+Dynamo made it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Compiled = Callable[..., Any]
 _graphs = itertools.count()
 _warned: set[str] = set()
 
-#: Dynamo stops compiling a function after this many versions of it. Layers compiled one by one share one function and are
+#: Dynamo stops compiling a function after this many versions of it. Layers compiled one by one share one function
+#: and are
 #: guarded on their number, so torch's default (8) would leave the ninth layer, and all after it, in eager mode.
 RECOMPILE_LIMIT = 256
 
@@ -72,7 +74,8 @@ backend.reset = JOURNAL.clear  # type: ignore[attr-defined]  # called by torch._
 def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None, *, lower: bool = True
 ) -> tuple[Compiled, Report]:
-    """Compile one Dynamo graph and say what was done. With ``lower=False`` everything but the last stage: a graph to look at."""
+    """Compile one Dynamo graph and say what was done. With ``lower=False`` everything but the last stage: a graph to
+    look at."""
 
     def finish(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
         return compile_rest(graph, inputs, options, mode) if lower else graph.forward  # type: ignore[return-value]
@@ -117,7 +120,8 @@ def _inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> zip[tuple[torch.f
 
 
 def _is_weight(node: torch.fx.Node, value: Any) -> bool:
-    """A parameter, or a tensor that belongs to a module: its address is static, and the pipeline checks it is never written."""
+    """A parameter, or a tensor that belongs to a module: its address is static, and the pipeline checks it is never
+    written."""
     return isinstance(value, torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 

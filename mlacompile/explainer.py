@@ -1,7 +1,7 @@
 """``explain(model, *args)``: what mlacompile would do for these arguments, without computing anything.
 
-The model, its cache and its arguments are copied onto the meta device (shapes, no data), traced by Dynamo, and taken through the same
-stages as in ``torch.compile``; nothing is lowered and no weight is read.
+The model, its cache and its arguments are copied onto the meta device (shapes, no data), traced by Dynamo, and taken
+through the same stages as in ``torch.compile``; nothing is lowered and no weight is read.
 """
 
 from __future__ import annotations
@@ -37,14 +37,21 @@ _copying = threading.Lock()
 
 @contextmanager
 def _copies_are_meta() -> Iterator[None]:
-    """Deep copies made in this context hold meta tensors, and say "meta" wherever the original remembers a device, as caches do."""
-    with _copying, patch.object(torch.Tensor, "__deepcopy__", _meta_like):
-        with patch.object(torch.nn.Parameter, "__deepcopy__", _meta_like):
-            with patch.dict(copyreg.dispatch_table, {torch.device: lambda device: (torch.device, ("meta",))}):
-                yield
+    """Deep copies made in this context hold meta tensors, and say "meta" wherever the original remembers a device,
+    as caches do."""
+    devices = {torch.device: lambda device: (torch.device, ("meta",))}
+    with (
+        _copying,
+        patch.object(torch.Tensor, "__deepcopy__", _meta_like),
+        patch.object(torch.nn.Parameter, "__deepcopy__", _meta_like),
+        patch.dict(copyreg.dispatch_table, devices),
+    ):
+        yield
 
 
-def explain(model: Callable[..., Any], *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any], *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
     """Compile ``model`` for these arguments, run nothing on the weights, and say what would be rewritten.
 
     Args:

@@ -2,7 +2,8 @@
 
 Latent attention (MLA, arXiv 2405.04434) caches for each token one latent ``c_kv`` of ``rank`` values, shared by
 all heads, and one rotary key ``k_pe`` of ``rope`` values. Keys and values of every head are linear in it:
-``k[h] = [w_uk[h] @ c_kv, k_pe]`` with ``w_uk`` of ``[H, N, R]``, ``v[h] = w_uv[h] @ c_kv`` with ``w_uv`` of ``[H, V, R]``.
+``k[h] = [w_uk[h] @ c_kv, k_pe]`` with ``w_uk`` of ``[H, N, R]``, ``v[h] = w_uv[h] @ c_kv`` with ``w_uv`` of ``[H, V,
+R]``.
 """
 
 from __future__ import annotations

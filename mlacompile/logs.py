@@ -1,8 +1,9 @@
 """Logging, and the dump folder.
 
-The logger is called like the package, so ``TORCH_LOGS="mlacompile"`` shows every decision and ``TORCH_LOGS="+mlacompile"`` the time of each
-stage too, as for torch's own components. With the option ``dump=FOLDER`` the graph after every stage is written there as readable
-Python, with shapes and source lines.
+The logger is called like the package, so ``TORCH_LOGS="mlacompile"`` shows every decision and
+``TORCH_LOGS="+mlacompile"`` the time of each
+stage too, as for torch's own components. With the option ``dump=FOLDER`` the graph after every stage is written
+there as readable Python, with shapes and source lines.
 """
 
 from __future__ import annotations

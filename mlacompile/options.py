@@ -1,7 +1,7 @@
 """What a user can choose, in one frozen, validated place.
 
-Options arrive as ``torch.compile(model, backend="mlacompile", options={...})``. All are optional; a name or a value that
-is not listed here is an error that lists what is.
+Options arrive as ``torch.compile(model, backend="mlacompile", options={...})``. All are optional; a name or a value
+that is not listed here is an error that lists what is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Options:
     form: "auto" absorbs where that is cheaper (decode) and leaves prefill expanded; the others force one form.
     fp8: which products run in FP8. Not available yet: anything but "off" is an error.
     cudagraphs: replay the compiled step from a CUDA graph. None: yes on CUDA with static shapes.
-    verify: "compile" checks every rewrite in float64 on small stand-in lengths while compiling; "first-call" also runs the
+    verify: "compile" checks every rewrite in float64 on small stand-in lengths while compiling; "first-call" also
+    runs the
         original graph beside the compiled one, once, on the real inputs; "off" trusts the recogniser's own probe.
     strict: a refused attention op raises instead of staying as it was.
     dump: a folder that receives the graph after every stage, as readable Python.

@@ -19,8 +19,8 @@ _COLOURS = {"absorbed": "green", "expanded": "cyan", "refused": "yellow"}
 class Site:
     """One attention op that was found.
 
-    status: "absorbed" (decodes on the latent), "expanded" (recognised, left in expanded form) or "refused" (not rewritten).
-    reason: why it has this status, in words a user can act on. source: file:line in the user's model.
+    status: "absorbed" (decodes on the latent), "expanded" (recognised, left in expanded form) or "refused" (not
+    rewritten). reason: why it has this status, in words a user can act on. source: file:line in the user's model.
     kernel: what computes it. queries, context: tokens as text, symbolic where they vary.
     """
 
@@ -98,10 +98,13 @@ class Report:
         """A table that stands alone in a browser."""
         head = "".join(f"<th>{h}</th>" for h in _HEADINGS)
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>" for cells in _grouped_rows(self.sites)
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
+            for cells in _grouped_rows(self.sites)
         )
         notes = "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
-        style = "body{font-family:sans-serif}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+        style = (
+            "body{font-family:sans-serif}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+        )
         return (
             f"<!doctype html><meta charset=utf-8><title>mlacompile report</title><style>{style}</style>"
             f"<h1>{html.escape(self.summary())}</h1><table><tr>{head}</tr>{rows}</table>{notes}"

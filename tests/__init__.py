@@ -1,0 +1,1 @@
+"""Tests of mlacompile; folders mirror the package."""

@@ -1,6 +1,7 @@
 """Latent attention written in many ways: one module whose independent choices compose, for tests of the recogniser.
 
-None of the choices changes what is computed beyond a permutation of weights; the compiler has to see through all of them.
+None of the choices changes what is computed beyond a permutation of weights; the compiler has to see through all of
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """CUDA graphs: the whole decode step replayed, cache mutation included.
 
 Inductor's CUDA graph trees record the step. They allow a mutated input when its address is static, which is what
-``mark_static_address`` of a static cache says; the functional stage keeps these marks. Graphs with symbolic shapes are not recorded:
-every length would be a recording of its own.
+``mark_static_address`` of a static cache says; the functional stage keeps these marks. Graphs with symbolic shapes
+are not recorded: every length would be a recording of its own.
 """
 
 from __future__ import annotations

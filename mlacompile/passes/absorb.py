@@ -29,12 +29,15 @@ DECODE_QUERIES = 8
 
 
 def choose_form(site: MLASite, options: Options) -> tuple[str, str]:
-    """"absorbed" or "expanded" for a site, and why."""
+    """ "absorbed" or "expanded" for a site, and why."""
     queries: Size = site.attention.queries
     if options.form != "auto":
         return options.form, f"form={options.form!r} was asked for"
     if isinstance(queries, int) and queries <= DECODE_QUERIES:
-        return "absorbed", f"{queries} query tokens: decoding on the latent reads {site.geometry.latent_width} values a token"
+        return (
+            "absorbed",
+            f"{queries} query tokens: decoding on the latent reads {site.geometry.latent_width} values a token",
+        )
     count = queries if isinstance(queries, int) else f"a varying number of ({queries})"
     return "expanded", f"{count} query tokens: prefill keeps the expanded form, in which a score costs fewer operations"
 
@@ -73,9 +76,9 @@ def absorb(site: MLASite, options: Options) -> Node:
     out = _scaled(emit, out, found.w_uv.scale)
     if found.v_bias is not None:
         out = _add_bias(emit, site, found.v_bias, out)
-    start, length = found.v_rows
-    if length != site.v_size:
-        out = emit(aten.constant_pad_nd.default, out, [start, site.v_size - start - length])
+    first, rows = found.v_rows
+    if rows != site.v_size:
+        out = emit(aten.constant_pad_nd.default, out, [first, site.v_size - first - rows])
     # What follows was traced on contiguous attention outputs, and views them; Inductor fuses this copy away.
     out = emit(aten.clone.default, out, memory_format=torch.contiguous_format)
     attention.node.replace_all_uses_with(out)

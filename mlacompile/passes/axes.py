@@ -1,7 +1,8 @@
 """Follow the axes of a tensor backwards through a graph.
 
-Attention says what the axes of K are: batch, head, token, feature. Walking back from it, every structural or linear op says
-which axes its inputs must have had. A dimension is a list of *atoms* (labelled factors of its size, outermost first), so a
+Attention says what the axes of K are: batch, head, token, feature. Walking back from it, every structural or linear
+op says which axes its inputs must have had. A dimension is a list of *atoms* (labelled factors of its size, outermost
+first), so a
 ``view`` that merges head and feature, or splits them again, is only a regrouping of atoms. Two things follow:
 
 - the walk knows where a value stops having heads. That value is a latent, whatever the model calls it;
@@ -82,7 +83,8 @@ def _quotient(a: Size, b: Size) -> Size | None:
 
 
 def regroup(atoms: Sequence[Atom], sizes: Sequence[Size]) -> Dims | None:
-    """Deal atoms, outermost first, into dimensions of the given sizes, splitting an atom where a border falls inside it.
+    """Deal atoms, outermost first, into dimensions of the given sizes, splitting an atom where a border falls inside
+    it.
 
     None when sizes do not match, or when a batch or token atom would be split.
     """
@@ -432,6 +434,7 @@ CONSTANT = {
 
 
 def pull(node: Node, dims: Dims, table: dict[Any, Any] = LINEAR) -> Pulled | None:
-    """The tensor inputs of a node and the dims they must have for its output to have ``dims``; None where the walk ends."""
+    """The tensor inputs of a node and the dims they must have for its output to have ``dims``; None where the walk
+    ends."""
     rule = table.get(node.target) if node.op == "call_function" else None
     return None if rule is None else rule(node, dims)

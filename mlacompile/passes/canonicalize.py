@@ -4,9 +4,10 @@ In the Dynamo graph:  ``scaled_dot_product_attention(q, k, v, …)``            
 In the ATen graph:    ``bmm(softmax(bmm(q, kᵀ) · scale + mask), v)``, with      →  ``mlacompile::attention``
                       views, casts and several score terms anywhere between
 
-The second runs after functionalization: einsum, matmul and ``@`` are all ``bmm`` there, and scores updated in place are plain
-dataflow. What an attention node replaced is kept beside it (``meta["mlacompile_original"]``), so that a site nobody rewrites is put
-back exactly as it was.
+The second runs after functionalization: einsum, matmul and ``@`` are all ``bmm`` there, and scores updated in place
+are plain
+dataflow. What an attention node replaced is kept beside it (``meta["mlacompile_original"]``), so that a site nobody
+rewrites is put back exactly as it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mlacompile.ops.attention  # noqa: F401  (registers the op)
-from mlacompile.passes.softmax import match_softmax
+from mlacompile.passes.softmax import match_softmax, why_unmatched
 
 aten = torch.ops.aten
 ORIGINAL = "mlacompile_original"
@@ -59,13 +60,18 @@ def canonicalize_sdpa(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def canonicalize_softmax(graph: Graph) -> int:
-    """Find attention written out as products and softmax in a functional ATen graph; returns how many were found."""
-    found = 0
+def canonicalize_softmax(graph: Graph) -> list[tuple[Node, str]]:
+    """Find attention written out as products and softmax in a functional ATen graph.
+
+    Returns each softmax that looks like attention and was left alone, with the reason.
+    """
+    left: list[tuple[Node, str]] = []
     for target in (aten._softmax.default, aten._safe_softmax.default):
         for node in graph.find_nodes(op="call_function", target=target):
-            found += match_softmax(node)
-    return found
+            if not match_softmax(node):
+                reason = why_unmatched(node)
+                left += [] if reason is None else [(node, reason)]
+    return left
 
 
 def restore(node: Node) -> None:
@@ -76,7 +82,9 @@ def restore(node: Node) -> None:
         q, k, v, mask, causal, scale, gqa = node.args
         kwargs: dict[str, Any] = {"scale": scale, "enable_gqa": gqa}
         with graph.inserting_before(node):
-            original = graph.call_function(aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), kwargs)
+            original = graph.call_function(
+                aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), kwargs
+            )
         original.meta = dict(node.meta)
         node.replace_all_uses_with(original)
     else:

@@ -1,6 +1,7 @@
 """What K and V are made of: walk back from them to latents and weights, and run that part again at any size.
 
-The walk ends where a value no longer has heads (a *latent*), at values that depend on parameters alone (*weights*), and at
+The walk ends where a value no longer has heads (a *latent*), at values that depend on parameters alone (*weights*),
+and at
 whatever is not linear. It knows no names. The part in between, the cone, acts on every cached token alike, so it can be
 evaluated on one sentence of two tokens as well as on 64 of 8192.
 """
@@ -63,7 +64,8 @@ class Cone:
     weights: list[Node] = field(default_factory=list)
 
     def evaluate(self, feeds: dict[Node, torch.Tensor], batch: int, tokens: int) -> dict[Node, torch.Tensor]:
-        """Run the cone in float64 at ``batch`` sentences of ``tokens`` tokens, with ``feeds`` for latents and weights."""
+        """Run the cone in float64 at ``batch`` sentences of ``tokens`` tokens, with ``feeds`` for latents and
+        weights."""
         env = dict(feeds)
         for node in self.order:
             if node not in env:
@@ -75,7 +77,8 @@ class Cone:
         return tuple(int(s) for s in shape_with(self.dims[node], batch, tokens))
 
     def signature(self) -> tuple[Any, ...]:
-        """Equal for two cones that compute the same function of their leaves: the key under which a probe is remembered."""
+        """Equal for two cones that compute the same function of their leaves: the key under which a probe is
+        remembered."""
         index = {node: i for i, node in enumerate(self.order)}
 
         def encode(value: Any) -> Any:
@@ -90,7 +93,9 @@ class Cone:
             leaf = node in self.latents or node in self.weights
             args = () if leaf else encode(_resolved(node))
             layout = tuple(tuple((a.label[0], str(a.size)) for a in d) for d in self.dims[node])
-            rows.append((leaf, node in self.latents, "" if leaf else str(node.target), args, layout, str(shape_of(node))))
+            rows.append(
+                (leaf, node in self.latents, "" if leaf else str(node.target), args, layout, str(shape_of(node)))
+            )
         return tuple(rows)
 
 

@@ -56,7 +56,8 @@ class Emitter:
     def arrange(self, node: Node, dims: Dims, order: str) -> Node:
         """Bring a tensor with known axes into one dimension for each label of ``order``.
 
-        Atoms labelled neither batch, head, query nor token are features, "D". A label without an atom yields a dimension of one.
+        Atoms labelled neither batch, head, query nor token are features, "D". A label without an atom yields a
+        dimension of one.
         """
         split = self.view(node, self._atom_sizes(node, dims))
         present = [_letter(a.label) for d in dims for a in d]
@@ -85,7 +86,8 @@ class Emitter:
         return sizes
 
     def _join(self, node: Node, groups: list[int], extra: int = 0) -> Node:
-        """Merge runs of dimensions; an empty run is a dimension of one, ``extra`` trailing dimensions of one are dropped."""
+        """Merge runs of dimensions; an empty run is a dimension of one, ``extra`` trailing dimensions of one are
+        dropped."""
         shape: list[int | Node] = []
         at = 0
         for length in groups:

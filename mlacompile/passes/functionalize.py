@@ -1,8 +1,9 @@
 """Stage 2: views and mutations become dataflow.
 
-AOTAutograd traces the Dynamo graph into functional ATen ops: a key assembled by slice assignment becomes ``slice_scatter``, a cache
-write becomes ``index_copy`` with one ``copy_`` into the input at the very end. No decompositions are applied, so that attention,
-softmax and casts stay readable; Inductor applies its own afterwards.
+AOTAutograd traces the Dynamo graph into functional ATen ops: a key assembled by slice assignment becomes
+``slice_scatter``, a cache
+write becomes ``index_copy`` with one ``copy_`` into the input at the very end. No decompositions are applied, so
+that attention, softmax and casts stay readable; Inductor applies its own afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Stage = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 
 def functionalize(gm: GraphModule, example_inputs: Sequence[Any], then: Stage) -> Compiled:
-    """Trace ``gm`` into a functional graph, hand it and its fake inputs to ``then``, and return what runs in place of ``gm``.
+    """Trace ``gm`` into a functional graph, hand it and its fake inputs to ``then``, and return what runs in place
+    of ``gm``.
 
     Inputs are what Dynamo passes to a backend. Exceptions raised by ``then`` reach the caller.
     """
@@ -42,8 +44,8 @@ def functionalize(gm: GraphModule, example_inputs: Sequence[Any], then: Stage) -
         wrapped = aot_module_simplified(
             gm,
             list(example_inputs),
-            fw_compiler=compile_functional,
-            bw_compiler=_no_backward,
+            fw_compiler=compile_functional,  # type: ignore[arg-type]
+            bw_compiler=_no_backward,  # type: ignore[arg-type]
             decompositions={},
             keep_inference_input_mutations=True,
         )
@@ -55,7 +57,8 @@ def _no_backward(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
 
 
 def carry_dynamo_marks(source: GraphModule, target: GraphModule) -> None:
-    """Make a graph derived from Dynamo's count as one: which inputs have static addresses (parameters, static caches) is read
+    """Make a graph derived from Dynamo's count as one: which inputs have static addresses (parameters, static
+    caches) is read
     from these marks, and without them CUDA graphs would copy every weight and refuse to write the cache.
     """
     before = source.graph.find_nodes(op="placeholder")
@@ -63,7 +66,7 @@ def carry_dynamo_marks(source: GraphModule, target: GraphModule) -> None:
     if len(before) != len(after) or "dynamo_compile_id" not in source.meta:
         return
     target.meta["dynamo_compile_id"] = source.meta["dynamo_compile_id"]
-    target._param_name_to_source = getattr(source, "_param_name_to_source", {})
+    target._param_name_to_source = getattr(source, "_param_name_to_source", {})  # type: ignore[assignment]
     for old, new in zip(before, after, strict=True):
         new._dynamo_source = getattr(old, "_dynamo_source", None)
         if "tensor_dict" in old.meta:
@@ -75,7 +78,8 @@ def _is_plain(metadata: Any, before: GraphModule, after: GraphModule) -> bool:
     if metadata is None:
         return False
     quiet = (
-        getattr(metadata, "num_outputs_aliased", 1) == 0 and getattr(metadata, "num_mutated_inp_runtime_indices", 1) == 0
+        getattr(metadata, "num_outputs_aliased", 1) == 0
+        and getattr(metadata, "num_mutated_inp_runtime_indices", 1) == 0
     )
     inputs = [len(g.graph.find_nodes(op="placeholder")) for g in (before, after)]
     outputs = [len(g.graph.output_node().args[0]) for g in (before, after)]  # type: ignore[arg-type]
@@ -84,5 +88,7 @@ def _is_plain(metadata: Any, before: GraphModule, after: GraphModule) -> bool:
 
 def nested_context(gm: GraphModule) -> Any:
     """A tracing context of its own for a compiler called on a graph that is being compiled already."""
-    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)]
+    values = [
+        n.meta["val"] for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)
+    ]
     return tracing(TracingContext(detect_fake_mode(values)))

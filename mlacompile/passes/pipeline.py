@@ -15,12 +15,13 @@ from torch.fx import GraphModule, Node
 from mlacompile.errors import RefusedSiteError
 from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.select import place_kernels, select
-from mlacompile.lowering.single_row import place_row_products
+from mlacompile.lowering.single_row import keep_batched_rows, place_row_products
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
-from mlacompile.passes.axes import CONSTANT
+from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import canonicalize_softmax, restore
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
+from mlacompile.passes.source import source_of
 from mlacompile.passes.validate import Verdict, validate
 from mlacompile.report import Report, Site
 
@@ -44,12 +45,14 @@ class Pipeline:
         """Rewrite ``gm`` in place. What is not rewritten is as it was.
 
         Raises:
-            RefusedSiteError: with ``strict=True``, when any attention op stays unrewritten for a reason other than its form.
+            RefusedSiteError: with ``strict=True``, when any attention op stays unrewritten for a reason other than
+            its form.
         """
         dump_graph(self.options.dump, self.name, "2-functional", gm)
         with self.stage("canonicalize"):
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
-            canonicalize_softmax(gm.graph)
+            for node, reason in canonicalize_softmax(gm.graph):
+                self._note(Site("refused", reason, source_of(node), context=str(shape_of(node)[-1])))  # type: ignore[index]
         dump_graph(self.options.dump, self.name, "3-canonical", gm)
         with self.stage("recognize"):
             found = list(Recognizer(gm.graph, self._weights(gm)).find())
@@ -119,6 +122,7 @@ class Pipeline:
         with self.stage("lower"):
             place_kernels(gm, kernels)
             if kernels and self.options.kernel == "auto":
+                keep_batched_rows(gm)
                 placed = place_row_products(gm)
                 if placed:
                     self.notes.append(f"{placed} products with a single row read their weights by row_product")
@@ -136,11 +140,14 @@ class Pipeline:
         attention = site.attention
         geometry = site.geometry if isinstance(site, MLASite) else None
         source = source_position(attention)
-        log.info("%s: attention at %s %s: %s", self.name, source, status, reason)
-        self.sites.append(
+        self._note(
             Site(status, reason, source, geometry, queries=str(attention.queries), context=str(attention.context))
         )
         restore(attention.node)
+
+    def _note(self, site: Site) -> None:
+        log.info("%s: attention at %s %s: %s", self.name, site.source, site.status, site.reason)
+        self.sites.append(site)
 
     def _raise_refused(self) -> None:
         refused = [s for s in self.sites if s.status == "refused"]
@@ -150,7 +157,8 @@ class Pipeline:
 
 
 def _remove_dead(gm: GraphModule) -> None:
-    """Erase what nothing uses any more, unwritten buffers too: torch counts those as random, and would allocate expanded keys for nobody."""
+    """Erase what nothing uses any more, unwritten buffers too: torch counts those as random, and would allocate
+    expanded keys for nobody."""
     gm.graph.eliminate_dead_code()
     for node in reversed(gm.graph.nodes):
         if node.op == "call_function" and node.target in CONSTANT and not node.users:

@@ -22,7 +22,8 @@ from mlacompile.passes.cone import Cone, WalkError
 from mlacompile.passes.source import describe
 from mlacompile.passes.views import View, find_view
 
-#: Float64 arithmetic on sums of at most a few thousand terms: what rounding alone may leave between two orders of summation.
+#: Float64 arithmetic on sums of at most a few thousand terms: what rounding alone may leave between two orders of
+#: summation.
 EXACT = 1e-10
 _ALL_BELOW = 160  # latents up to this width are probed in every element, wider ones in a sample
 
@@ -42,8 +43,8 @@ class Probe:
 
     c_kv: which latent holds the compressed keys and values. k_pe: which one the rotary key, or None.
     k_rows, pe_rows, v_rows: (start, length) of the rows of K that come from the latent, from the rotary key, and of V.
-    w_uk ``[H, N, R]``, w_uv ``[H, V, R]``: views of weights. v_bias ``[H, V]``: a bias on V, or None (one on K shifts all scores
-    of a query alike and cancels in the softmax).
+    w_uk ``[H, N, R]``, w_uv ``[H, V, R]``: views of weights. v_bias ``[H, V]``: a bias on V, or None (one on K
+    shifts all scores of a query alike and cancels in the softmax).
     pe_scale: factor on the rotary key.
     """
 
@@ -101,9 +102,7 @@ class _Prober:
         for shape in self.weight_shapes:
             self.offsets.append(self.offsets[-1] + _numel(shape))
 
-    def __call__(
-        self, latents: list[torch.Tensor], weights: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, latents: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V as ``[batch, H, tokens, rows]`` for latents ``[batch, tokens, width]`` and weights."""
         batch, tokens = latents[0].shape[:2]
         feeds = {n: place(x, self.cone.dims[n]) for n, x in zip(self.cone.latents, latents, strict=True)}
@@ -188,7 +187,8 @@ def _picked(width: int) -> torch.Tensor:
 
 @dataclass
 class _Part:
-    """K or V read token by token: bias ``[H, rows]``, and for each latent factors and element numbers ``[H, rows, picked]``."""
+    """K or V read token by token: bias ``[H, rows]``, and for each latent factors and element numbers ``[H, rows,
+    picked]``."""
 
     bias: tuple[torch.Tensor, torch.Tensor]
     factors: list[torch.Tensor]
@@ -217,7 +217,9 @@ def _interpret(prober: _Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) -
     latents = range(len(picks))
     sources = [i for i in latents if v.weighted(i)]
     if any(v.plain(i) for i in latents):
-        raise WalkError("values contain cached values that no weight projects: already absorbed, or not latent attention")
+        raise WalkError(
+            "values contain cached values that no weight projects: already absorbed, or not latent attention"
+        )
     if len(sources) != 1:
         raise WalkError(f"values are made of {len(sources)} latents; exactly one was expected")
     c_kv = sources[0]
@@ -279,7 +281,8 @@ def _decode(prober: _Prober, numbers: torch.Tensor, pick: torch.Tensor, width: i
         raise WalkError(
             f"{local.shape[0]} heads share {distinct} {what} up-projections: grouped key heads over a latent"
             if distinct < local.shape[0]
-            else f"the heads do not lie at equal distances in the {what} up-projection"
+            else f"the {what} up-projection is not one weight with its heads at equal distances: a product of several weights, "
+            "or heads out of order"
         )
     axes = [(local.shape[0], h), (local.shape[1], n), (width, r)]
     view = find_view(prober.weight_shapes[leaf], first, axes)
@@ -295,7 +298,11 @@ def _rope_rows(factors: torch.Tensor) -> tuple[tuple[int, int], float]:
     start, length = _rows(factors, "rotary key")
     block = factors[0, start : start + length]
     scale = float(block[0, 0])
-    if block.shape[0] != block.shape[1] or scale == 0 or not torch.equal(block, scale * torch.eye(length, dtype=block.dtype)):
+    if (
+        block.shape[0] != block.shape[1]
+        or scale == 0
+        or not torch.equal(block, scale * torch.eye(length, dtype=block.dtype))
+    ):
         raise WalkError("the rotary key is reordered or mixed on its way into K")
     return (start, length), scale
 
@@ -333,7 +340,9 @@ def _confirm(prober: _Prober, found: Probe) -> None:
         _put(v_want, found.v_rows, weight_of(found.v_bias, weights)[None, :, None, :, 0])
     for got, want in ((k_want + zero_k, k), (v_want, v)):
         if not bool((got - want).abs().max() <= EXACT * (1 + want.abs().max())):
-            raise WalkError("keys or values are not linear in the latent: a nonlinearity, or two weights multiplied, lies between")
+            raise WalkError(
+                "keys or values are not linear in the latent: a nonlinearity, or two weights multiplied, lies between"
+            )
 
 
 def weight_of(found: WeightView, weights: list[torch.Tensor]) -> torch.Tensor:

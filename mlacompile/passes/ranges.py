@@ -2,9 +2,10 @@
 
     mask[b, 0, 0, t] = (t <= position) & (t >= first[b]) & …        →   start[b] <= t < length[b]
 
-A range is two integers a row where a mask is a byte a token, and a kernel that knows it can copy whole tiles. Recognised are comparisons
-of the token's index with anything that does not depend on the token, joined by "and", under any broadcasting. Everything else stays a
-mask.
+A range is two integers a row where a mask is a byte a token, and a kernel that knows it can copy whole tiles.
+Recognised are comparisons
+of the token's index with anything that does not depend on the token, joined by "and", under any broadcasting.
+Everything else stays a mask.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def _outward(node: Node) -> Node | None:
         return source if kept else None
     if node.target is aten.unsqueeze.default:
         rank = len(shape_of(node) or ())
-        at = node.args[1] + rank if node.args[1] < 0 else node.args[1]  # type: ignore[operator]
-        return node.args[0] if at < rank - 1 else None  # type: ignore[return-value]
+        dim: int = node.args[1]  # type: ignore[assignment]
+        return node.args[0] if dim % rank < rank - 1 else None  # type: ignore[return-value]
     return None
 
 

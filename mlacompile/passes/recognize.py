@@ -1,7 +1,7 @@
 """Stage 3: attention op → ``MLASite``: geometry, latents, exact views of the live weights.
 
-Walk back from K and V (``cone.py``) until values have no heads, probe what lies between (``probe.py``), and write down the result as a
-site. Everything that is not latent attention ends in a reason.
+Walk back from K and V (``cone.py``) until values have no heads, probe what lies between (``probe.py``), and write
+down the result as a site. Everything that is not latent attention ends in a reason.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Recognizer:
     def _site(self, attention: Attention) -> MLASite:
         q, k, v = (shape_of(n) for n in (attention.q, attention.k, attention.v))
         if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
-            raise WalkError(f"attention over {len(q or ())}-dimensional queries; [batch, heads, tokens, features] was expected")
+            raise WalkError(
+                f"attention over {len(q or ())}-dimensional queries; [batch, heads, tokens, features] was expected"
+            )
         if attention.grouped or k[1] != q[1] or v[1] != q[1]:
             raise WalkError(
                 f"{q[1]} query heads share {k[1]} key heads: grouped-query attention has no latent "
@@ -173,7 +175,7 @@ def axes_of(cone: Cone, node: Node) -> Dims:
 def mask_without_heads(mask: Node) -> Node | None:
     """The mask as a node that is the same for all heads, or None when it may differ from head to head."""
     shape = shape_of(mask)
-    while shape is not None and len(shape) == 4 and shape[1] != 1:
+    while shape is not None and len(shape) >= 3 and shape[-3] != 1:  # three dimensions are [heads, queries, tokens]
         if mask.target is not aten.expand.default:
             return None
         mask = mask.args[0]  # type: ignore[assignment]

@@ -3,12 +3,13 @@
     scores = bmm(q, kᵀ) · factor  [+ bmm(q', k'ᵀ) · factor']  [+ mask | masked_fill]
     out    = bmm(softmax(scores), v)
 
-Axes are followed back from the softmax to the products and forward to V, so the order of heads and queries in the scores, and views
-and casts on the way, do not matter.
+Axes are followed back from the softmax to the products and forward to V, so the order of heads and queries in the
+scores, and views and casts on the way, do not matter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.fx import Node
 
 from mlacompile.passes.axes import REARRANGE, Atom, Dim, Dims, _broadcast, dims_for, pull, regroup, shape_of, size_of
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.source import op_name
 
 aten = torch.ops.aten
 MASKED = -1e4  # a score this low, or lower, has probability zero in float32
@@ -29,6 +31,12 @@ _RESHAPE = {
     aten.squeeze.dim,
     aten.squeeze.dims,
 }
+_ENDS = {aten.bmm.default, aten.mm.default, aten.addmm.default, aten._softmax.default, aten._safe_softmax.default}
+_TERMS = {
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self),
+}
+_FAR = 12  # more ops than any spelling of attention has between scores and softmax
 _PASS = REARRANGE | {aten._to_copy.default: REARRANGE[aten.clone.default], aten.expand.default: None}
 
 
@@ -63,6 +71,47 @@ def match_softmax(node: Node) -> bool:
     return True
 
 
+def why_unmatched(softmax: Node) -> str | None:
+    """Why a softmax that stands between two products, as in attention, was left alone; None when it does not stand
+    there.
+
+    Products with weights (``mm``) end the search on either side, so that a router's softmax is not taken for attention.
+    """
+    before = _between(softmax, lambda n: n.all_input_nodes)
+    after = _between(softmax, lambda n: list(n.users), _is_weighted_sum)
+    if before is None or after is None:
+        return None
+    if any(len(n.users) > 1 for n in (softmax, *after)):
+        return (
+            "the attention weights are used elsewhere than in the product with V (returned, summed or stored), so they have "
+            "to be computed; do without them (output_attentions=False)"
+        )
+    way = [*before[::-1], *after]
+    odd = [n for n in way if n.target not in _PASS and n.target not in _TERMS] or [*before[::-1], softmax, *after]
+    return f"attention is not written as scale, mask, softmax and product with V: {', '.join(map(op_name, odd))} in between"
+
+
+def _is_weighted_sum(user: Node, weights: Node) -> bool:
+    return user.args[0] is weights
+
+
+def _between(
+    softmax: Node, step: Callable[[Node], list[Node]], fits: Callable[[Node, Node], bool] = lambda product, node: True
+) -> list[Node] | None:
+    """Nodes on the shortest way from a softmax to a ``bmm`` in one direction, both ends left out; None without one."""
+    ways: list[list[Node]] = [[softmax]]
+    seen = {softmax}
+    for way in ways:
+        for node in step(way[-1]):
+            if node.target is aten.bmm.default and fits(node, way[-1]):
+                return way[1:]
+            if node in seen or len(way) > _FAR or node.target in _ENDS or node.op != "call_function":
+                continue
+            seen.add(node)
+            ways.append([*way, node])
+    return None
+
+
 def _scalar(value: Any) -> float | None:
     """A Python number, or the value of a zero-dimensional constant node."""
     if isinstance(value, (int, float)):
@@ -86,7 +135,7 @@ def _terms(node: Node, dims: Dims, factor: float, found: _Scores) -> bool:
             return False
         factor = factor / number if "div" in str(node.target) else factor * number
         return _terms(node.args[0], dims, factor, found)  # type: ignore[arg-type]
-    if node.target is aten.add.Tensor and isinstance(node.args[1], Node):
+    if node.target is aten.add.Tensor and isinstance(node.args[1], Node) and not node.kwargs:
         return _sum(node.args[0], node.args[1], dims, factor, found)  # type: ignore[arg-type]
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return _kept(node.args[1], node.args[2], node.args[0], False, dims, factor, found)
@@ -126,7 +175,7 @@ def _sum(a: Node, b: Node, dims: Dims, factor: float, found: _Scores) -> bool:
 def _kept(condition: Any, fill: Any, scores: Any, attend: bool, dims: Dims, factor: float, found: _Scores) -> bool:
     low = _scalar(fill)
     operand = _broadcast(condition, dims) if isinstance(condition, Node) else None
-    if low is None or low > MASKED or operand is None or not isinstance(scores, Node):
+    if low is None or low * factor > MASKED or operand is None or not isinstance(scores, Node):
         return False
     found.kept.append((condition, operand, attend))
     return _terms(scores, dims, factor, found)
@@ -167,7 +216,8 @@ def _push(node: Node, dims: Dims) -> Dims | None:
 
 
 def _name_axes(shape: tuple[Any, ...], product: _Product) -> dict[str, str] | None:
-    """Which axis of the scores is batch, head and query: the product runs over queries in its rows, not in its batch."""
+    """Which axis of the scores is batch, head and query: the product runs over queries in its rows, not in its
+    batch."""
     rows = [a.label for a in product.dims[1]]
     tokens = [a.label for a in product.dims[2]]
     free = list(range(len(shape) - 1))

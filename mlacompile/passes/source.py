@@ -23,5 +23,9 @@ def describe(node: Node) -> str:
     """A node for a reader: what it is, and where it stands in the source."""
     if node.op == "placeholder":
         return "an input of the graph"
-    op = str(node.target).removeprefix("aten.").split(".")[0]
-    return f"{op} at {source_of(node)}"
+    return f"{op_name(node)} at {source_of(node)}"
+
+
+def op_name(node: Node) -> str:
+    """What a node calls, without namespace and overload."""
+    return str(node.target).removeprefix("aten.").split(".")[0]

@@ -1,8 +1,9 @@
 """Stage 7: the original and the rewritten subgraph, side by side, before anything runs.
 
-A stand-in of the site is built: the same cone, weights and rewrite, on two sentences of five tokens. Keys and values come from the
-*original* nodes, the rewrite from the same code that rewrote the real graph; both run in float64 on random data. The tolerance is
-the rounding bound of the two orders of summation, computed from the absolute values of the very operands.
+A stand-in of the site is built: the same cone, weights and rewrite, on two sentences of five tokens. Keys and values
+come from the
+*original* nodes, the rewrite from the same code that rewrote the real graph; both run in float64 on random data. The
+tolerance is the rounding bound of the two orders of summation, computed from the absolute values of the very operands.
 """
 
 from __future__ import annotations
@@ -129,9 +130,11 @@ def _rewritten(site: MLASite, options: Options, data: _StandIn) -> Tensor:
 
 
 def _bound(site: MLASite, data: _StandIn) -> float:
-    """Rounding two evaluations of the same chain may differ by: n·eps per sum of n products, carried through the softmax.
+    """Rounding two evaluations of the same chain may differ by: n·eps per sum of n products, carried through the
+    softmax.
 
-    An error e in every score changes the softmax's output by at most a factor exp(2e) (Higham, Accuracy and Stability, 3.1).
+    An error e in every score changes the softmax's output by at most a factor exp(2e) (Higham, Accuracy and
+    Stability, 3.1).
     """
     eps = torch.finfo(torch.float64).eps
     found, g = site.probe, site.geometry
@@ -140,8 +143,12 @@ def _bound(site: MLASite, data: _StandIn) -> float:
     k_abs = torch.zeros_like(data.k)
     k_abs[..., found.k_rows[0] : sum(found.k_rows)] = torch.einsum("btr,hnr->bhtn", c_kv, w_uk)
     k_abs = torch.maximum(k_abs, data.k.abs())
-    score_error = eps * 2 * (g.rank + site.head_size + 2) * site.attention.scale * float(
-        (data.q.abs() @ k_abs.transpose(2, 3)).max()
+    score_error = (
+        eps
+        * 2
+        * (g.rank + site.head_size + 2)
+        * site.attention.scale
+        * float((data.q.abs() @ k_abs.transpose(2, 3)).max())
     )
     value = float(torch.einsum("btr,hvr->bhtv", c_kv, w_uv).max() + data.v.abs().max())
     return value * (4 * score_error + eps * 2 * (g.rank + TOKENS + 8))

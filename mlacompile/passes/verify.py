@@ -15,7 +15,8 @@ from mlacompile.options import Options
 
 Compiled = Callable[..., Any]
 
-#: Rounding steps between the input and the output of a graph that may add up, seen as a random walk: the square root of the
+#: Rounding steps between the input and the output of a graph that may add up, seen as a random walk: the square root
+#: of the
 #: number of rounded values an output passes through, of which 2**14 is more than any model of this kind has.
 _ROUNDINGS = 2.0**7
 

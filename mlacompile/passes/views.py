@@ -1,7 +1,8 @@
 """Turn "element 4711 of that weight" back into an exact view of it.
 
 Probing a cone with element numbers as weights tells which element of which weight multiplies each latent value for each
-head and row. When these numbers are affine in (head, row, rank), they are a view: split dimensions, keep a range of each
+head and row. When these numbers are affine in (head, row, rank), they are a view: split dimensions, keep a range of
+each
 part, reorder. Only shapes are involved, never strides or storage offsets, so one compiled graph serves every layer that
 has weights of the same shape, wherever those lie.
 """
@@ -16,7 +17,8 @@ import torch
 
 @dataclass(frozen=True)
 class View:
-    """A strided view of a weight: ``x.narrow(...).view(shape).slice(...).permute(order)``, merged dims of size one dropped."""
+    """A strided view of a weight: ``x.narrow(...).view(shape).slice(...).permute(order)``, merged dims of size one
+    dropped."""
 
     narrows: tuple[tuple[int, int, int], ...]  # (dim, start, length) on the weight itself
     shape: tuple[int, ...]  # its dimensions, split into factors
@@ -42,7 +44,8 @@ class View:
 
 
 def find_view(shape: Sequence[int], offset: int, axes: Sequence[tuple[int, int]]) -> View | None:
-    """The view whose element (i, j, …) is element ``offset + Σ index · stride`` of a tensor of ``shape``, counted row-major.
+    """The view whose element (i, j, …) is element ``offset + Σ index · stride`` of a tensor of ``shape``, counted
+    row-major.
 
     Args:
         shape: shape of the weight.

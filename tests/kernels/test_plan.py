@@ -59,5 +59,10 @@ def test_a_full_chip_is_not_split(heads: int, batch: int) -> None:
 
 
 def test_queries_share_a_tile_with_heads() -> None:
-    shape = Shape(1, 16, 4, 4096, 512, 64)
+    shape = Shape(16, 16, 4, 4096, 512, 64)
     assert row_tiles(choose_plan(shape, Device()), shape) == 1
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_one_sequence_gets_small_tiles(heads: int) -> None:
+    assert choose_plan(Shape(1, heads, 1, 8192, 512, 64), Device()).block_h == 16

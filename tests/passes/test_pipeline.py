@@ -1,4 +1,5 @@
-"""What is left of a graph once attention is absorbed: nothing as large as expanded keys, one decode op a layer, views of live weights."""
+"""What is left of a graph once attention is absorbed: nothing as large as expanded keys, one decode op a layer,
+views of live weights."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def compiled_and_eager(spelling: Spelling, queries: int = 1, batch: int = BATCH)
     torch.manual_seed(0)
     torch._dynamo.reset()
     module = Attention(spelling, batch, CONTEXT).eval()
-    for name, buffer in module.named_buffers():
+    for buffer in module.buffers():
         buffer.normal_()
     tokens = queries if spelling.cache != "none" else CONTEXT
     x = torch.randn(batch, tokens, spelling.hidden)

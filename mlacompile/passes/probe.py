@@ -281,8 +281,8 @@ def _decode(prober: _Prober, numbers: torch.Tensor, pick: torch.Tensor, width: i
         raise WalkError(
             f"{local.shape[0]} heads share {distinct} {what} up-projections: grouped key heads over a latent"
             if distinct < local.shape[0]
-            else f"the {what} up-projection is not one weight with its heads at equal distances: a product of several weights, "
-            "or heads out of order"
+            else f"the {what} up-projection is not one weight with its heads at equal distances: a product of several "
+            "weights, or heads out of order"
         )
     axes = [(local.shape[0], h), (local.shape[1], n), (width, r)]
     view = find_view(prober.weight_shapes[leaf], first, axes)

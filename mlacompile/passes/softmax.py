@@ -83,12 +83,13 @@ def why_unmatched(softmax: Node) -> str | None:
         return None
     if any(len(n.users) > 1 for n in (softmax, *after)):
         return (
-            "the attention weights are used elsewhere than in the product with V (returned, summed or stored), so they have "
-            "to be computed; do without them (output_attentions=False)"
+            "the attention weights are used elsewhere than in the product with V (returned, summed or stored), so they "
+            "have to be computed; do without them (output_attentions=False)"
         )
     way = [*before[::-1], *after]
     odd = [n for n in way if n.target not in _PASS and n.target not in _TERMS] or [*before[::-1], softmax, *after]
-    return f"attention is not written as scale, mask, softmax and product with V: {', '.join(map(op_name, odd))} in between"
+    names = ", ".join(op_name(n) for n in odd)
+    return f"attention is not written as scale, mask, softmax and product with V: {names} in between"
 
 
 def _is_weighted_sum(user: Node, weights: Node) -> bool:

@@ -23,6 +23,8 @@ aten = torch.ops.aten
 
 _AND = {aten.logical_and.default, aten.bitwise_and.Tensor}
 _COMPARE = {aten.le.Tensor: "<=", aten.lt.Tensor: "<", aten.ge.Tensor: ">=", aten.gt.Tensor: ">"}
+_INTEGERS = (torch.int32, torch.int64)  # a bound of another dtype rounds, or wraps when it is shifted
+_FAR = 2**30  # longer than any cache, and with a shift still an int32
 _SWAPPED = {"<=": ">=", "<": ">", ">=": "<=", ">": "<"}
 
 
@@ -66,7 +68,9 @@ def _outward(node: Node) -> Node | None:
 def _compared(token: Any, sign: str, other: Any) -> list[Bound] | None:
     shift = _token_index(token)
     shape = shape_of(other) if isinstance(other, Node) else None
-    if shift is None or shape is None or (len(shape) > 0 and shape[-1] != 1):
+    if shift is None or abs(shift) >= _FAR or shape is None or (len(shape) > 0 and shape[-1] != 1):
+        return None
+    if other.meta["val"].dtype not in _INTEGERS:
         return None
     upper = sign in ("<", "<=")
     return [Bound(other, -shift + (1 if sign in ("<=", ">") else 0), upper)]
@@ -80,7 +84,7 @@ def _token_index(node: Any) -> int | None:
         return 0
     if node.target is aten.arange.start:
         return node.args[0] if isinstance(node.args[0], int) else None
-    if node.target is aten.add.Tensor and isinstance(node.args[1], int):
+    if node.target is aten.add.Tensor and isinstance(node.args[1], int) and not node.kwargs:
         inner = _token_index(node.args[0])
         return None if inner is None else inner + node.args[1]
     source = _outward(node)
@@ -95,7 +99,7 @@ def emit_range(emit: Emitter, bounds: list[Bound], batch: int | Node) -> tuple[N
 def _joined(emit: Emitter, bounds: list[Bound], batch: int | Node) -> Node | None:
     joined: Node | None = None
     for bound in bounds:
-        flat = emit(aten.reshape.default, bound.value, [-1])
+        flat = emit(aten.clamp.default, emit(aten.reshape.default, bound.value, [-1]), -_FAR, _FAR)
         value = emit(aten.add.Tensor, flat, bound.shift)
         narrower = aten.minimum.default if bound.upper else aten.maximum.default
         joined = value if joined is None else emit(narrower, joined, value)

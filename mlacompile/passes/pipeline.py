@@ -109,7 +109,8 @@ class Pipeline:
             if verdict is not None and not verdict.holds:
                 self._leave(
                     site,
-                    f"the rewrite differs from the original by {verdict.error:.2e} (rounding explains {verdict.bound:.2e}): "
+                    f"the rewrite differs from the original by {verdict.error:.2e} "
+                    f"(rounding explains {verdict.bound:.2e}): "
                     "this is a bug in mlacompile, please report it with the dump folder",
                 )
                 continue

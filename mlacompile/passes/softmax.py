@@ -250,13 +250,13 @@ def _emit(scores: _Scores, value: tuple[Node, Dims], names: dict[str, str]) -> N
     queries, keys = [], []
     for product in scores.products:
         q, k = product.node.args[:2]
-        out = _named(product.dims, names)
+        axes = _named(product.dims, names)
         width: Dim = (Atom("D", shape_of(q)[-1]),)  # type: ignore[arg-type,index]
-        q4 = emit.arrange(q, (out[0], out[1], width), "BHSD")  # type: ignore[arg-type]
+        q4 = emit.arrange(q, (axes[0], axes[1], width), "BHSD")  # type: ignore[arg-type]
         if product.factor != first.factor:
             q4 = emit(aten.mul.Tensor, q4, product.factor / first.factor)
         queries.append(q4)
-        keys.append(emit.arrange(k, (out[0], width, out[2]), "BHTD"))  # type: ignore[arg-type]
+        keys.append(emit.arrange(k, (axes[0], width, axes[2]), "BHTD"))  # type: ignore[arg-type]
     v = anchor.args[1]
     v_dims: Dims = (left[0], left[2], (Atom("D", shape_of(v)[-1]),))  # type: ignore[arg-type,index]
     attention = emit(

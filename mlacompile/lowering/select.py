@@ -40,7 +40,8 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
         reasons = kernel.supports(*values, **settings)
         if not reasons:
             return kernel.name, passed
-        passed.append(f"{kernel.name}: {'; '.join(reasons)}")
+        if device != "cpu" or wanted == kernel.name:  # that a GPU kernel needs a GPU is no news
+            passed.append(f"{kernel.name}: {'; '.join(reasons)}")
     return "inductor", passed
 
 

@@ -15,9 +15,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 from mlacompile.compiler import compile_graph
+from mlacompile.errors import MLACompileError
 from mlacompile.options import Options
 from mlacompile.report import Report
 
@@ -70,6 +72,11 @@ def explain(
 
     with _copies_are_meta():
         shadow, args, kwargs = copy.deepcopy((model, args, kwargs))
-    with torch.no_grad():
-        torch.compile(shadow, backend=analyse)(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            torch.compile(shadow, backend=analyse)(*args, **kwargs)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, MLACompileError):
+            raise error.inner_exception from None
+        raise
     return Report.merge(reports)

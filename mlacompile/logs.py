@@ -23,4 +23,4 @@ def dump_graph(folder: str | Path | None, name: str, stage: str, gm: GraphModule
     place = Path(folder) / name
     place.mkdir(parents=True, exist_ok=True)
     text = gm.print_readable(print_output=False, include_stride=True, include_device=True)
-    (place / f"{stage}.py").write_text(text)
+    (place / f"{stage}.py").write_text(text.replace("class <lambda>(", "class Graph("))

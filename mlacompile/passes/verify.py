@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def verified_once(compiled: Compiled, original: GraphModule, options: Options) -
     """``compiled``, checked against ``original`` on its first call when the options ask for it.
 
     Raises (on that call):
-        VerificationError: an output differs by more than rounding in the output's dtype explains.
+        VerificationError: an output, or an input written in place, differs by more than rounding in its dtype explains.
     """
     if options.verify != "first-call":
         return compiled
@@ -34,18 +35,19 @@ def verified_once(compiled: Compiled, original: GraphModule, options: Options) -
     def checked(*args: Any) -> Any:
         if not pending:
             return compiled(*args)
-        copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        copies = copy.deepcopy(args)  # inputs that share memory still do
         pending.clear()
         with torch.no_grad():
             want = tree_leaves(original(*copies))
         got = compiled(*args)
-        _compare(tree_leaves(got), want)
+        _compare("output", tree_leaves(got), want)
+        _compare("input", args, copies)  # caches are written in place
         return got
 
     return checked
 
 
-def _compare(got: list[Any], want: list[Any]) -> None:
+def _compare(what: str, got: Sequence[Any], want: Sequence[Any]) -> None:
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
@@ -55,6 +57,6 @@ def _compare(got: list[Any], want: list[Any]) -> None:
         allowed = _ROUNDINGS * torch.finfo(b.dtype).eps * float(size)
         if not float(error) <= allowed:
             raise VerificationError(
-                f"output {i} of the compiled graph differs from the original by {float(error):.3e}; rounding in "
+                f"{what} {i} of the compiled graph differs from the original by {float(error):.3e}; rounding in "
                 f"{b.dtype} explains {allowed:.3e}. This is a bug in mlacompile: please report it with the dump folder"
             )

@@ -103,6 +103,20 @@ def test_many_queries_stay_expanded(queries: int, decoded: list[torch.Size]) -> 
     assert f"{queries} query tokens" in site.reason
 
 
+def test_a_changing_number_of_queries_is_right_and_compiled_for_few_times() -> None:
+    """From the third number on it is symbolic, and then expanded: what is cheaper is not known."""
+    module, counting = layer(), Counting()
+    compiled = torch.compile(module, backend=counting, options=EAGER)
+    for queries in (1, 4, 6, 2, 9, 1, 12, 4):
+        x, _, mask = arguments(queries)
+        # always to the same place: a position that changes would be another reason to compile
+        assert close(compiled(x, 0, mask), copy.deepcopy(module)(x, 0, mask))
+    assert counting.calls <= 3
+    (site,) = last_report().sites
+    assert site.status == "expanded"
+    assert "varying number" in site.reason
+
+
 def test_the_form_can_be_forced(decoded: list[torch.Size]) -> None:
     for form, queries, expected in (("expanded", 1, 0), ("absorbed", 16, 1)):
         torch._dynamo.reset()

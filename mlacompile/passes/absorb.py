@@ -63,8 +63,8 @@ def absorb(site: MLASite, options: Options) -> Node:
     q_pe, k_pe = None, None
     if site.k_pe is not None:
         q_pe = _scaled(emit, _rows(emit, attention.q, found.pe_rows), found.pe_scale)
-        k_pe = emit.arrange(site.k_pe, site.cone.dims[site.k_pe], "BTD")
-    c_kv = emit.arrange(site.c_kv, site.cone.dims[site.c_kv], "BTD")
+        k_pe = _first_tokens(emit, emit.arrange(site.k_pe, site.cone.dims[site.k_pe], "BTD"), attention.prefix)
+    c_kv = _first_tokens(emit, emit.arrange(site.c_kv, site.cone.dims[site.c_kv], "BTD"), attention.prefix)
     mask, start, length = _visibility(emit, site)
     decode = emit(
         torch.ops.mlacompile.mla_decode.default,
@@ -105,6 +105,11 @@ def emit_view(emit: Emitter, node: Node, view: View) -> Node:
         if factor < 0:
             node = emit(aten.unsqueeze.default, node, axis)
     return node
+
+
+def _first_tokens(emit: Emitter, x: Node, count: int | Node | None) -> Node:
+    """``x[:, :count]``."""
+    return x if count is None else emit(aten.slice.Tensor, x, 1, 0, count)
 
 
 def _rows(emit: Emitter, x: Node, rows: tuple[int, int]) -> Node:
@@ -153,7 +158,7 @@ def _mask(emit: Emitter, site: MLASite) -> Node | None:
         while mask.meta["val"].dim() < 3:
             mask = emit(aten.unsqueeze.default, mask, 0)
     if attention.causal:
-        mask = _with_triangle(emit, attention.q, attention.k, mask)
+        mask = _with_triangle(emit, attention.q, attention.node.args[1], mask)  # type: ignore[arg-type]
     return mask
 
 

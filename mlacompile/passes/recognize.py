@@ -7,7 +7,7 @@ down the result as a site. Everything that is not latent attention ends in a rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Attention:
     causal: bool
     scale: float
     grouped: bool
+    prefix: Any = None  # attend to this many of the first tokens of k and v only (an int or a node); None: to all
 
     @classmethod
     def of(cls, node: Node) -> Attention:
@@ -49,7 +50,22 @@ class Attention:
     @property
     def context(self) -> Size:
         """Cached tokens attended to."""
-        return shape_of(self.k)[2]  # type: ignore[index]
+        return shape_of(self.node.args[1])[2]  # type: ignore[arg-type,index]
+
+    def without_prefix(self) -> Attention:
+        """The same attention with a cut to the first tokens, which acts on k and v alike, taken out of them."""
+        ends = [_prefix_end(x) for x in (self.k, self.v)]
+        if ends[0] is None or ends[0] != ends[1]:
+            return self
+        return replace(self, k=self.k.args[0], v=self.v.args[0], prefix=ends[0])  # type: ignore[arg-type]
+
+
+def _prefix_end(node: Node) -> Any:
+    """n when the node is ``x[:, :, :n]`` and shortens x, else None."""
+    if node.target is not aten.slice.Tensor or len(node.args) != 4 or node.args[1:3] != (2, 0):
+        return None
+    whole, kept = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    return None if whole is None or kept is None or whole[2] == kept[2] else node.args[3]
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,9 @@ class Recognizer:
             raise WalkError("heads or head sizes are symbolic; mark only batch and lengths as dynamic")
         if k[2] == 1:
             raise WalkError("a context of one token: there is nothing to keep compressed yet")
+        attention = attention.without_prefix()
+        k, v = shape_of(attention.k), shape_of(attention.v)
+        assert k is not None and v is not None  # noqa: PT018
         dims = dims_for(k, (BATCH, HEAD, TOKEN, "D")), dims_for(v, (BATCH, HEAD, TOKEN, "D"))
         cone = walk([(attention.k, dims[0]), (attention.v, dims[1])], self.dynamic)
         found = self._probe(cone, attention)

@@ -8,34 +8,72 @@ which is three times slower than the library call that the second remains.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mlacompile.kernels import registry
+from mlacompile.passes.axes import REARRANGE
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
+
+_VIEWS = REARRANGE.keys() | {aten.slice.Tensor, aten.select.int, aten.expand.default}
 
 #: Below this many weight elements a launch costs more than the reading.
 SMALLEST = 1 << 18
 
 
 def place_row_products(gm: GraphModule) -> int:
-    """Replace the products of a functional ATen graph that have one row on a CUDA device; returns how many."""
+    """Replace the products of a functional ATen graph that have one row on a CUDA device; returns how many.
+
+    Products of the same row, such as a gate and what it gates, become one call, and each call is told which weight is
+    read after it.
+    """
     placed = 0
-    for node, x, weight in _products(gm):
-        kernel = next(
-            (k for k in registry.kernels("row_product") if not k.supports(x.meta["val"], weight.meta["val"])), None
-        )
+    for products in _by_row(gm):
+        x, weights = products[0].x, [p.weight for p in products]
+        values = x.meta["val"], [w.meta["val"] for w in weights]
+        kernel = next((k for k in registry.kernels("row_product") if not k.supports(*values)), None)
         if kernel is None:
             continue
-        node.target = torch.ops.mlacompile.row_product.default
-        node.args, node.kwargs = (x, weight), {"impl": kernel.name}
-        placed += 1
+        emit = Emitter(products[0].node)
+        ahead = _read_after(products[0].node, weights)
+        call = emit(torch.ops.mlacompile.row_product.default, x, weights, ahead, impl=kernel.name)
+        rows = [emit(operator.getitem, call, i) for i in range(len(products))]
+        for product, row in zip(products, rows, strict=True):
+            product.node.replace_all_uses_with(row)
+            gm.graph.erase_node(product.node)
+        placed += len(products)
     return placed
+
+
+def _read_after(node: Node, weights: list[Node]) -> Node | None:
+    """The next large input that is read after ``node``, other than ``weights``."""
+    while (node := node.next).op != "output":
+        if node.op != "call_function" or node.target in _VIEWS or node.target is aten.embedding.default:
+            continue
+        for source in map(_source, node.all_input_nodes):
+            if source.op == "placeholder" and source not in weights and _is_large(source):
+                return source if source.meta["val"].is_contiguous() else None
+    return None
+
+
+def _source(node: Node) -> Node:
+    """What a view is a view of."""
+    while node.target in _VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_large(node: Node) -> bool:
+    value = node.meta.get("val")
+    static = isinstance(value, Tensor) and not any(isinstance(s, torch.SymInt) for s in value.shape)
+    return static and value.numel() >= SMALLEST  # type: ignore[union-attr]
 
 
 def keep_batched_rows(gm: GraphModule) -> int:
@@ -53,15 +91,39 @@ def keep_batched_rows(gm: GraphModule) -> int:
     return kept
 
 
-def _products(gm: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
-    """Products of one static row with the transpose of a large matrix: (node, x, weight)."""
+@dataclass(frozen=True)
+class _Product:
+    """``node`` is ``x`` [1, K] times the transpose of ``weight`` [N, K]; read anew each time, for x may be replaced."""
+
+    node: Node
+
+    @property
+    def x(self) -> Node:
+        return self.node.args[0]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Node:
+        return self.node.args[1].args[0]  # type: ignore[union-attr,return-value]
+
+
+def _by_row(gm: GraphModule) -> Iterator[list[_Product]]:
+    """The products of the graph, in order; those that can be one call, where the first of them is, together."""
+    rows: dict[tuple[Node, ...], list[_Product]] = {}
+    for product in _products(gm):
+        # What is not an input may come into being only after the first product of its row.
+        alone = () if product.weight.op == "placeholder" else (product.weight,)
+        rows.setdefault((product.x, *alone), []).append(product)
+    yield from rows.values()
+
+
+def _products(gm: GraphModule) -> Iterator[_Product]:
+    """Products of one static row with the transpose of a large matrix."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default):
-        x, transposed = node.args
+        transposed = node.args[1]
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cuda" or isinstance(value.shape[0], torch.SymInt):
             continue
         if value.shape[0] != 1 or transposed.target is not aten.t.default:
             continue
-        weight = transposed.args[0]
-        if weight.meta["val"].numel() >= SMALLEST:
-            yield node, x, weight
+        if transposed.args[0].meta["val"].numel() >= SMALLEST:
+            yield _Product(node)

@@ -1,6 +1,7 @@
-"""``mlacompile::row_product``: one row times a weight, as every product of a decode step for one sequence is.
+"""``mlacompile::row_product``: one row times weights, as every product of a decode step for one sequence is.
 
-Each weight is read once to be used once, so the only thing that counts is how fast it is read.
+Each weight is read once to be used once, so the only thing that counts is how fast it is read. Weights that multiply
+the same row are one call: one launch then reads them all.
 """
 
 from __future__ import annotations
@@ -12,40 +13,42 @@ from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
 
 
-def row_product_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """x ``[1, K]`` times weight ``[N, K]`` transposed."""
-    return x @ weight.t()
+def row_product_reference(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None) -> list[Tensor]:
+    """x ``[1, K]`` times each weight ``[N, K]`` transposed."""
+    return [x @ weight.t() for weight in weights]
 
 
 @torch.library.custom_op("mlacompile::row_product", mutates_args=())
-def row_product(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
-    """``x @ weight.T`` for a single row.
+def row_product(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None, *, impl: str = "auto") -> list[Tensor]:
+    """``x @ weight.T`` of a single row, for every weight.
 
     Args:
-        x: ``[1, K]``. weight: ``[N, K]``, rows contiguous, any distance between them; same dtype as x.
+        x: ``[1, K]``. weights: each ``[N, K]``, rows contiguous, any distance between them; same dtype as x.
+        ahead: contiguous; what will be read next. A hint: its beginning may be on its way into the cache on return.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
-        ``[1, N]`` in the dtype of x, accumulated in float32.
+        ``[1, N]`` for each weight in the dtype of x, accumulated in float32.
     Raises:
         UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[0] != 1 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
-        raise UnsupportedInputError(
-            f"row_product: got x {x.dtype} {list(x.shape)} and weight {weight.dtype} {list(weight.shape)}; "
-            "expected [1, K] and [N, K] of one dtype"
-        )
+    for weight in weights:
+        if x.dim() != 2 or weight.dim() != 2 or x.shape != (1, weight.shape[1]) or x.dtype != weight.dtype:
+            raise UnsupportedInputError(
+                f"row_product: got x {x.dtype} {list(x.shape)} and weight {weight.dtype} {list(weight.shape)}; "
+                "expected [1, K] and [N, K] of one dtype"
+            )
     for kernel in registry.kernels("row_product"):
         if impl in ("auto", kernel.name):
-            reasons = kernel.supports(x, weight)
+            reasons = kernel.supports(x, weights)
             if not reasons:
-                return kernel.run(x, weight)  # type: ignore[no-any-return]
+                return kernel.run(x, weights, ahead)  # type: ignore[no-any-return]
             if impl == kernel.name:
                 raise UnsupportedInputError(
                     f"row_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
                 )
-    return row_product_reference(x, weight)
+    return row_product_reference(x, weights)
 
 
 @row_product.register_fake
-def _(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
-    return x.new_empty((1, weight.shape[0]))
+def _(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None, *, impl: str = "auto") -> list[Tensor]:
+    return [x.new_empty((1, weight.shape[0])) for weight in weights]

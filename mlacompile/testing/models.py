@@ -188,14 +188,19 @@ def static_cache(
 ) -> Any:
     """An allocated StaticCache for ``model`` that holds ``length`` tokens, of normal noise if ``random``, else zeros.
 
-    Buffers are allocated by running one token through the model, because only the model knows what it caches.
+    One token is run through the model on a cache of a few tokens, because only the model knows what it caches: on the
+    full one, it would leave memory for the expanded context behind.
     """
     from transformers import StaticCache
 
     device = next(model.parameters()).device
-    cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
+    short, cache = (StaticCache(config=model.config, max_cache_len=n) for n in (min(max_cache_len, 4), max_cache_len))
     with torch.no_grad():
-        model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), past_key_values=cache)
+        model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), past_key_values=short)
+    for layer, seen in zip(cache.layers, short.layers, strict=True):
+        layer.lazy_initialization(seen.keys, seen.values)
+        if getattr(seen, "is_indexer_initialized", False):
+            layer.lazy_initialization_indexer(seen.indexer_keys)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     for layer in cache.layers:
         for name in ("keys", "values"):

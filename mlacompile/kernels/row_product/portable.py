@@ -1,8 +1,10 @@
 """Triton kernel of ``row_product``: a few weight rows a program, read in 16-byte pieces, summed in float32.
 
-    program:  rows [i · BLOCK_N, (i + 1) · BLOCK_N), all of K in steps of BLOCK_K
+    program:  rows [i · BLOCK_N, (i + 1) · BLOCK_N) of one weight, all of K in steps of BLOCK_K
 
-No row is shared between programs, so there is no second pass; many small programs keep enough loads in flight.
+No row is shared between programs, so there is no second pass; many small programs keep enough loads in flight. Two
+weights that multiply the same row share a launch. The last programs ask the L2 cache for the beginning of the weight
+that is read next, so that memory works on while the small kernels in between (norms, activations) run.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,10 +16,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _row_product_kernel(
-    p_x, p_w, p_out, N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
-):
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _rows(
+    p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_n = (o_n < N)[:, None]
     p = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * stride_wn + o_k[None, :]
@@ -32,3 +34,34 @@ def _row_product_kernel(
             b_w = tl.load(p + k, mask=m_n & m_k[None, :], other=0.0, eviction_policy="evict_first")
         acc += b_w.to(tl.float32) * b_x.to(tl.float32)[None, :]
     tl.store(p_out + o_n, tl.sum(acc, 1).to(p_out.dtype.element_ty), mask=o_n < N)
+
+
+@triton.jit
+def _fetch_lines(p_ahead, i, n_lines, LINES: tl.constexpr):
+    """Bring cache lines [i · LINES, (i + 1) · LINES) of what p_ahead points to into L2; the program does not wait."""
+    o_line = tl.minimum(i * LINES + tl.arange(0, LINES), n_lines - 1)
+    address = p_ahead.to(tl.int64) + o_line.to(tl.int64) * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _row_product_kernel(
+    p_x, p_w, p_out, N, stride_wn, p_w2, p_out2, N2, stride_wn2, K, p_ahead, n_lines,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TWO: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Grid: the row blocks of the first weight, then (TWO) those of the second."""
+    i = tl.program_id(0)
+    n_first = tl.cdiv(N, BLOCK_N)
+    if TWO:
+        if i < n_first:
+            _rows(p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N, BLOCK_K, EVEN_K)
+        else:
+            _rows(p_x, p_w2, p_out2, i - n_first, N2, K, stride_wn2, BLOCK_N, BLOCK_K, EVEN_K)
+    else:
+        _rows(p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N, BLOCK_K, EVEN_K)
+    if LINES > 0:
+        left = tl.num_programs(0) - 1 - i
+        if left * LINES < n_lines:
+            _fetch_lines(p_ahead, left, n_lines, LINES)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mlacompile.kernels.mla_decode.supports import device_reasons
 
 
-def triton_reasons(x: Tensor, weight: Tensor) -> list[str]:
+def triton_reasons(x: Tensor, weights: Sequence[Tensor]) -> list[str]:
     """Why the kernel cannot run on these inputs; empty when it can."""
     reasons = device_reasons(x.device)
     if x.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"dtype is {x.dtype}, the kernel takes float16 and bfloat16")
-    if weight.stride(1) != 1:
-        reasons.append(f"elements of a weight row lie {weight.stride(1)} apart, the kernel needs 1")
-    if weight.stride(0) % 8 or weight.shape[1] % 8:
-        reasons.append("weight rows are not a multiple of 16 bytes long or apart")
+    for weight in weights:
+        if weight.stride(1) != 1:
+            reasons.append(f"elements of a weight row lie {weight.stride(1)} apart, the kernel needs 1")
+        if weight.stride(0) % 8 or weight.shape[1] % 8:
+            reasons.append("weight rows are not a multiple of 16 bytes long or apart")
     return reasons

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from mlacompile.errors import OptionsError
 from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.inductor import compile_rest
+from mlacompile.lowering.place import place
 from mlacompile.options import Options, check_mode
 from mlacompile.passes.canonicalize import canonicalize_sdpa, may_hold_attention
 from mlacompile.passes.functionalize import carry_dynamo_marks, functionalize, nested_context
@@ -99,6 +100,10 @@ def compile_graph(
         rewritten = pipeline.run(graph)
         if not pipeline.rewritten:
             raise _NothingToRewrite
+        with pipeline.stage("lower"):
+            for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes).items():
+                pipeline.served(node, kernel, passed)
+        dump_graph(options.dump, pipeline.name, "5-lowered", rewritten)
         carry_dynamo_marks(canonical, rewritten)
         with pipeline.stage("compile the rest"), nested_context(rewritten):
             return finish(rewritten, inputs)

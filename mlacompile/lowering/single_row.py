@@ -1,9 +1,7 @@
-"""Products with one row: decoding one sequence reads every weight once, to use it once.
+"""Products with one row on CUDA: decoding one sequence reads every weight once, to use it once.
 
-On CUDA, ``mm(x [1, K], wᵀ)`` becomes ``mlacompile::row_product`` where a kernel takes it: libraries tile such a
-product for a matrix unit that has nothing to do, and read small weights at a fraction of the memory bandwidth.
-On a CPU, ``bmm([H, 1, K], …)`` becomes ``baddbmm`` with beta 0: Inductor writes the first out as a sum of products,
-which is three times slower than the library call that the second remains.
+``mm(x [1, K], wᵀ)`` becomes ``mlacompile::row_product`` where a kernel takes it: libraries tile such a product for a
+matrix unit that has nothing to do, and read small weights at a fraction of the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -17,12 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mlacompile.kernels import registry
-from mlacompile.passes.axes import REARRANGE
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
-
-_VIEWS = REARRANGE.keys() | {aten.slice.Tensor, aten.select.int, aten.expand.default}
 
 #: Below this many weight elements a launch costs more than the reading.
 SMALLEST = 1 << 18
@@ -31,8 +26,7 @@ SMALLEST = 1 << 18
 def place_row_products(gm: GraphModule) -> int:
     """Replace the products of a functional ATen graph that have one row on a CUDA device; returns how many.
 
-    Products of the same row, such as a gate and what it gates, become one call, and each call is told which weight is
-    read after it.
+    Products of the same row, such as a gate and what it gates, become one call.
     """
     placed = 0
     for products in _by_row(gm):
@@ -42,53 +36,13 @@ def place_row_products(gm: GraphModule) -> int:
         if kernel is None:
             continue
         emit = Emitter(products[0].node)
-        ahead = _read_after(products[0].node, weights)
-        call = emit(torch.ops.mlacompile.row_product.default, x, weights, ahead, impl=kernel.name)
+        call = emit(torch.ops.mlacompile.row_product.default, x, weights, impl=kernel.name)
         rows = [emit(operator.getitem, call, i) for i in range(len(products))]
         for product, row in zip(products, rows, strict=True):
             product.node.replace_all_uses_with(row)
             gm.graph.erase_node(product.node)
         placed += len(products)
     return placed
-
-
-def _read_after(node: Node, weights: list[Node]) -> Node | None:
-    """The next large input that is read after ``node``, other than ``weights``."""
-    while (node := node.next).op != "output":
-        if node.op != "call_function" or node.target in _VIEWS or node.target is aten.embedding.default:
-            continue
-        for source in map(_source, node.all_input_nodes):
-            if source.op == "placeholder" and source not in weights and _is_large(source):
-                return source if source.meta["val"].is_contiguous() else None
-    return None
-
-
-def _source(node: Node) -> Node:
-    """What a view is a view of."""
-    while node.target in _VIEWS:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_large(node: Node) -> bool:
-    value = node.meta.get("val")
-    static = isinstance(value, Tensor) and not any(isinstance(s, torch.SymInt) for s in value.shape)
-    return static and value.numel() >= SMALLEST  # type: ignore[union-attr]
-
-
-def keep_batched_rows(gm: GraphModule) -> int:
-    """Leave batched products of one row on a CPU to the library; returns how many."""
-    kept = 0
-    for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.device.type != "cpu" or isinstance(value.shape[1], torch.SymInt):
-            continue
-        if value.shape[1] == 1:
-            emit = Emitter(node)
-            unread = emit(aten.empty.memory_format, [1, 1, 1], dtype=value.dtype, device=value.device)
-            node.target, node.args, node.kwargs = aten.baddbmm.default, (unread, *node.args), {"beta": 0}
-            kept += 1
-    return kept
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,17 @@ from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
 
 
-def row_product_reference(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None) -> list[Tensor]:
+def row_product_reference(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """x ``[1, K]`` times each weight ``[N, K]`` transposed."""
     return [x @ weight.t() for weight in weights]
 
 
 @torch.library.custom_op("mlacompile::row_product", mutates_args=())
-def row_product(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None, *, impl: str = "auto") -> list[Tensor]:
+def row_product(x: Tensor, weights: list[Tensor], *, impl: str = "auto") -> list[Tensor]:
     """``x @ weight.T`` of a single row, for every weight.
 
     Args:
         x: ``[1, K]``. weights: each ``[N, K]``, rows contiguous, any distance between them; same dtype as x.
-        ahead: contiguous; what will be read next. A hint: its beginning may be on its way into the cache on return.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
         ``[1, N]`` for each weight in the dtype of x, accumulated in float32.
@@ -41,7 +40,7 @@ def row_product(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None, *
         if impl in ("auto", kernel.name):
             reasons = kernel.supports(x, weights)
             if not reasons:
-                return kernel.run(x, weights, ahead)  # type: ignore[no-any-return]
+                return kernel.run(x, weights)  # type: ignore[no-any-return]
             if impl == kernel.name:
                 raise UnsupportedInputError(
                     f"row_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
@@ -50,5 +49,5 @@ def row_product(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None, *
 
 
 @row_product.register_fake
-def _(x: Tensor, weights: list[Tensor], ahead: Tensor | None = None, *, impl: str = "auto") -> list[Tensor]:
+def _(x: Tensor, weights: list[Tensor], *, impl: str = "auto") -> list[Tensor]:
     return [x.new_empty((1, weight.shape[0])) for weight in weights]

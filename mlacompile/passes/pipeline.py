@@ -1,11 +1,11 @@
-"""The stages in their order, and what each leaves behind for the report and the dump folder."""
+"""The passes in their order, and what each leaves behind for the report and the dump folder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from torch.fx import GraphModule, Node
 
 from mlacompile.errors import RefusedSiteError
 from mlacompile.logs import dump_graph, log
-from mlacompile.lowering.select import place_kernels, select
-from mlacompile.lowering.single_row import keep_batched_rows, place_row_products
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
@@ -28,7 +26,7 @@ from mlacompile.report import Report, Site
 
 @dataclass
 class Pipeline:
-    """One graph on its way from functional ATen to a graph that is ready to be lowered.
+    """One graph on its way from functional ATen to a graph that is rewritten, and ready to be lowered.
 
     parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
     """
@@ -40,6 +38,7 @@ class Pipeline:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     rewritten: int = 0
+    decodes: dict[Node, int] = field(default_factory=dict)  # mla_decode node -> index of its site
 
     def run(self, gm: GraphModule) -> GraphModule:
         """Rewrite ``gm`` in place. What is not rewritten is as it was.
@@ -64,6 +63,13 @@ class Pipeline:
         if self.options.strict:
             self._raise_refused()
         return gm
+
+    def served(self, node: Node, kernel: str, passed: Sequence[str]) -> None:
+        """Record what computes one ``mla_decode`` node, and why better kernels were passed over."""
+        site = self.sites[self.decodes[node]]
+        reason = site.reason if not passed else f"{site.reason}; passed over {' and '.join(passed)}"
+        log.info("%s: attention at %s absorbed: %s, kernel %s", self.name, site.source, site.geometry, kernel)
+        self.sites[self.decodes[node]] = replace(site, kernel=kernel, reason=reason)
 
     def report(self) -> Report:
         """What happened so far."""
@@ -90,7 +96,6 @@ class Pipeline:
         return {n for n, weight in zip(placeholders, self.parameters, strict=True) if weight and n not in written}
 
     def _rewrite(self, gm: GraphModule, found: Sequence[MLASite | Refusal]) -> None:
-        kernels: dict[Node, str] = {}
         verdicts: dict[Any, Verdict] = {}
         for site in found:
             if isinstance(site, Refusal):
@@ -117,16 +122,8 @@ class Pipeline:
             with self.stage("absorb"):
                 decode = absorb(site, self.options)
                 self.rewritten += 1
-            kernel, passed = select(decode, self.options.kernel)
-            kernels[decode] = kernel
-            self.sites.append(_absorbed(site, decode, why, kernel, passed))
-        with self.stage("lower"):
-            place_kernels(gm, kernels)
-            if kernels and self.options.kernel == "auto":
-                keep_batched_rows(gm)
-                placed = place_row_products(gm)
-                if placed:
-                    self.notes.append(f"{placed} products with a single row read their weights by row_product")
+            self.decodes[decode] = len(self.sites)
+            self.sites.append(_absorbed(site, decode, why))
 
     def _validate(self, site: MLASite, known: dict[Any, Verdict]) -> Verdict | None:
         if self.options.verify == "off":
@@ -167,18 +164,14 @@ def _remove_dead(gm: GraphModule) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _absorbed(site: MLASite, decode: Node, why: str, kernel: str, passed: Sequence[str]) -> Site:
-    value = decode.args[2].meta["val"]  # type: ignore[union-attr]
-    dtype = value.dtype
-    reason = why if not passed else f"{why}; passed over {' and '.join(passed)}"
-    log.info("attention at %s absorbed: %s, kernel %s", source_position(site.attention), site.geometry, kernel)
+def _absorbed(site: MLASite, decode: Node, why: str) -> Site:
+    dtype = decode.args[2].meta["val"].dtype  # type: ignore[union-attr]
     return Site(
         "absorbed",
-        reason,
+        why,
         source_position(site.attention),
         site.geometry,
         form="absorbed",
-        kernel=kernel,
         kv_layout=site.geometry.layout(str(dtype).removeprefix("torch."), dtype.itemsize),
         queries=str(site.attention.queries),
         context=str(site.attention.context),

@@ -8,10 +8,10 @@ from mlacompile.kernels.registry import Kernel
 from mlacompile.kernels.row_product.supports import triton_reasons
 
 
-def _run(x: Tensor, weights: list[Tensor], ahead: Tensor | None) -> list[Tensor]:
+def _run(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     from mlacompile.kernels.row_product.launch import row_product_triton
 
-    return row_product_triton(x, weights, ahead)
+    return row_product_triton(x, weights)
 
 
 KERNELS = (Kernel("triton", "row_product", triton_reasons, _run),)

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from mlacompile.kernels.row_product.portable import _row_product_kernel
 
-#: What is asked of the L2 cache ahead of time: about what memory delivers while a norm runs, and a third of the cache.
-AHEAD_BYTES = 16 << 20
-LINE_BYTES = 128
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -37,30 +33,25 @@ def choose_tiles(n: int, k: int) -> Tiles:
     return Tiles(4, 1024, 4 if n < 8192 else 2)
 
 
-def row_product_triton(
-    x: Tensor, weights: Sequence[Tensor], ahead: Tensor | None = None, tiles: Tiles | None = None
-) -> list[Tensor]:
+def row_product_triton(x: Tensor, weights: Sequence[Tensor], tiles: Tiles | None = None) -> list[Tensor]:
     """``row_product`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
     out = [x.new_empty(1, w.shape[0]) for w in weights]
     for i in range(0, len(weights), 2):
-        then = ahead if i + 2 >= len(weights) else weights[i + 2]
-        grid, arguments, options = launch(x, weights[i : i + 2], out[i : i + 2], then, tiles)
+        grid, arguments, options = launch(x, weights[i : i + 2], out[i : i + 2], tiles)
         _row_product_kernel[grid](**arguments, **options)
     return out
 
 
 def launch(
-    x: Tensor, weights: Sequence[Tensor], out: Sequence[Tensor], ahead: Tensor | None, tiles: Tiles | None = None
+    x: Tensor, weights: Sequence[Tensor], out: Sequence[Tensor], tiles: Tiles | None = None
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
     """Grid, arguments and options of one launch for one or two weights. Meta tensors do, to compile without a GPU."""
     rows, k = [w.shape[0] for w in weights], x.shape[1]
     tiles = tiles or choose_tiles(sum(rows), k)
-    lines = 0 if ahead is None else min(ahead.nbytes, AHEAD_BYTES) // LINE_BYTES
     arguments = {
         "p_x": x, "p_w": weights[0], "p_out": out[0], "N": rows[0], "stride_wn": weights[0].stride(0),
         "p_w2": weights[-1], "p_out2": out[-1], "N2": rows[-1], "stride_wn2": weights[-1].stride(0), "K": k,
-        "p_ahead": x if ahead is None else ahead, "n_lines": lines,
         "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "EVEN_K": k % tiles.block_k == 0,
-        "TWO": len(weights) == 2, "LINES": 64 * tiles.num_warps if lines else 0,
+        "TWO": len(weights) == 2,
     }  # fmt: skip
     return (sum(-(-n // tiles.block_n) for n in rows),), arguments, {"num_warps": tiles.num_warps}

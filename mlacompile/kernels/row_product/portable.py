@@ -3,8 +3,7 @@
     program:  rows [i · BLOCK_N, (i + 1) · BLOCK_N) of one weight, all of K in steps of BLOCK_K
 
 No row is shared between programs, so there is no second pass; many small programs keep enough loads in flight. Two
-weights that multiply the same row share a launch. The last programs ask the L2 cache for the beginning of the weight
-that is read next, so that memory works on while the small kernels in between (norms, activations) run.
+weights that multiply the same row share a launch.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -37,19 +36,9 @@ def _rows(
 
 
 @triton.jit
-def _fetch_lines(p_ahead, i, n_lines, LINES: tl.constexpr):
-    """Bring cache lines [i · LINES, (i + 1) · LINES) of what p_ahead points to into L2; the program does not wait."""
-    o_line = tl.minimum(i * LINES + tl.arange(0, LINES), n_lines - 1)
-    address = p_ahead.to(tl.int64) + o_line.to(tl.int64) * 128
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _row_product_kernel(
-    p_x, p_w, p_out, N, stride_wn, p_w2, p_out2, N2, stride_wn2, K, p_ahead, n_lines,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TWO: tl.constexpr, LINES: tl.constexpr,
+    p_x, p_w, p_out, N, stride_wn, p_w2, p_out2, N2, stride_wn2, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Grid: the row blocks of the first weight, then (TWO) those of the second."""
     i = tl.program_id(0)
@@ -61,7 +50,3 @@ def _row_product_kernel(
             _rows(p_x, p_w2, p_out2, i - n_first, N2, K, stride_wn2, BLOCK_N, BLOCK_K, EVEN_K)
     else:
         _rows(p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N, BLOCK_K, EVEN_K)
-    if LINES > 0:
-        left = tl.num_programs(0) - 1 - i
-        if left * LINES < n_lines:
-            _fetch_lines(p_ahead, left, n_lines, LINES)

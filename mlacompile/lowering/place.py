@@ -1,0 +1,29 @@
+"""Stage 8, first half: every op of ours gets its kernel, and products of one row the form that is fast."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from mlacompile.lowering.cpu_rows import place_cpu_rows
+from mlacompile.lowering.select import decode_nodes, place_kernels, select
+from mlacompile.lowering.single_row import place_row_products
+
+
+def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[str, list[str]]]:
+    """Choose kernels and write the choices into a rewritten graph.
+
+    Args:
+        wanted: the option ``kernel``. notes: receives what a user should know beyond single ops.
+    Returns:
+        For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
+    """
+    chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
+    place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
+    if chosen and wanted == "auto":
+        place_cpu_rows(gm)
+        if placed := place_row_products(gm):
+            notes.append(f"{placed} products with a single row read their weights by row_product")
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return chosen

@@ -49,6 +49,8 @@ def plan_shards(specs: Sequence[TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -
 class CheckpointWriter:
     """A folder in the making; a context manager, so that only one process at a time writes to it.
 
+    What is finished can be read in ``files`` before ``commit``.
+
     Args:
         out: the folder that ``commit`` makes. It must not exist.
         fingerprint: stands for everything that decides the bytes (source, options, version). What an earlier run
@@ -62,9 +64,14 @@ class CheckpointWriter:
         self.out = Path(out)
         self.work = self.out.with_name(self.out.name + ".partial")
         self._fingerprint = fingerprint
-        self._files = self.work / "files"
+        self.files = self.work / "files"
         self._done: dict[str, str] = {}
         self._lock: IO[bytes] | None = None
+
+    @property
+    def finished(self) -> list[str]:
+        """Names of the shards that are on disk already."""
+        return sorted(self._done)
 
     @property
     def scratch(self) -> Path:
@@ -127,7 +134,7 @@ class CheckpointWriter:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file other than a shard. These are small, and written anew by every run."""
-        _write_whole(self._files / name, data)
+        _write_whole(self.files / name, data)
 
     def copy(self, file: Path) -> None:
         """Take a file over as it is."""
@@ -137,8 +144,8 @@ class CheckpointWriter:
         """Give the folder its name. Before this, nothing is there; after this, everything is."""
         self._refuse_existing()
         with _says(self.out):
-            _sync(self._files)
-            self._files.rename(self.out)
+            _sync(self.files)
+            self.files.rename(self.out)
             _sync(self.out.absolute().parent)
             shutil.rmtree(self.work, ignore_errors=True)
 
@@ -149,7 +156,7 @@ class CheckpointWriter:
         produce: Callable[[TensorSpec], Tensor],
         advance: Callable[[int], None],
     ) -> None:
-        path = self._files / file
+        path = self.files / file
         unnamed = path.with_name(file + ".tmp")
         header, offsets = encode_header(specs, {"format": "pt"})
         with _says(unnamed):
@@ -172,7 +179,7 @@ class CheckpointWriter:
                 os.fsync(stream.fileno())
         with _says(path):
             unnamed.rename(path)
-            _sync(self._files)
+            _sync(self.files)
             self._done[file] = _hash(path)
             record = {"fingerprint": self._fingerprint, "shards": self._done}
             _write_whole(self.work / _PROGRESS, json.dumps(record, indent=2).encode())
@@ -202,22 +209,17 @@ class CheckpointWriter:
                 done = {
                     file: digest
                     for file, digest in record["shards"].items()
-                    if (self._files / file).is_file() and _hash(self._files / file) == digest
+                    if (self.files / file).is_file() and _hash(self.files / file) == digest
                 }
             else:
                 shutil.rmtree(self.work / "scratch", ignore_errors=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # no record, or not a whole one: nothing is known to be finished
-        self._files.mkdir(exist_ok=True)
-        for path in self._files.iterdir():
+        self.files.mkdir(exist_ok=True)
+        for path in self.files.iterdir():
             if path.name not in done:
                 path.unlink()
         return done
-
-    @property
-    def finished(self) -> list[str]:
-        """Names of the shards that are on disk already."""
-        return sorted(self._done)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -65,7 +65,7 @@ def check(source: Source, result: Path, *, remote_code: bool, new_tokens: int = 
     wanted, texts = _run(_load_source(source), random, prompts, new_tokens)
     got, texts_got = _run(_load_result(result, remote_code), random, prompts, new_tokens)
     shown = [_show(tokenizer, *row) for row in zip(prompts, texts, texts_got)]
-    log_p, log_q = wanted.log_softmax(-1), got.log_softmax(-1)
+    log_p, log_q = wanted.double().log_softmax(-1), got.double().log_softmax(-1)
     return Check(
         max_logit=wanted.abs().max().item(),
         max_error=(got - wanted).abs().max().item(),

@@ -64,14 +64,14 @@ def tensors(layer: MLALayer, dtype: torch.dtype, *, scaled: bool = False, biased
         w_q, b_q = w_q.float() * factor, None if b_q is None else b_q.float() * factor
     expand = torch.cat([layer.w_uk, layer.w_uv], dim=1).float() * undo
     found = {
-        "kv_a_proj_with_mqa.weight": torch.cat([layer.w_dkv * SHRINK, layer.w_kr]),
+        "kv_a_proj_with_mqa.weight": torch.cat([layer.w_dkv.to(dtype) * SHRINK, layer.w_kr.to(dtype)]),
         "kv_a_layernorm.weight": torch.full((layer.w_dkv.shape[0],), gain, device=w_q.device),
         "kv_b_proj.weight": expand.flatten(0, 1),
         "o_proj.weight": layer.w_o.flatten(1),
     }
     if biased:
-        found |= _biases(layer)
-        found |= _queries_with_bias(w_q, b_q)
+        found |= _biases(layer, dtype)
+        found |= _queries_with_bias(w_q.to(dtype), b_q)
     else:
         found["q_proj.weight"] = w_q
     return {name: tensor if name.endswith("norm.weight") else tensor.to(dtype) for name, tensor in found.items()}
@@ -222,8 +222,10 @@ def _queries_with_bias(w_q: Tensor, b_q: Tensor | None) -> dict[str, Tensor]:
     }
 
 
-def _biases(layer: MLALayer) -> dict[str, Tensor]:
-    latent = layer.w_q.new_zeros(layer.w_dkv.shape[0]) if layer.b_dkv is None else layer.b_dkv * SHRINK
-    key = layer.w_q.new_zeros(layer.w_kr.shape[0]) if layer.b_kr is None else layer.b_kr
-    out = layer.w_q.new_zeros(layer.w_o.shape[0]) if layer.b_o is None else layer.b_o
+def _biases(layer: MLALayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A shrunken latent does not fit a narrow dtype, so that of the result comes first."""
+    zeros = layer.w_q.to(dtype).new_zeros
+    latent = zeros(layer.w_dkv.shape[0]) if layer.b_dkv is None else layer.b_dkv.to(dtype) * SHRINK
+    key = zeros(layer.w_kr.shape[0]) if layer.b_kr is None else layer.b_kr.to(dtype)
+    out = zeros(layer.w_o.shape[0]) if layer.b_o is None else layer.b_o
     return {"kv_a_proj_with_mqa.bias": torch.cat([latent, key]), "o_proj.bias": out}

@@ -129,9 +129,9 @@ def describe(raw: dict[str, Any], assumed: tuple[str, ...] = ()) -> GQAModel:
     Raises:
         UnsupportedInputError: it cannot be converted; says why, and what is the nearest thing that can.
     """
-    family = raw.get("model_type")
+    family = str(raw.get("model_type"))
     _refuse_family(family, raw)
-    config = _with_defaults(str(family), raw)
+    config = _with_defaults(family, raw)
     heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, _head_dim(config)
     if min(heads, groups, head_dim) < 1 or heads % groups or head_dim % 2:
         raise UnsupportedInputError(
@@ -141,7 +141,7 @@ def describe(raw: dict[str, Any], assumed: tuple[str, ...] = ()) -> GQAModel:
     inv_freq, rope_scale = _rotary_table(config, head_dim)
     scalar = config.query_pre_attn_scalar if family == "gemma2" else head_dim
     return GQAModel(
-        family=str(family),
+        family=family,
         config=config,
         layers=config.num_hidden_layers,
         heads=heads,
@@ -153,23 +153,23 @@ def describe(raw: dict[str, Any], assumed: tuple[str, ...] = ()) -> GQAModel:
         inv_freq=inv_freq,
         scale=float(scalar) ** -0.5 * rope_scale**2,
         tied=bool(config.tie_word_embeddings),
-        biases=_biases(str(family), config),
+        biases=_biases(family, config),
         qk_norm=family == "qwen3",
-        stock_lacks=tuple(_stock_lacks(str(family), config)),
+        stock_lacks=tuple(_stock_lacks(family, config)),
         assumed=assumed,
     )
 
 
-def _refuse_family(family: Any, raw: dict[str, Any]) -> None:
+def _refuse_family(family: str, raw: dict[str, Any]) -> None:
     known = "; ".join(f"{name} ({people})" for name, people in FAMILIES.items())
     if family in _LATENT_ALREADY or "kv_lora_rank" in raw:
         raise UnsupportedInputError(
-            f"model_type {family!r} has latent attention already, there is nothing to convert: "
+            f"model_type {family} has latent attention already, there is nothing to convert: "
             'torch.compile(model, backend="mlacompile") takes it as it is'
         )
     if family not in FAMILIES:
         nearest = f": {_NEAREST[family]}" if family in _NEAREST else f"; these convert: {known}"
-        raise UnsupportedInputError(f"model_type {family!r} does not convert{nearest}")
+        raise UnsupportedInputError(f"model_type {family} does not convert{nearest}")
     if raw.get("quantization_config"):
         raise UnsupportedInputError(
             "the weights are quantized (quantization_config); convert the unquantized model, and quantize the result"

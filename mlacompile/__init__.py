@@ -1,7 +1,7 @@
 """Latent attention, free to use: ``torch.compile(model, backend="mlacompile")`` decodes on the latent cache.
 
-Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``. Each is imported
-when first used, so that importing the package costs nothing.
+Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``, ``convert``. Each
+is imported when first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlacompile.compiler import backend as backend
+    from mlacompile.convert.conversion import convert as convert
     from mlacompile.explainer import explain as explain
     from mlacompile.geometry import MLAGeometry as MLAGeometry
     from mlacompile.options import Options as Options
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "backend": "mlacompile.compiler",
+    "convert": "mlacompile.convert",
     "explain": "mlacompile.explainer",
     "MLAGeometry": "mlacompile.geometry",
     "Options": "mlacompile.options",

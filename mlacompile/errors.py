@@ -11,6 +11,10 @@ class UnsupportedInputError(MLACompileError, ValueError):
     """An op, a kernel or a tool was handed something outside its contract."""
 
 
+class CheckpointError(MLACompileError, ValueError):
+    """A checkpoint lacks something, is damaged or cannot be written; names the file, and the tensor if there is one."""
+
+
 class OptionsError(MLACompileError, ValueError):
     """An unknown option, or a value that an option does not take."""
 

@@ -1,4 +1,4 @@
-"""The command line: `mlacompile explain`, `mlacompile doctor`, `mlacompile demo`; one file a command.
+"""The command line: `mlacompile explain`, `convert`, `doctor`, `demo`; one file a command.
 
 Exit codes: 0 all is well, 1 the answer is no (nothing absorbed, a site refused under --strict, no usable
 backend), 2 the question could not be understood (a bad path, configuration or option).
@@ -10,7 +10,9 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from mlacompile.cli.convert import convert
 from mlacompile.cli.demo import demo
 from mlacompile.cli.doctor import doctor
 from mlacompile.cli.explain import explain
@@ -24,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(explain)
+app.command()(convert)
 app.command()(doctor)
 app.command()(demo)
 
@@ -33,7 +36,7 @@ def main() -> None:
     try:
         app()
     except MLACompileError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

@@ -233,7 +233,7 @@ def _interpret(prober: _Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) -
     k_pe = others[0] if others else None
     k_rows, w_uk = _weight(prober, k.factors[c_kv], k.numbers[c_kv], picks[c_kv], c_kv, "key")
     v_rows, w_uv = _weight(prober, v.factors[c_kv], v.numbers[c_kv], picks[c_kv], c_kv, "value")
-    pe_rows, pe_scale = ((0, 0), 1.0) if k_pe is None else _rope_rows(k.factors[k_pe])
+    pe_rows, pe_scale = ((0, 0), 1.0) if k_pe is None else _rope_rows(k.factors[k_pe], picks[k_pe], prober.widths[k_pe])
     return Probe(c_kv, k_pe, k_rows, pe_rows, v_rows, w_uk, w_uv, _bias(prober, v, v_rows), pe_scale)
 
 
@@ -291,20 +291,19 @@ def _decode(prober: _Prober, numbers: torch.Tensor, pick: torch.Tensor, width: i
     return leaf, view
 
 
-def _rope_rows(factors: torch.Tensor) -> tuple[tuple[int, int], float]:
-    """Rows of K that the rotary key fills, in order and the same for every head."""
+def _rope_rows(factors: torch.Tensor, pick: torch.Tensor, width: int) -> tuple[tuple[int, int], float]:
+    """Rows of K that the rotary key fills, in order, the same for every head. Lanes not picked are confirmed later."""
     if not torch.equal(factors, factors[:1].expand_as(factors)):
         raise WalkError("the rotary key differs from head to head")
-    start, length = _rows(factors, "rotary key")
-    block = factors[0, start : start + length]
-    scale = float(block[0, 0])
-    if (
-        block.shape[0] != block.shape[1]
-        or scale == 0
-        or not torch.equal(block, scale * torch.eye(length, dtype=block.dtype))
-    ):
+    rows = (factors[0] != 0).int().argmax(0)
+    start, scale = int(rows[0] - pick[0]), float(factors[0, rows[0], 0])
+    inside = 0 <= start <= factors.shape[1] - width
+    expected = torch.zeros_like(factors[0])
+    if inside:
+        expected[start + pick, torch.arange(len(pick))] = scale
+    if not inside or not torch.equal(factors[0], expected):
         raise WalkError("the rotary key is reordered or mixed on its way into K")
-    return (start, length), scale
+    return (start, width), scale
 
 
 def _bias(prober: _Prober, v: _Part, rows: tuple[int, int]) -> WeightView | None:

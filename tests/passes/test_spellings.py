@@ -79,6 +79,7 @@ CHANGES: list[dict[str, object]] = [
     {"projection": "separate", "k_bias": True},
     {"heads": 3, "rank": 20, "nope": 7, "v": 5},
     {"rank": 64, "heads": 2, "nope": 4, "v": 4},
+    {"rank": 192, "rope_width": 192, "cache": "apart"},  # wider than what is probed in every element
 ]
 
 

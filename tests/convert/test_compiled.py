@@ -1,0 +1,39 @@
+"""A converted model runs on its latent cache: every layer absorbed, the same numbers, the same text."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import mlacompile
+from mlacompile.convert import convert
+from mlacompile.testing.registration import ensure_registered
+from tests.convert.conftest import VARIANTS, load
+
+Save = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", ["llama 3", "qwen2", "mistral, sliding window", "qwen3"])
+def test_every_layer_is_absorbed(save: Save, tmp_path: Path, name: str) -> None:
+    ensure_registered()
+    family, special = VARIANTS[name]
+    source = save(family, **special)
+    done = convert(source, tmp_path / "out").report
+    model, original = load(tmp_path / "out", remote_code=done["result"]["trust_remote_code"]), load(source)
+    compiled = torch.compile(model, backend="mlacompile", options={"rest": "eager", "strict": True})
+    prompt = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted_cache, cache = (StaticCache(config=m.config, max_cache_len=32) for m in (original, model))
+    with torch.no_grad():
+        token = original(input_ids=prompt, past_key_values=wanted_cache).logits[:, -1:].argmax(-1)
+        model(input_ids=prompt, past_key_values=cache)
+        for _ in range(6):
+            wanted = original(input_ids=token, past_key_values=wanted_cache).logits
+            got = compiled(input_ids=token, past_key_values=cache).logits
+            assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
+            token = wanted.argmax(-1)
+    report = mlacompile.last_report()
+    assert report.absorbed == len(model.model.layers), str(report)
+    assert not report.refused
+    assert [cache.layers[0].keys.shape[i] for i in (1, -1)] == [1, done["layers"][0]["rank"]]

@@ -20,19 +20,11 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticIndexedLayer, StaticLayer
 
-from mlacompile.cache.store import LatentStore, PlainStore, plain_layout
+from mlacompile.cache.storage import Storage
+from mlacompile.cache.store import LatentStore
 from mlacompile.errors import CacheError, UnsupportedInputError
 from mlacompile.geometry import KVLayout
 from mlacompile.ops.cache_slots import cache_slots, room_left, slots_on_device
-
-_FLOATS = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
 
 
 class LatentLayer(StaticLayer):
@@ -52,9 +44,9 @@ class LatentLayer(StaticLayer):
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self.store: LatentStore | None = None
 
-    def plan(self, layer_idx: int, rank: int, rope: int, allocate: Callable[..., LatentStore]) -> None:
-        """Say what will be stored, before anything is: widths, and what makes the memory for them."""
-        self.layer_idx, self.rank, self.rope, self.allocate = layer_idx, rank, rope, allocate
+    def plan(self, layer_idx: int, rank: int, rope: int, storage: Storage) -> None:
+        """Say what will be stored, before anything is."""
+        self.layer_idx, self.rank, self.rope, self.storage = layer_idx, rank, rope, storage
 
     @property
     def keys(self) -> Tensor | None:
@@ -74,7 +66,9 @@ class LatentLayer(StaticLayer):
         """Allocate for ``batch_size`` sequences of a model that computes in ``dtype`` on ``device``."""
         self.batch_size, self.num_heads = batch_size, 1
         self.dtype, self.device = dtype, device
-        self.store = self.allocate(batch_size, self.max_cache_len, self.rank, self.rope, compute=dtype, device=device)
+        self.store = self.storage.allocate(
+            batch_size, self.max_cache_len, self.rank, self.rope, compute=dtype, device=device
+        )
         self.cumulative_length = self.cumulative_length.to(device)
         self._pin()
         self.is_initialized = True
@@ -230,7 +224,12 @@ class LatentCache(StaticCache):
     Args:
         config: configuration of the model.
         max_cache_len: tokens a sequence can hold. One more is an error.
-        dtype: what is stored: None (what the model computes in), "bf16", "fp16", "fp32", or a torch dtype.
+        dtype: what is stored: None (what the model computes in), "bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e5m2", or a
+            torch dtype. FP8 is quantized when written and dequantized when read.
+        scales: of an FP8 latent: "block" (the default: one for 128 values; 656 bytes a token at rank 512 with 64 rope
+            values) or "token" (one for all; 644 bytes).
+        rope_dtype: of the rotary keys of an FP8 cache: "bf16" (the default), "fp16", "fp32", or the FP8 type, then with
+            a scale of their own.
         rank, rope: values in a latent and in a rotary key; from the configuration when not given.
     Raises:
         UnsupportedInputError: the configuration describes no latent attention, or layers that keep something else.
@@ -245,6 +244,8 @@ class LatentCache(StaticCache):
         max_cache_len: int,
         *,
         dtype: str | torch.dtype | None = None,
+        scales: str | None = None,
+        rope_dtype: str | torch.dtype | None = None,
         rank: int | None = None,
         rope: int | None = None,
     ) -> None:
@@ -255,7 +256,7 @@ class LatentCache(StaticCache):
         self.rank = _width(text, "kv_lora_rank", rank, "rank")
         self.rope = _width(text, "qk_rope_head_dim", rope, "rope")
         self.capacity = max_cache_len
-        self._storage = _parse_dtype(dtype)
+        self.storage = Storage.parse(dtype, scales, rope_dtype)
         plain: list[Any] = list(self.layers)
         self.layers: list[Any] = [self._latent_layer(i, layer) for i, layer in enumerate(plain)]
 
@@ -286,7 +287,7 @@ class LatentCache(StaticCache):
         store = self.latent_layers[0].store
         if store is not None:
             return store.layout
-        return None if self._storage is None else plain_layout(self.rank, self.rope, self._storage)
+        return self.storage.layout(self.rank, self.rope)
 
     @property
     def bytes_per_token(self) -> int | None:
@@ -310,14 +311,8 @@ class LatentCache(StaticCache):
             )
         else:
             return layer  # recurrent state, or nothing
-        latent.plan(index, self.rank, self.rope, self._allocate)
+        latent.plan(index, self.rank, self.rope, self.storage)
         return latent
-
-    def _allocate(
-        self, batch: int, tokens: int, rank: int, rope: int, *, compute: torch.dtype, device: torch.device
-    ) -> LatentStore:
-        storage = compute if self._storage is None else self._storage
-        return PlainStore(batch, tokens, rank, rope, storage=storage, compute=compute, device=device)
 
 
 def _width(config: Any, name: str, given: int | None, argument: str) -> int:
@@ -328,11 +323,3 @@ def _width(config: Any, name: str, given: int | None, argument: str) -> int:
             f"StaticCache for a model without latent attention, or say {argument}=."
         )
     return width
-
-
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in _FLOATS.values():
-        return dtype  # type: ignore[return-value]
-    if dtype in _FLOATS:
-        return _FLOATS[dtype]  # type: ignore[index]
-    raise UnsupportedInputError(f"dtype={dtype!r}: expected None, a torch dtype or one of {', '.join(_FLOATS)}")

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from mlacompile.errors import RefusedSiteError
 from mlacompile.logs import dump_graph, log
+from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.select import place_kernels, select
 from mlacompile.lowering.single_row import keep_batched_rows, place_row_products
 from mlacompile.options import Options
@@ -22,6 +23,7 @@ from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import canonicalize_softmax, restore
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
 from mlacompile.passes.source import source_of
+from mlacompile.passes.stored import stored_layout
 from mlacompile.passes.validate import Verdict, validate
 from mlacompile.report import Report, Site
 
@@ -122,6 +124,7 @@ class Pipeline:
             self.sites.append(_absorbed(site, decode, why, kernel, passed))
         with self.stage("lower"):
             place_kernels(gm, kernels)
+            inline_references(gm)
             if kernels and self.options.kernel == "auto":
                 keep_batched_rows(gm)
                 placed = place_row_products(gm)
@@ -168,8 +171,6 @@ def _remove_dead(gm: GraphModule) -> None:
 
 
 def _absorbed(site: MLASite, decode: Node, why: str, kernel: str, passed: Sequence[str]) -> Site:
-    value = decode.args[2].meta["val"]  # type: ignore[union-attr]
-    dtype = value.dtype
     reason = why if not passed else f"{why}; passed over {' and '.join(passed)}"
     log.info("attention at %s absorbed: %s, kernel %s", source_position(site.attention), site.geometry, kernel)
     return Site(
@@ -179,7 +180,7 @@ def _absorbed(site: MLASite, decode: Node, why: str, kernel: str, passed: Sequen
         site.geometry,
         form="absorbed",
         kernel=kernel,
-        kv_layout=site.geometry.layout(str(dtype).removeprefix("torch."), dtype.itemsize),
+        kv_layout=stored_layout(site),
         queries=str(site.attention.queries),
         context=str(site.attention.context),
     )

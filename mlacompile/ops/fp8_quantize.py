@@ -29,7 +29,7 @@ SMALLEST_DESCALE = 2.0**-126
 
 def fp8_quantize_reference(x: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch; shapes as in :func:`fp8_quantize`."""
-    parts = [_quantize_groups(part, dtype) for part in _in_groups(x, group)]
+    parts = [_quantize_groups(part, dtype) for part in in_groups(x, group)]
     return torch.cat([q.flatten(-2) for q, _ in parts], dim=-1), torch.cat([d for _, d in parts], dim=-1)
 
 
@@ -37,7 +37,7 @@ def fp8_dequantize_reference(q: Tensor, descale: Tensor, group: int, dtype: torc
     """The op in plain PyTorch; shapes as in :func:`fp8_dequantize`. One rounding, to ``dtype``, after a float32
     product."""
     parts, at = [], 0
-    for part in _in_groups(q, group):
+    for part in in_groups(q, group):
         scales = descale[..., at : at + part.shape[-2], None]
         parts.append((part.to(torch.float32) * scales).flatten(-2).to(dtype))
         at += part.shape[-2]
@@ -47,15 +47,24 @@ def fp8_dequantize_reference(q: Tensor, descale: Tensor, group: int, dtype: torc
 def _quantize_groups(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x ``[…, groups, group]`` → q of that shape and descale ``[…, groups]``."""
     x = x.to(torch.float32)
+    descale = descale_of(x.abs().amax(dim=-1), dtype)
+    return rounded(x, descale.unsqueeze(-1), dtype), descale
+
+
+def descale_of(peak: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor that multiplies on read, for groups whose largest absolute value is ``peak`` (float32)."""
+    descale = torch.where(peak == 0, 1.0, (peak / torch.finfo(dtype).max).clamp(min=SMALLEST_DESCALE))
+    return torch.where(peak.isfinite(), descale, torch.nan)
+
+
+def rounded(x: Tensor, descale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x / descale`` in FP8. The quotient of the largest value may come out just above the range, which a cast need
+    not saturate."""
     largest = torch.finfo(dtype).max
-    peak = x.abs().amax(dim=-1)
-    descale = torch.where(peak == 0, 1.0, (peak / largest).clamp(min=SMALLEST_DESCALE))
-    descale = torch.where(peak.isfinite(), descale, torch.nan)
-    # The quotient of the largest value may be rounded to just above the range, which a cast need not saturate.
-    return (x / descale.unsqueeze(-1)).clamp(-largest, largest).to(dtype), descale
+    return (x / descale).clamp(-largest, largest).to(dtype)
 
 
-def _in_groups(x: Tensor, group: int) -> list[Tensor]:
+def in_groups(x: Tensor, group: int) -> list[Tensor]:
     """``[…, W]`` as ``[…, groups, group]``, and what is left over as one shorter group.
 
     Not padded to whole groups: Inductor's C++ loops over a padded and cropped last dimension leave its end unwritten

@@ -1,7 +1,7 @@
 """Latent attention, free to use: ``torch.compile(model, backend="mlacompile")`` decodes on the latent cache.
 
-Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``, ``convert``. Each
-is imported when first used, so that importing the package costs nothing.
+Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``, ``LatentCache``,
+``convert``. Each is imported when first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlacompile.convert.conversion import convert as convert
     from mlacompile.explainer import explain as explain
     from mlacompile.geometry import MLAGeometry as MLAGeometry
+    from mlacompile.integrations.transformers import LatentCache as LatentCache
     from mlacompile.options import Options as Options
     from mlacompile.report import Report as Report
     from mlacompile.report import last_report as last_report
@@ -24,6 +25,7 @@ _HOMES = {
     "backend": "mlacompile.compiler",
     "convert": "mlacompile.convert",
     "explain": "mlacompile.explainer",
+    "LatentCache": "mlacompile.integrations.transformers",
     "MLAGeometry": "mlacompile.geometry",
     "Options": "mlacompile.options",
     "Report": "mlacompile.report",

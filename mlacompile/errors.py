@@ -25,3 +25,11 @@ class RefusedSiteError(MLACompileError, RuntimeError):
 
 class VerificationError(MLACompileError, RuntimeError):
     """``verify="first-call"`` found that the compiled graph differs from the original. A bug: please report it."""
+
+
+class CacheFullError(MLACompileError, IndexError):
+    """More tokens than a cache has room for: nothing was written."""
+
+
+class CacheError(MLACompileError, ValueError):
+    """A cache was asked for something it cannot hold, or was handed something that is not a latent."""

@@ -10,23 +10,55 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+#: Values that share one scale in a block-scaled cache, and along each side of a block of a scaled weight (the
+#: DeepSeek-V3 recipe, arXiv 2412.19437, section 3.3.2).
+SCALE_GROUP = 128
+#: The parts of a token that lie in one run of bytes start at multiples of this, which a 16-byte load wants.
+_ALIGNMENT = 16
+
+
+def scale_groups(width: int, group: int = SCALE_GROUP) -> int:
+    """Scales that ``width`` values have at one a group; the last group may be short."""
+    return -(-width // group)
+
 
 @dataclass(frozen=True)
 class KVLayout:
-    """How one token lies in the cache: bytes of its latent, its rotary key, and the scales that belong to it."""
+    """How one token lies in the cache: bytes of its latent, its rotary key, the scales that go with them, padding.
+
+    scale_at, rope_at: where, in one run of bytes that starts with the latent, the scales and the rotary key begin.
+    None: the parts lie in arrays of their own.
+    """
 
     name: str
     latent_bytes: int
     rope_bytes: int
     scale_bytes: int = 0
+    pad_bytes: int = 0
+    scale_at: int | None = None
+    rope_at: int | None = None
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token of one layer takes."""
-        return self.latent_bytes + self.rope_bytes + self.scale_bytes
+        return self.latent_bytes + self.rope_bytes + self.scale_bytes + self.pad_bytes
+
+    @classmethod
+    def in_one_run(cls, name: str, latent_bytes: int, rope_bytes: int, scale_bytes: int) -> KVLayout:
+        """Latent, scales, rotary key, one after the other. 512 one-byte values with four float32 scales and 64 bf16
+        rope values take 656 bytes: the layout of FlashMLA's FP8 cache."""
+        scale_at = _aligned(latent_bytes)
+        rope_at = _aligned(scale_at + scale_bytes)
+        total = _aligned(rope_at + rope_bytes)
+        pad = total - latent_bytes - scale_bytes - rope_bytes
+        return cls(name, latent_bytes, rope_bytes, scale_bytes, pad, scale_at, rope_at)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.bytes_per_token} B/token"
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from mlacompile.lowering.cpu_rows import place_cpu_rows
+from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
 from mlacompile.lowering.single_row import place_row_products
 
@@ -19,6 +20,7 @@ def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[st
     """
     chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
+    inline_references(gm)
     if chosen and wanted == "auto":
         place_cpu_rows(gm)
         if placed := place_row_products(gm):

@@ -20,6 +20,7 @@ from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import canonicalize_softmax, restore
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
 from mlacompile.passes.source import source_of
+from mlacompile.passes.stored import stored_layout
 from mlacompile.passes.validate import Verdict, validate
 from mlacompile.report import Report, Site
 
@@ -123,7 +124,7 @@ class Pipeline:
                 decode = absorb(site, self.options)
                 self.rewritten += 1
             self.decodes[decode] = len(self.sites)
-            self.sites.append(_absorbed(site, decode, why))
+            self.sites.append(_absorbed(site, why))
 
     def _validate(self, site: MLASite, known: dict[Any, Verdict]) -> Verdict | None:
         if self.options.verify == "off":
@@ -164,15 +165,14 @@ def _remove_dead(gm: GraphModule) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _absorbed(site: MLASite, decode: Node, why: str) -> Site:
-    dtype = decode.args[2].meta["val"].dtype  # type: ignore[union-attr]
+def _absorbed(site: MLASite, why: str) -> Site:
     return Site(
         "absorbed",
         why,
         source_position(site.attention),
         site.geometry,
         form="absorbed",
-        kv_layout=site.geometry.layout(str(dtype).removeprefix("torch."), dtype.itemsize),
+        kv_layout=stored_layout(site),
         queries=str(site.attention.queries),
         context=str(site.attention.context),
     )

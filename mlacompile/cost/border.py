@@ -4,8 +4,8 @@ Counting FLOPs alone it is a closed formula, solved by SymPy:
 
     S* = T·R·(N+V) / (T·(2R − N − V) + R·(N+V))      →  R·(N+V) / (2R − N − V)  on a long context
 
-which is 170.67 for R = 512, N = V = 128: the absorbed form pays 2R + P for a pair, the expanded one N + P + V, and R·(N+V)
-for each token. With the rates of a device it is where two sums of maxima meet, and found by bisection.
+which is 170.67 for R = 512, N = V = 128: the absorbed form pays 2R + P for a pair, the expanded one N + P + V, and
+R·(N+V) for each token. With the rates of a device it is where two sums of maxima meet, and found by bisection.
 """
 
 from __future__ import annotations

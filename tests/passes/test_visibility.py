@@ -167,20 +167,25 @@ def test_padding_stays_a_mask_of_tokens_beside_the_length() -> None:
     assert found.seen.describe() == "causal, padding"
 
 
-def test_a_sliding_window_has_its_start_and_keeps_its_mask() -> None:
+def window(queries: int) -> Mask:
     def mask(rows: Tensor, one: Tensor) -> Tensor:
-        query = torch.arange(4)[:, None] + one
+        query = torch.arange(queries)[:, None] + one
         return ((torch.arange(T) <= query) & (torch.arange(T) > query - 3))[None, None]
 
-    one = torch.tensor([6])
-    found = read(mask, torch.zeros(B), one, 4)
-    assert torch.equal(found.shows, wanted(mask, torch.zeros(B), one, 4))
+    return mask
+
+
+def test_a_sliding_window_has_its_start_and_keeps_its_mask() -> None:
+    rows, one = torch.zeros(B), torch.tensor([6])
+    found = read(window(4), rows, one, 4)
+    assert torch.equal(found.shows, wanted(window(4), rows, one, 4))
     assert found.start is not None
     assert found.start.tolist() == [4] * B
     assert found.seen.describe() == "causal, sliding window"
     assert found.seen.opaque
-    single = read(lambda rows, one: mask(rows, one)[:, :, :1], torch.zeros(B), one, 1)
+    single = read(window(1), rows, one, 1)
     assert single.mask is None, "with one query a window is a range"
+    assert torch.equal(single.shows, wanted(window(1), rows, one, 1))
 
 
 LOW = torch.finfo(torch.float32).min

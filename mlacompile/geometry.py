@@ -1,4 +1,4 @@
-"""Sizes of one latent attention, and all arithmetic on bytes and shapes that follows from them.
+"""Sizes of one latent attention, and the arithmetic on widths and cache bytes that follows from them.
 
 Latent attention (MLA, arXiv 2405.04434) caches for each token one latent ``c_kv`` of ``rank`` values, shared by
 all heads, and one rotary key ``k_pe`` of ``rope`` values. Keys and values of every head are linear in it:
@@ -84,27 +84,6 @@ class MLAGeometry:
     def layout(self, dtype_name: str, itemsize: int) -> KVLayout:
         """The plain layout: latent and rotary key stored in one dtype, no scales."""
         return KVLayout(dtype_name, self.rank * itemsize, self.rope * itemsize)
-
-    def absorbed_flops(self, batch: int, queries: int, context: int) -> int:
-        """FLOPs of one step in absorbed form: both absorbed products and attention over the latent."""
-        products = 2 * self.heads * self.rank * (self.nope + self.v) * queries
-        attention = 2 * self.heads * queries * context * (2 * self.rank + self.rope)
-        return batch * (products + attention)
-
-    def expanded_flops(self, batch: int, queries: int, context: int) -> int:
-        """FLOPs of one step in expanded form: the up-projection of every cached token, then ordinary attention."""
-        expand = 2 * context * self.rank * self.heads * (self.nope + self.v)
-        attention = 2 * self.heads * queries * context * (self.nope + self.rope + self.v)
-        return batch * (expand + attention)
-
-    def absorbed_bytes(self, batch: int, context: int, itemsize: int) -> int:
-        """Bytes read in absorbed form: the latent cache once, and both up-projections once."""
-        weights = self.heads * self.rank * (self.nope + self.v)
-        return itemsize * (batch * context * self.latent_width + weights)
-
-    def expanded_bytes(self, batch: int, context: int, itemsize: int) -> int:
-        """Bytes moved in expanded form: the cache, the weights, and keys and values written then read."""
-        return self.absorbed_bytes(batch, context, itemsize) + 2 * itemsize * batch * context * self.expanded_width
 
     def to_dict(self) -> dict[str, int]:
         """The five sizes by name."""

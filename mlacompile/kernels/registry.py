@@ -13,7 +13,11 @@ from functools import cache
 from typing import Any
 
 #: op -> the package that holds its kernels
-_FAMILIES = {"mla_decode": "mlacompile.kernels.mla_decode", "row_product": "mlacompile.kernels.row_product"}
+_FAMILIES = {
+    "mla_decode": "mlacompile.kernels.mla_decode",
+    "mla_prefill": "mlacompile.kernels.mla_prefill",
+    "row_product": "mlacompile.kernels.row_product",
+}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from mlacompile.options import Options
 from mlacompile.passes.axes import Size
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.probe import WeightView
-from mlacompile.passes.ranges import bounds_of, emit_range
 from mlacompile.passes.recognize import MLASite, mask_without_heads
 from mlacompile.passes.views import View
+from mlacompile.passes.visibility import emit_arguments, understand
 
 aten = torch.ops.aten
 
@@ -65,11 +65,12 @@ def absorb(site: MLASite, options: Options) -> Node:
         q_pe = _scaled(emit, _rows(emit, attention.q, found.pe_rows), found.pe_scale)
         k_pe = _first_tokens(emit, emit.arrange(site.k_pe, site.cone.dims[site.k_pe], "BTD"), attention.prefix)
     c_kv = _first_tokens(emit, emit.arrange(site.c_kv, site.cone.dims[site.c_kv], "BTD"), attention.prefix)
-    mask, start, length = _visibility(emit, site)
+    seen = emit_arguments(emit, understand(attention), attention.q)
     decode = emit(
         torch.ops.mlacompile.mla_decode.default,
-        *(q_latent, q_pe, c_kv, k_pe, mask, start, length),
+        *(q_latent, q_pe, c_kv, k_pe, seen.mask, seen.start, seen.length),
         scale=attention.scale,
+        causal=seen.causal,
         impl=options.kernel,
     )
     out = _up(emit, emit(operator.getitem, decode, 0), weight_view(emit, site, found.w_uv), transposed=True)
@@ -134,43 +135,3 @@ def _add_bias(emit: Emitter, site: MLASite, found: WeightView, out: Node) -> Nod
     bias = _scaled(emit, weight_view(emit, site, found), found.scale)  # [H, V, 1]
     row = emit.permute(bias, [0, 2, 1])  # [H, 1, V]
     return emit(aten.add.Tensor, out, emit(aten.unsqueeze.default, row, 0))
-
-
-def _visibility(emit: Emitter, site: MLASite) -> tuple[Node | None, Node | None, Node | None]:
-    """Which tokens a query sees: a mask, or start and length of a range when the mask says no more than that."""
-    mask = site.attention.mask
-    shared = None if mask is None else mask_without_heads(mask)
-    if shared is None or site.attention.queries != 1 or shared.meta["val"].dtype is not torch.bool:
-        return _mask(emit, site), None, None
-    bounds = bounds_of(shared)
-    if bounds is None or site.attention.causal:
-        return _mask(emit, site), None, None
-    return None, *emit_range(emit, bounds, emit.size(site.attention.q, 0))
-
-
-def _mask(emit: Emitter, site: MLASite) -> Node | None:
-    """The mask as ``[B or 1, S or 1, T]``, joined with the causal triangle when attention asks for one."""
-    attention = site.attention
-    mask = None if attention.mask is None else mask_without_heads(attention.mask)
-    if mask is not None:
-        if mask.meta["val"].dim() == 4:
-            mask = emit(aten.squeeze.dim, mask, 1)
-        while mask.meta["val"].dim() < 3:
-            mask = emit(aten.unsqueeze.default, mask, 0)
-    if attention.causal:
-        mask = _with_triangle(emit, attention.q, attention.node.args[1], mask)  # type: ignore[arg-type]
-    return mask
-
-
-def _with_triangle(emit: Emitter, q: Node, k: Node, mask: Node | None) -> Node:
-    """Causality as ``scaled_dot_product_attention`` defines it: query s sees token t iff t <= s."""
-    device = q.meta["val"].device
-    rows = emit(aten.unsqueeze.default, emit(aten.arange.default, emit.size(q, 2), device=device), 1)
-    columns = emit(aten.arange.default, emit.size(k, 2), device=device)
-    seen = emit(aten.unsqueeze.default, emit(aten.le.Tensor, columns, rows), 0)
-    if mask is None:
-        return seen
-    if mask.meta["val"].dtype is torch.bool:
-        return emit(aten.logical_and.default, mask, seen)
-    low = emit(aten.full.default, [], float("-inf"), dtype=mask.meta["val"].dtype, device=device)
-    return emit(aten.where.self, seen, mask, low)

@@ -1,0 +1,341 @@
+"""``mla_prefill`` by PyTorch's own products and attention kernels, on the part of the cache that queries see.
+
+    tokens   start ……………………… length − S │ ……… length          query s is the token length − S + s
+             └ chunk ┘└ chunk ┘└ chunk ┘ │ └ square ┘
+               every query sees all      │   causal                  merged by log-sum-exp
+
+Where it starts and ends is read on the host, once a call and for all rows together: a first prompt on a cache made
+for more
+is then a square of its own length, whatever the cache could hold. While a CUDA graph is being captured nothing can
+be read;
+then every chunk is computed, under a mask made on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mlacompile.kernels.mla_prefill.attend import attend
+from mlacompile.ops.mla_decode import visible_tokens
+
+#: out ``[B, H, S, V]`` and lse ``[B, H, S]``
+Part: TypeAlias = tuple[Tensor, Tensor]
+_MERGED_AT_ONCE = 64 << 20  # bytes of float32 copies that merging two results may need
+
+
+def chunked_reasons(
+    q: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    nope_at: int,
+    pe_at: int,
+    chunk: int,
+) -> list[str]:
+    """Why these inputs go to the reference instead; empty when they need not. Called like ``mla_prefill``."""
+    reasons = []
+    dtypes = {x.dtype for x in (q, c_kv, k_pe, w_uk, w_uv) if x is not None}
+    if len(dtypes) > 1:
+        reasons.append(f"inputs mix {', '.join(sorted(map(str, dtypes)))}")
+    if q.numel() == 0 or c_kv.numel() == 0:
+        reasons.append("an input is empty")
+    return reasons
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What stays the same over all chunks of some batch rows."""
+
+    q: Tensor
+    c_kv: Tensor
+    k_pe: Tensor | None
+    w_uk: Tensor
+    w_uv: Tensor
+    scale: float
+    nope_at: int
+    pe_at: int
+    chunk: int
+
+    def rows(self, batch: slice) -> _Call:
+        """Some of its batch rows."""
+        k_pe = None if self.k_pe is None else self.k_pe[batch]
+        return replace(self, q=self.q[batch], c_kv=self.c_kv[batch], k_pe=k_pe)
+
+    def queries(self, some: slice) -> _Call:
+        """Some of its queries."""
+        return replace(self, q=self.q[:, :, some])
+
+
+def mla_prefill_chunked(
+    q: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    nope_at: int,
+    pe_at: int,
+    chunk: int,
+    absorb_up_to: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``mla_prefill`` for inputs that ``chunked_reasons`` has nothing against."""
+    call = _Call(q, c_kv, k_pe, w_uk, w_uv, scale, nope_at, pe_at, chunk)
+    if q.shape[2] <= absorb_up_to:
+        return _absorbed(call, mask, start, length, causal)
+    sees = _Sees(mask, start, length, causal)
+    windows = _windows(sees, q, c_kv.shape[1])
+    if windows is None:
+        return _joined(_masked(call, sees, (0, c_kv.shape[1])))
+    if len(windows) == 1:
+        return _joined(_rows(call, sees, windows[0]))
+    parts = [_joined(_rows(call.rows(batch), sees.rows(batch), window)) for batch, window in _alike(windows)]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out), torch.cat(lse)
+
+
+@dataclass(frozen=True)
+class _Sees:
+    """What the queries of some batch rows see, as ``mla_decode`` has it."""
+
+    mask: Tensor | None
+    start: Tensor | None
+    length: Tensor | None
+    causal: bool
+
+    def rows(self, batch: slice) -> _Sees:
+        """Of some batch rows."""
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
+        start, length = (None if x is None else x[batch] for x in (self.start, self.length))
+        return _Sees(mask, start, length, self.causal)
+
+    def of_chunk(
+        self, block: slice, queries: int, a: int, b: int, tokens: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What a block of the queries sees of the tokens a to b, as masks ``[B|1, S|1, C]`` and to add; None:
+        everything."""
+        mask, length = _cut(self.mask, block, a, b), self.length
+        if self.causal:
+            length = torch.full((1,), tokens, device=device) if length is None else length
+            length = length - (queries - block.stop)
+        start, length = (None if x is None else x - a for x in (self.start, length))
+        s = block.stop - block.start
+        visible = visible_tokens(mask, start, length, self.causal, queries=s, tokens=b - a, device=device)
+        added = None if mask is None or mask.dtype == torch.bool else mask
+        return None if visible is None else visible.expand(-1, -1, b - a), added
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens that a batch row's queries see, first <= t < end, and whether some in between are hidden by a mask."""
+
+    first: int
+    end: int
+    hidden: bool
+
+
+def _windows(sees: _Sees, q: Tensor, tokens: int) -> list[_Window] | None:
+    """What each batch row sees, or None when that cannot be read now. One entry when all rows are alike."""
+    batch, mask, start, length = q.shape[0], sees.mask, sees.start, sees.length
+    if mask is None and start is None and length is None:
+        return [_Window(0, tokens, False)]
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    zeros = torch.zeros(batch, dtype=torch.int64, device=q.device)
+    firsts = zeros if start is None else start.long().clamp(0, tokens)
+    ends = zeros + tokens if length is None else length.long()
+    holes = zeros
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] == 1):
+        holes = holes + 1  # each query has a mask of its own
+    elif mask is not None:
+        index = torch.arange(tokens, device=q.device)
+        within = (index >= firsts[:, None]) & (index < ends[:, None])
+        seen = mask[:, 0] & within
+        first = torch.where(seen, index, tokens).amin(1)
+        inside = within & (index >= first[:, None])
+        holes = (inside & ~seen).sum(1)
+        firsts = torch.maximum(firsts, first)
+    read = torch.stack((firsts.expand(batch), ends.expand(batch), holes.expand(batch))).tolist()
+    found = []
+    for first, end, hole in zip(*read, strict=True):
+        # A causal row ends where its last query stands; beyond the cache nobody can be looked at.
+        fits = end <= tokens or not sees.causal
+        found.append(_Window(min(first, tokens), min(end, tokens), bool(hole) or not fits))
+    return found[:1] if len(set(found)) == 1 else found
+
+
+def _alike(windows: list[_Window]) -> Iterator[tuple[slice, _Window]]:
+    """Runs of batch rows that see the same."""
+    if len(windows) == 1:
+        yield slice(None), windows[0]
+        return
+    begin = 0
+    for i in range(1, len(windows) + 1):
+        if i == len(windows) or windows[i] != windows[begin]:
+            yield slice(begin, i), windows[begin]
+            begin = i
+
+
+def _rows(call: _Call, sees: _Sees, window: _Window) -> Iterator[Part]:
+    """Batch rows that see the same window, block of queries after block."""
+    if window.hidden:
+        yield from _masked(call, sees, (window.first, window.end))
+        return
+    queries = call.q.shape[2]
+    past = window.end - queries  # the token that query 0 is
+    blind = min(max(window.first - past, 0), queries) if sees.causal else 0
+    blind = queries if window.first >= window.end else blind
+    if blind:
+        yield _nothing(call.queries(slice(0, blind)))
+    for block in _blocks(queries - blind, call.chunk):
+        begin, end = blind + block.start, blind + block.stop
+        seen = _chunks(window.first, past + begin if sees.causal else window.end, call.chunk)
+        spans = [_Span(a, b) for a, b in seen]
+        if sees.causal:
+            spans.append(_Span(past + begin, past + end, square=True))
+        yield _merged(call.queries(slice(begin, end)), spans)
+
+
+def _masked(call: _Call, sees: _Sees, window: tuple[int, int]) -> Iterator[Part]:
+    """All chunks of a window, each under the mask that belongs to it, block of queries after block."""
+    s, tokens = call.q.shape[2], call.c_kv.shape[1]
+    for block in _blocks(s, call.chunk):
+        some = call.queries(block)
+        spans = [_Span(a, b, partial(sees.of_chunk, block, s, a, b, tokens)) for a, b in _chunks(*window, call.chunk)]
+        yield _merged(some, spans) if spans else _nothing(some)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens a to b. under: makes their mask (visible, added) for a device; square: query s is token a + s, and
+    causal."""
+
+    a: int
+    b: int
+    under: Callable[[torch.device], tuple[Tensor | None, Tensor | None]] | None = None
+    square: bool = False
+
+
+def _cut(x: Tensor | None, queries: slice, a: int, b: int) -> Tensor | None:
+    if x is None:
+        return None
+    x = x if x.shape[1] == 1 else x[:, queries]
+    return x if x.shape[2] == 1 else x[:, :, a:b]
+
+
+def _merged(call: _Call, spans: list[_Span]) -> Part:
+    """Attention over spans of tokens, one after the other."""
+    buffers = _Buffers(call, max(span.b - span.a for span in spans))
+    out: Tensor | None = None
+    for span in spans:
+        visible, added = (None, None) if span.under is None else span.under(call.q.device)
+        k, v = buffers.expand(span.a, span.b, visible)
+        part, part_lse = attend(call.q, k, v, visible, added, causal=span.square, scale=call.scale)
+        if len(spans) == 1:
+            return part, part_lse
+        if out is None:
+            out, lse = part.to(torch.promote_types(part.dtype, torch.float32)), part_lse
+        else:
+            lse = _merge(out, lse, part, part_lse)
+    assert out is not None
+    return out.to(call.q.dtype), lse
+
+
+def _nothing(call: _Call) -> Part:
+    """The result of queries that see nothing."""
+    b, h, s, _ = call.q.shape
+    out = call.q.new_zeros(b, h, s, call.w_uv.shape[1])
+    lse_dtype = torch.promote_types(call.q.dtype, torch.float32)
+    return out, call.q.new_full((b, h, s), -math.inf, dtype=lse_dtype)
+
+
+def _joined(parts: Iterator[Part]) -> Part:
+    """Consecutive blocks of queries as one."""
+    found = list(parts)
+    if len(found) == 1:
+        return found[0]
+    out, lse = zip(*found, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2)
+
+
+def _merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
+    """Add a partial result to the total, in place, a few heads at a time, to need little memory; the joint lse."""
+    share = torch.sigmoid(part_lse - lse).nan_to_num_(0.0).unsqueeze(-1).to(total.dtype)
+    heads = max(1, total.shape[1] * _MERGED_AT_ONCE // max(total.numel() * total.element_size(), 1))
+    for i in range(0, total.shape[1], heads):
+        some = slice(i, i + heads)
+        total[:, some].lerp_(part[:, some].to(total.dtype), share[:, some])
+    return torch.logaddexp(lse, part_lse)
+
+
+class _Buffers:
+    """Keys and values of one chunk, expanded into the same memory chunk after chunk."""
+
+    def __init__(self, call: _Call, tokens: int) -> None:
+        self.call = call
+        b, h, _, d = call.q.shape
+        self.keys = call.q.new_empty(b * tokens * h * d)
+        self.values = call.q.new_empty(b * tokens * h * call.w_uv.shape[1])
+        gaps = d - call.w_uk.shape[1] - (0 if call.k_pe is None else call.k_pe.shape[2])
+        if gaps:  # rows of K that come from nowhere are zero
+            self.keys.zero_()
+
+    def expand(self, a: int, b: int, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        """K ``[B, H, C, D]`` and V ``[B, H, C, V]`` of the tokens a to b. What no query sees is zero instead."""
+        call = self.call
+        batch, heads, _, d = call.q.shape
+        n, v_size, tokens = call.w_uk.shape[1], call.w_uv.shape[1], b - a
+        latent, rotary = call.c_kv[:, a:b], None if call.k_pe is None else call.k_pe[:, a:b]
+        if visible is not None:
+            dead = ~visible.any(dim=1).unsqueeze(-1)
+            latent, rotary = latent.masked_fill(dead, 0.0), None if rotary is None else rotary.masked_fill(dead, 0.0)
+        k = self.keys[: batch * tokens * heads * d].view(batch * tokens, heads, d)
+        v = self.values[: batch * tokens * heads * v_size].view(batch * tokens, heads, v_size)
+        rows = latent.reshape(1, batch * tokens, -1).expand(heads, -1, -1)
+        k_nope = k[:, :, call.nope_at : call.nope_at + n].transpose(0, 1)
+        torch.bmm(rows, call.w_uk.transpose(1, 2), out=k_nope)
+        torch.bmm(rows, call.w_uv.transpose(1, 2), out=v.transpose(0, 1))
+        k, v = (x.view(batch, tokens, heads, -1) for x in (k, v))
+        if rotary is not None:
+            k[..., call.pe_at : call.pe_at + rotary.shape[2]] = rotary.unsqueeze(2)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    """Consecutive stretches of at most ``size``."""
+    for begin in range(0, total, size):
+        yield slice(begin, min(begin + size, total))
+
+
+def _chunks(first: int, end: int, size: int) -> list[tuple[int, int]]:
+    return [(first + part.start, first + part.stop) for part in _blocks(max(end - first, 0), size)]
+
+
+def _absorbed(
+    call: _Call, mask: Tensor | None, start: Tensor | None, length: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention on the latent itself, with both products around it."""
+    n = call.w_uk.shape[1]
+    q_latent = torch.einsum("bhsn,hnr->bhsr", call.q[..., call.nope_at : call.nope_at + n], call.w_uk)
+    q_pe = None if call.k_pe is None else call.q[..., call.pe_at : call.pe_at + call.k_pe.shape[2]]
+    tensors = (q_latent, q_pe, call.c_kv, call.k_pe, mask, start, length)
+    out, lse = torch.ops.mlacompile.mla_decode(*tensors, scale=call.scale, causal=causal)
+    return torch.einsum("bhsr,hvr->bhsv", out, call.w_uv), lse

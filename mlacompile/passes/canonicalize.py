@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mlacompile.ops.attention  # noqa: F401  (registers the op)
-from mlacompile.passes.softmax import match_softmax, why_unmatched
+from mlacompile.passes.softmax import NotAttention, match_softmax, softmaxes, why_unmatched
 
 aten = torch.ops.aten
 ORIGINAL = "mlacompile_original"
@@ -60,17 +60,21 @@ def canonicalize_sdpa(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def canonicalize_softmax(graph: Graph) -> list[tuple[Node, str]]:
+def canonicalize_softmax(graph: Graph, dynamic: set[Node] | None = None) -> list[tuple[Node, str]]:
     """Find attention written out as products and softmax in a functional ATen graph.
 
-    Returns each softmax that looks like attention and was left alone, with the reason.
+    Args:
+        dynamic: nodes that depend on more than weights, where known.
+    Returns:
+        each softmax that looks like attention and was left alone, with the reason.
     """
     left: list[tuple[Node, str]] = []
-    for target in (aten._softmax.default, aten._safe_softmax.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            if not match_softmax(node):
-                reason = why_unmatched(node)
-                left += [] if reason is None else [(node, reason)]
+    for softmax in list(softmaxes(graph)):
+        try:
+            reason = None if match_softmax(softmax, dynamic) else why_unmatched(softmax)
+        except NotAttention as error:
+            reason = str(error)
+        left += [] if reason is None else [(softmax.out, reason)]
     return left
 
 

@@ -20,6 +20,7 @@ from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import canonicalize_softmax, restore
+from mlacompile.passes.cone import dynamic_nodes
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
 from mlacompile.passes.source import source_of
 from mlacompile.passes.validate import Verdict, validate
@@ -51,11 +52,12 @@ class Pipeline:
         dump_graph(self.options.dump, self.name, "2-functional", gm)
         with self.stage("canonicalize"):
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
-            for node, reason in canonicalize_softmax(gm.graph):
+            weights = self._weights(gm)
+            for node, reason in canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)):
                 self._note(Site("refused", reason, source_of(node), context=str(shape_of(node)[-1])))  # type: ignore[index]
         dump_graph(self.options.dump, self.name, "3-canonical", gm)
         with self.stage("recognize"):
-            found = list(Recognizer(gm.graph, self._weights(gm)).find())
+            found = list(Recognizer(gm.graph, weights).find())
         self._rewrite(gm, found)
         _remove_dead(gm)
         gm.graph.lint()

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 import mlacompile.ops  # noqa: F401  (registers mla_decode)
 from mlacompile.options import Options
-from mlacompile.passes.axes import Size
+from mlacompile.passes.axes import BATCH, Size
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.cone import Latent
 from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
@@ -69,6 +69,7 @@ def refuse(site: MLASite) -> str | None:
 def absorb(site: MLASite, options: Options) -> Node:
     """Rewrite one site; returns the ``mla_decode`` node."""
     attention, found, emit = site.attention, site.probe, Emitter(site.attention.node)
+    emit.known = {BATCH: emit.size(attention.q, 0)}
     maps = _Maps(emit, site)
     q_latent = _rows(emit, attention.q, found.k_rows)
     q_latent = _up(emit, q_latent, maps.of(found.w_uk, found.c_kv, found.k_rows), transposed=False)

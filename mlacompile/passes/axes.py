@@ -13,7 +13,7 @@ first), so a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeAlias
@@ -288,7 +288,7 @@ def _cat(node: Node, dims: Dims) -> Pulled | None:
 
 def _stack(node: Node, dims: Dims) -> Pulled | None:
     at = _axis(node.args[1] if len(node.args) > 1 else 0, len(dims))  # type: ignore[arg-type]
-    if labels((dims[at],)) - {FEATURE}:
+    if labels((dims[at],)) - {FEATURE, HEAD}:
         return None
     return [(source, dims[:at] + dims[at + 1 :]) for source in node.args[0]]  # type: ignore[union-attr,misc]
 
@@ -443,3 +443,18 @@ def pull(node: Node, dims: Dims, table: dict[Any, Any] = LINEAR) -> Pulled | Non
     ends."""
     rule = table.get(node.target) if node.op == "call_function" else None
     return None if rule is None else rule(node, dims)
+
+
+def upstream(node: Node, dims: Dims) -> Iterator[tuple[Node, Dims]]:
+    """What a tensor is made of, as far as axes can be followed: linear ops, and whatever keeps the shape."""
+    stack, seen = [(node, dims)], {node}
+    while stack:
+        here, axes = stack.pop()
+        yield here, axes
+        pulled = pull(here, axes)
+        if pulled is None and here.op == "call_function":
+            pulled = [(n, axes) for n in here.all_input_nodes if shape_of(n) == shape_of(here)]
+        for source, source_axes in pulled or ():
+            if source not in seen:
+                seen.add(source)
+                stack.append((source, source_axes))

@@ -25,6 +25,7 @@ from mlacompile.passes.axes import (
     REARRANGE,
     TOKEN,
     Dims,
+    Pulled,
     labels,
     pull,
     shape_of,
@@ -39,6 +40,10 @@ _CUTS = REARRANGE | {t: LINEAR[t] for t in (aten.slice.Tensor, operator.getitem,
 _WEIGHT_OPS = REARRANGE | {
     t: LINEAR[t] for t in (aten.expand.default, aten.slice.Tensor, aten.select.int, operator.getitem)
 }
+
+
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
+_STACKS = {aten.stack.default, aten.cat.default}
 
 
 class WalkError(Exception):
@@ -143,10 +148,14 @@ def walk(roots: Iterable[tuple[Node, Dims]], dynamic: set[Node]) -> Cone:
     cone = Cone()
     leaves: dict[Node, Dims] = {}
     _walk(cone, list(roots), dynamic, leaves)
-    while more := _shared_sources(leaves, dynamic):
-        for node, dims in more:
+    while True:
+        shared = _shared_sources(leaves, dynamic)
+        linear = [] if shared else _linear_in_others(leaves, dynamic)
+        for node, dims in shared or linear:
             del leaves[node]
-            _walk(cone, pull(node, dims, _CUTS) or [], dynamic, leaves)
+            _walk(cone, pull(node, dims) or [], dynamic, leaves, through=bool(linear))
+        if not shared and not linear:
+            break
     cuts: dict[Node, set[int]] = {node: {0, feature_width(dims)} for node, dims in leaves.items()}
     for node, dims in cone.dims.items():
         origin = _origin(node, dims) if HEAD not in labels(dims) and node in dynamic else None
@@ -160,28 +169,53 @@ def walk(roots: Iterable[tuple[Node, Dims]], dynamic: set[Node]) -> Cone:
     return cone
 
 
-def _walk(cone: Cone, stack: list[tuple[Node, Dims]], dynamic: set[Node], leaves: dict[Node, Dims]) -> None:
+def _walk(cone: Cone, roots: Pulled, dynamic: set[Node], leaves: dict[Node, Dims], through: bool = False) -> None:
+    """Walk on from some values. One without heads is a leaf, unless it is one head's own, where heads are stacked: that
+    ends at the next product. ``through`` goes on to leaves that are known, whatever lies between."""
+    stack = [(node, dims, through) for node, dims in roots]
     while stack:
-        node, dims = stack.pop()
+        node, dims, own = stack.pop()
         if node in cone.dims:
             _check_same_axes(node, cone.dims[node], dims)
             continue
         cone.dims[node] = dims
+        headed = HEAD in labels(dims)
         if node.op == "call_function" and node.target in CONSTANT:
             continue
         if node not in dynamic:
             pulled = pull(node, dims, _WEIGHT_OPS)
             if pulled is None:
                 cone.weights.append(node)
-        elif HEAD not in labels(dims):
-            pulled = pull(node, dims, REARRANGE)
+        else:
+            pulled = pull(node, dims, LINEAR if headed or own else REARRANGE)
+            if pulled is None and headed:
+                raise HeadedLeaf(node, dims)
             if pulled is None:
                 leaves[node] = dims
-        else:
-            pulled = pull(node, dims)
+        own = (own and (through or node.target not in _PRODUCTS)) or (headed and node.target in _STACKS)
+        stack += [(source, axes, own and HEAD not in labels(axes)) for source, axes in pulled or ()]
+
+
+def _linear_in_others(leaves: dict[Node, Dims], dynamic: set[Node]) -> Pulled:
+    """A leaf to walk on from, because it is linear in other leaves: the latent scaled, or through one more weight."""
+    for leaf, dims in leaves.items():
+        others = leaves.keys() - {leaf}
+        stack, ends = list(pull(leaf, dims) or ()), set()
+        seen: set[Node] = set()
+        while stack:
+            node, axes = stack.pop()
+            if node in others or node not in dynamic:
+                ends.add(node)
+                continue
+            pulled = None if node in seen else pull(node, axes)
+            seen.add(node)
             if pulled is None:
-                raise HeadedLeaf(node, dims)
-        stack.extend(pulled or ())
+                break
+            stack += pulled
+        else:
+            if ends & others:
+                return [(leaf, dims)]
+    return []
 
 
 def _shared_sources(leaves: dict[Node, Dims], dynamic: set[Node]) -> list[tuple[Node, Dims]]:

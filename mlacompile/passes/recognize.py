@@ -14,11 +14,13 @@ import torch
 from torch.fx import Graph, Node
 
 from mlacompile.geometry import MLAGeometry
-from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, shape_of
+from mlacompile.logs import log
+from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, shape_of, upstream
 from mlacompile.passes.canonicalize import attention_nodes
-from mlacompile.passes.cone import Cone, Latent, WalkError, dynamic_nodes, walk
+from mlacompile.passes.cone import Cone, HeadedLeaf, Latent, WalkError, dynamic_nodes, walk
 from mlacompile.passes.probe import Plain, Probe, WeightView, probe
-from mlacompile.passes.source import source_of
+from mlacompile.passes.source import describe, source_of
+from mlacompile.passes.written import expanded_cache
 
 aten = torch.ops.aten
 
@@ -122,8 +124,13 @@ class Recognizer:
             attention = Attention.of(node)
             try:
                 yield self._site(attention)
+            except HeadedLeaf as error:
+                yield Refusal(attention, expanded_cache(attention.k, attention.v, self.dynamic) or str(error))
             except WalkError as error:
                 yield Refusal(attention, str(error))
+            except Exception as error:  # one site must not cost the whole model its compilation
+                log.exception("attention at %s could not be looked into", source_position(attention))
+                yield Refusal(attention, internal_error(error))
 
     def _site(self, attention: Attention) -> MLASite:
         q, k, v = (shape_of(n) for n in (attention.q, attention.k, attention.v))
@@ -146,6 +153,7 @@ class Recognizer:
         if k[1] != q[1] and not (isinstance(found.w_uk, Plain) and isinstance(found.w_uv, Plain)):
             raise WalkError(_grouped(q[1], k[1]))
         geometry = _geometry(cone, found, int(q[1]))
+        _check_compressed(attention, cone, found, geometry)
         _check_dtypes(attention, cone, found)
         _check_tokens(cone)
         return MLASite(attention, geometry, cone, found, int(q[3]), int(v[3]))
@@ -181,6 +189,19 @@ def _geometry(cone: Cone, found: Probe, heads: int) -> MLAGeometry:
     )
 
 
+def _check_compressed(attention: Attention, cone: Cone, found: Probe, geometry: MLAGeometry) -> None:
+    """Queries, keys and values of one tensor, and keys no wider than it, are plain multi-head attention."""
+    latent, q_shape = cone.latents[found.c_kv].node, shape_of(attention.q)
+    if geometry.rank < geometry.heads * geometry.nope or isinstance(found.w_uk, Plain):
+        return
+    queries = dims_for(q_shape or (), (BATCH, HEAD, "S", "D"))
+    if any(node is latent for node, _ in upstream(attention.q, queries)):
+        raise WalkError(
+            f"queries, keys and values are projected from the same {geometry.rank} values a token "
+            f"({describe(latent)}): ordinary multi-head attention, in which nothing is compressed"
+        )
+
+
 def _check_dtypes(attention: Attention, cone: Cone, found: Probe) -> None:
     views = [w.leaf for w in (found.w_uk, found.w_uv) if isinstance(w, WeightView)]
     weights = cone.weights if found.computed else [cone.weights[leaf] for leaf in views]
@@ -208,6 +229,11 @@ def mask_without_heads(mask: Node) -> Node | None:
         mask = mask.args[0]  # type: ignore[assignment]
         shape = shape_of(mask)
     return mask
+
+
+def internal_error(error: Exception) -> str:
+    """The reason of a site at which mlacompile itself failed."""
+    return f"mlacompile failed on it ({type(error).__name__}: {error}): this is a bug, please report it"
 
 
 def source_position(attention: Attention) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of
+from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of, upstream
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Product, Scores, read_scores
 from mlacompile.passes.source import op_name
@@ -242,28 +242,13 @@ def _taken_apart(match: _Match, axes: Dims) -> Dims | None:
         return None
     product = match.scores.products[0]
     single = {d[0].label for d in axes if len(d) == 1} - {TOKENS}
-    for _, dims in _upstream(product.q, product.q_dims):
+    for _, dims in upstream(product.q, product.q_dims):
         for label in single:
             atoms = [a for d in dims for a in d if a.label == label]
             if len(atoms) == 2:
                 parts = tuple(Atom(f"{label}.{i}", a.size) for i, a in enumerate(atoms))
                 return tuple(parts if d and d[0].label == label else d for d in axes)
     return None
-
-
-def _upstream(node: Node, dims: Dims) -> Iterator[tuple[Node, Dims]]:
-    """What a tensor is made of, as far as axes can be followed: linear ops, and whatever keeps the shape."""
-    stack, seen = [(node, dims)], {node}
-    while stack:
-        here, axes = stack.pop()
-        yield here, axes
-        pulled = pull(here, axes)
-        if pulled is None and here.op == "call_function":
-            pulled = [(n, axes) for n in here.all_input_nodes if shape_of(n) == shape_of(here)]
-        for source, source_axes in pulled or ():
-            if source not in seen:
-                seen.add(source)
-                stack.append((source, source_axes))
 
 
 def _heads(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> str | None:
@@ -281,7 +266,7 @@ def _heads(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> s
 
 def _weights_of(node: Node, dims: Dims, dynamic: set[Node]) -> Iterator[tuple[Node, Dims]]:
     """The weights that a tensor was multiplied with on its way."""
-    for here, axes in _upstream(node, dims):
+    for here, axes in upstream(node, dims):
         if here in dynamic and here.target in (*PRODUCTS, aten.addmm.default):
             yield from ((n, d) for n, d in pull(here, axes) or () if n not in dynamic)
 

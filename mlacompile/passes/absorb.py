@@ -15,10 +15,12 @@ from torch.fx import Node
 
 import mlacompile.ops  # noqa: F401  (registers mla_decode)
 from mlacompile.options import Options
-from mlacompile.passes.axes import Size
+from mlacompile.passes.axes import BATCH, Size
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.probe import WeightView
+from mlacompile.passes.cone import Latent
+from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
 from mlacompile.passes.recognize import MLASite, mask_without_heads
+from mlacompile.passes.unit import unit_response
 from mlacompile.passes.views import View
 from mlacompile.passes.visibility import emit_arguments, understand
 
@@ -31,6 +33,8 @@ DECODE_QUERIES = 8
 def choose_form(site: MLASite, options: Options) -> tuple[str, str]:
     """ "absorbed" or "expanded" for a site, and why."""
     queries: Size = site.attention.queries
+    if site.probe.absorbed_already:
+        return _already(options)
     if options.form != "auto":
         return options.form, f"form={options.form!r} was asked for"
     if isinstance(queries, int) and queries <= DECODE_QUERIES:
@@ -40,6 +44,13 @@ def choose_form(site: MLASite, options: Options) -> tuple[str, str]:
         )
     count = queries if isinstance(queries, int) else f"a varying number of ({queries})"
     return "expanded", f"{count} query tokens: prefill keeps the expanded form, in which a score costs fewer operations"
+
+
+def _already(options: Options) -> tuple[str, str]:
+    """The form of a site whose graph attends to the latent itself: there is no other."""
+    if options.form == "expanded":
+        return "expanded", "form='expanded' was asked for, and the model's own code, which absorbs, stays as it is"
+    return "absorbed", "the model's own code attends to the latent already; the fused op takes it from there"
 
 
 def refuse(site: MLASite) -> str | None:
@@ -58,13 +69,18 @@ def refuse(site: MLASite) -> str | None:
 def absorb(site: MLASite, options: Options) -> Node:
     """Rewrite one site; returns the ``mla_decode`` node."""
     attention, found, emit = site.attention, site.probe, Emitter(site.attention.node)
-    q_latent = _up(emit, _rows(emit, attention.q, found.k_rows), weight_view(emit, site, found.w_uk), transposed=False)
-    q_latent = _scaled(emit, q_latent, found.w_uk.scale)
+    emit.known = {BATCH: emit.size(attention.q, 0)}
+    maps = _Maps(emit, site)
+    q_latent = _rows(emit, attention.q, found.k_rows)
+    q_latent = _up(emit, q_latent, maps.of(found.w_uk, found.c_kv, found.k_rows), transposed=False)
+    q_latent = _scaled(emit, q_latent, found.w_uk)
     q_pe, k_pe = None, None
-    if site.k_pe is not None:
-        q_pe = _scaled(emit, _rows(emit, attention.q, found.pe_rows), found.pe_scale)
-        k_pe = _first_tokens(emit, emit.arrange(site.k_pe, site.cone.dims[site.k_pe], "BTD"), attention.prefix)
-    c_kv = _first_tokens(emit, emit.arrange(site.c_kv, site.cone.dims[site.c_kv], "BTD"), attention.prefix)
+    if site.k_pe is not None and found.k_pe is not None:
+        q_pe = _rows(emit, attention.q, found.pe_rows)
+        q_pe = _up(emit, q_pe, maps.of(found.w_pe, found.k_pe, found.pe_rows), transposed=False)
+        q_pe = _scaled(emit, q_pe, found.w_pe)
+        k_pe = _latent(emit, site, site.k_pe)
+    c_kv = _latent(emit, site, site.c_kv)
     seen = emit_arguments(emit, understand(attention), attention.q)
     decode = emit(
         torch.ops.mlacompile.mla_decode.default,
@@ -73,10 +89,17 @@ def absorb(site: MLASite, options: Options) -> Node:
         causal=seen.causal,
         impl=options.kernel,
     )
-    out = _up(emit, emit(operator.getitem, decode, 0), weight_view(emit, site, found.w_uv), transposed=True)
-    out = _scaled(emit, out, found.w_uv.scale)
+    out = emit(operator.getitem, decode, 0)
+    out = _up(emit, out, maps.of(found.w_uv, found.c_kv, found.v_rows), transposed=True)
+    out = _scaled(emit, out, found.w_uv)
     if found.v_bias is not None:
-        out = _add_bias(emit, site, found.v_bias, out)
+        out = _add_bias(emit, maps.v_bias(found.v_bias), found.v_bias, out)
+    if attention.sink is not None:
+        lse = emit(aten.unsqueeze.default, emit(operator.getitem, decode, 1), -1)
+        if found.k_bias:  # the latent knows nothing of it, and the sink has none
+            shift = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, attention.q, maps.k_bias()), [-1], True)
+            lse = emit(aten.add.Tensor, lse, emit(aten.mul.Tensor, shift, attention.scale))
+        out = _beside_sink(emit, out, lse, attention.sink)
     first, rows = found.v_rows
     if rows != site.v_size:
         out = emit(aten.constant_pad_nd.default, out, [first, site.v_size - first - rows])
@@ -86,9 +109,48 @@ def absorb(site: MLASite, options: Options) -> Node:
     return decode
 
 
-def weight_view(emit: Emitter, site: MLASite, found: WeightView) -> Node:
-    """The view of a live weight, as nodes (without its factor)."""
-    return emit_view(emit, site.cone.weights[found.leaf], found.view)
+class _Maps:
+    """The up-projections of a site as nodes ``[H, rows, width]``: views of live weights where they are that, else what
+    the cone makes of unit latents."""
+
+    def __init__(self, emit: Emitter, site: MLASite) -> None:
+        self.emit, self.site = emit, site
+        self._known: dict[int, dict[Node, Node]] = {}
+
+    def of(self, found: UpProjection, latent: int, rows: tuple[int, int]) -> Node | None:
+        """None for a latent that is used as it is."""
+        if isinstance(found, Plain):
+            return None
+        if isinstance(found, WeightView):
+            return emit_view(self.emit, self.site.leaf(self.site.cone.weights[found.leaf])[0], found.view)
+        emit, width = self.emit, self.site.cone.latents[latent].width
+        value = self._unit(latent, found)
+        zero = emit(aten.slice.Tensor, value, 2, width, width + 1)
+        maps = emit(aten.sub.Tensor, emit(aten.slice.Tensor, value, 2, 0, width), zero)
+        maps = emit.permute(_rows(emit, emit(aten.select.int, maps, 0, 0), rows, dim=2), [0, 2, 1])
+        return emit(aten.slice.Tensor, maps, 0, 0, 1) if found.shared else maps
+
+    def v_bias(self, found: WeightView | Computed) -> Node:
+        """``[H, V, 1]``."""
+        if isinstance(found, WeightView):
+            return emit_view(self.emit, self.site.leaf(self.site.cone.weights[found.leaf])[0], found.view)
+        emit, latent = self.emit, self.site.probe.c_kv
+        width = self.site.cone.latents[latent].width
+        zero = emit(aten.slice.Tensor, self._unit(latent, found), 2, width, width + 1)
+        rows = _rows(emit, emit(aten.select.int, zero, 0, 0), self.site.probe.v_rows, dim=2)
+        return emit.permute(rows, [0, 2, 1])
+
+    def k_bias(self) -> Node:
+        """``[1, H, 1, D]``."""
+        latent = self.site.probe.c_kv
+        width = self.site.cone.latents[latent].width
+        return self.emit(aten.slice.Tensor, self._unit(latent, Computed("k")), 2, width, width + 1)
+
+    def _unit(self, latent: int, found: Computed) -> Node:
+        """K or V ``[1, H, width + 1, rows]`` for every unit vector of a latent, and for zero."""
+        if latent not in self._known:
+            self._known[latent] = unit_response(self.emit, self.site, latent)
+        return self._known[latent][self.site.attention.k if found.of == "k" else self.site.attention.v]
 
 
 def emit_view(emit: Emitter, node: Node, view: View) -> Node:
@@ -113,25 +175,44 @@ def _first_tokens(emit: Emitter, x: Node, count: int | Node | None) -> Node:
     return x if count is None else emit(aten.slice.Tensor, x, 1, 0, count)
 
 
-def _rows(emit: Emitter, x: Node, rows: tuple[int, int]) -> Node:
-    return emit.narrow(x, 3, *rows)
+def _latent(emit: Emitter, site: MLASite, latent: Latent) -> Node:
+    """``[B, T, width]``, of the tokens attended to."""
+    node, dims = site.leaf(latent.node)
+    whole = emit.narrow(emit.arrange(node, dims, "BTD"), 2, latent.start, latent.width)
+    return _first_tokens(emit, whole, site.attention.prefix)
 
 
-def _scaled(emit: Emitter, x: Node, factor: float) -> Node:
+def _rows(emit: Emitter, x: Node, rows: tuple[int, int], dim: int = 3) -> Node:
+    return emit.narrow(x, dim, *rows)
+
+
+def _scaled(emit: Emitter, x: Node, found: UpProjection) -> Node:
+    factor = 1.0 if isinstance(found, Computed) else found.scale
     return x if factor == 1.0 else emit(aten.mul.Tensor, x, factor)
 
 
-def _up(emit: Emitter, x: Node, weight: Node, *, transposed: bool) -> Node:
-    """Per-head product ``[B, H, S, M] · [H, M, N] → [B, H, S, N]`` as one batched product over heads."""
+def _beside_sink(emit: Emitter, out: Node, lse: Node, sink: Node) -> Node:
+    """The share of the softmax that a sink leaves to the tokens is ``sigmoid(lse - sink)``."""
+    less = emit(aten.sub.Tensor, lse, sink)
+    share = emit(aten._to_copy.default, emit(aten.sigmoid.default, less), dtype=out.meta["val"].dtype)
+    return emit(aten.mul.Tensor, out, share)
+
+
+def _up(emit: Emitter, x: Node, weight: Node | None, *, transposed: bool) -> Node:
+    """Per-head product ``[B, H, S, M] · [H or 1, M, N] → [B, H, S, N]`` as one batched product over heads."""
+    if weight is None:
+        return x
     batch, heads, queries = (emit.size(x, d) for d in range(3))
     by_head = emit(aten.reshape.default, emit.permute(x, [1, 0, 2, 3]), [heads, -1, emit.size(x, 3)])
     right = emit.permute(weight, [0, 2, 1]) if transposed else weight
+    if right.meta["val"].shape[0] != heads:
+        right = emit(aten.expand.default, right, [heads, -1, -1])
     product = emit(aten.bmm.default, by_head, right)
     shaped = emit(aten.reshape.default, product, [heads, batch, queries, emit.size(product, 2)])
     return emit.permute(shaped, [1, 0, 2, 3])
 
 
-def _add_bias(emit: Emitter, site: MLASite, found: WeightView, out: Node) -> Node:
-    bias = _scaled(emit, weight_view(emit, site, found), found.scale)  # [H, V, 1]
+def _add_bias(emit: Emitter, bias: Node, found: WeightView | Computed, out: Node) -> Node:
+    bias = _scaled(emit, bias, found)  # [H, V, 1]
     row = emit.permute(bias, [0, 2, 1])  # [H, 1, V]
     return emit(aten.add.Tensor, out, emit(aten.unsqueeze.default, row, 0))

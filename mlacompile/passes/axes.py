@@ -13,7 +13,7 @@ first), so a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeAlias
@@ -71,6 +71,11 @@ def dims_for(shape: Sequence[Size], names: Sequence[str]) -> Dims:
     return tuple(() if s == 1 else (Atom(n, s),) for s, n in zip(shape, names, strict=True))
 
 
+def renamed(dims: Dims, names: dict[str, str]) -> Dims:
+    """The same dimensions with other labels."""
+    return tuple(tuple(Atom(names.get(a.label, a.label), a.size) for a in d) for d in dims)
+
+
 def _quotient(a: Size, b: Size) -> Size | None:
     """a / b when it divides exactly, else None."""
     if isinstance(a, int) and isinstance(b, int):
@@ -123,7 +128,7 @@ def _resized(dim: Dim, size: Size) -> Dim:
     return () if size == 1 else (Atom(label, size),)
 
 
-def _broadcast(node: Node, dims: Dims) -> Dims | None:
+def broadcast_dims(node: Node, dims: Dims) -> Dims | None:
     """Dims an operand must have had to broadcast to ``dims``: where it has size one, the atoms end."""
     shape = shape_of(node)
     if shape is None or len(shape) > len(dims):
@@ -150,7 +155,7 @@ def _elementwise(node: Node, dims: Dims) -> Pulled | None:
     pulled: Pulled = []
     for arg in node.args[:2]:
         if isinstance(arg, Node) and shape_of(arg) is not None:
-            operand = _broadcast(arg, dims)
+            operand = broadcast_dims(arg, dims)
             if operand is None:
                 return None
             pulled.append((arg, operand))
@@ -159,7 +164,7 @@ def _elementwise(node: Node, dims: Dims) -> Pulled | None:
 
 def _copy(node: Node, dims: Dims) -> Pulled | None:
     source = node.args[1]
-    operand = _broadcast(source, dims) if isinstance(source, Node) else None
+    operand = broadcast_dims(source, dims) if isinstance(source, Node) else None
     return None if operand is None else [(source, operand)]  # type: ignore[list-item]
 
 
@@ -172,7 +177,7 @@ def _view(node: Node, dims: Dims) -> Pulled | None:
 
 def _expand(node: Node, dims: Dims) -> Pulled | None:
     source: Node = node.args[0]  # type: ignore[assignment]
-    operand = _broadcast(source, dims)
+    operand = broadcast_dims(source, dims)
     return None if operand is None else [(source, operand)]
 
 
@@ -283,7 +288,7 @@ def _cat(node: Node, dims: Dims) -> Pulled | None:
 
 def _stack(node: Node, dims: Dims) -> Pulled | None:
     at = _axis(node.args[1] if len(node.args) > 1 else 0, len(dims))  # type: ignore[arg-type]
-    if labels((dims[at],)) - {FEATURE}:
+    if labels((dims[at],)) - {FEATURE, HEAD}:
         return None
     return [(source, dims[:at] + dims[at + 1 :]) for source in node.args[0]]  # type: ignore[union-attr,misc]
 
@@ -350,7 +355,7 @@ def _mm(node: Node, dims: Dims) -> Pulled | None:
     k = _contraction(shape[-1])
     pulled: Pulled = [(x, dims[:-1] + (k,)), (y, dims[:-2] + (k, dims[-1]))]  # type: ignore[list-item]
     if isinstance(bias, Node):
-        operand = _broadcast(bias, dims)
+        operand = broadcast_dims(bias, dims)
         if operand is None:
             return None
         pulled.append((bias, operand))
@@ -438,3 +443,18 @@ def pull(node: Node, dims: Dims, table: dict[Any, Any] = LINEAR) -> Pulled | Non
     ends."""
     rule = table.get(node.target) if node.op == "call_function" else None
     return None if rule is None else rule(node, dims)
+
+
+def upstream(node: Node, dims: Dims) -> Iterator[tuple[Node, Dims]]:
+    """What a tensor is made of, as far as axes can be followed: linear ops, and whatever keeps the shape."""
+    stack, seen = [(node, dims)], {node}
+    while stack:
+        here, axes = stack.pop()
+        yield here, axes
+        pulled = pull(here, axes)
+        if pulled is None and here.op == "call_function":
+            pulled = [(n, axes) for n in here.all_input_nodes if shape_of(n) == shape_of(here)]
+        for source, source_axes in pulled or ():
+            if source not in seen:
+                seen.add(source)
+                stack.append((source, source_axes))

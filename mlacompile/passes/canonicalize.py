@@ -19,11 +19,17 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import mlacompile.ops.attention  # noqa: F401  (registers the op)
-from mlacompile.passes.softmax import match_softmax, why_unmatched
+from mlacompile.logs import log
+from mlacompile.passes.softmax import NotAttention, match_softmax, softmaxes, why_unmatched
+from mlacompile.passes.source import op_name, source_of
 
 aten = torch.ops.aten
 ORIGINAL = "mlacompile_original"
-_SDPA = torch.nn.functional.scaled_dot_product_attention
+_SDPA = (
+    torch.nn.functional.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default,
+)
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -38,7 +44,7 @@ def canonicalize_sdpa(gm: GraphModule) -> GraphModule:
     graph.output(graph.graph_copy(gm.graph, {}))
     copy = GraphModule(gm, graph)
     copy.meta.update(gm.meta)
-    for node in graph.find_nodes(op="call_function", target=_SDPA):
+    for node in [n for target in _SDPA for n in graph.find_nodes(op="call_function", target=target)]:
         call = dict(zip(_SDPA_ARGS, node.args, strict=False)) | node.kwargs
         head_size = call["query"].meta["example_value"].shape[-1]
         scale = call.get("scale")
@@ -60,18 +66,43 @@ def canonicalize_sdpa(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def canonicalize_softmax(graph: Graph) -> list[tuple[Node, str]]:
+def canonicalize_softmax(graph: Graph, dynamic: set[Node] | None = None) -> list[tuple[Node, str]]:
     """Find attention written out as products and softmax in a functional ATen graph.
 
-    Returns each softmax that looks like attention and was left alone, with the reason.
+    Args:
+        dynamic: nodes that depend on more than weights, where known.
+    Returns:
+        each softmax that looks like attention and was left alone, with the reason.
     """
     left: list[tuple[Node, str]] = []
-    for target in (aten._softmax.default, aten._safe_softmax.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            if not match_softmax(node):
-                reason = why_unmatched(node)
-                left += [] if reason is None else [(node, reason)]
+    for softmax in list(softmaxes(graph)):
+        try:
+            reason = None if match_softmax(softmax, dynamic) else why_unmatched(softmax)
+        except NotAttention as error:
+            reason = str(error)
+        except Exception as error:  # one softmax must not cost the whole model its compilation
+            log.exception("the softmax at %s could not be looked into", source_of(softmax.out))
+            reason = f"mlacompile failed on it ({type(error).__name__}: {error}): this is a bug, please report it"
+        left += [] if reason is None else [(softmax.out, reason)]
     return left
+
+
+def opaque_attention(graph: Graph) -> list[tuple[Node, str]]:
+    """Calls of attention that cannot be looked into, each with what to do about it."""
+    left = []
+    for node in graph.nodes:
+        name = op_name(node) if node.op == "call_function" else ""
+        if _sounds_like_attention(name) and not name.startswith("mlacompile::"):
+            reason = (
+                f"attention is computed by {name}, which cannot be looked into; use scaled_dot_product_attention, or "
+                "attention written out (attn_implementation='sdpa' or 'eager')"
+            )
+            left.append((node, reason))
+    return left
+
+
+def _sounds_like_attention(name: str) -> bool:
+    return any(part in name.lower() for part in ("attention", "attn", "flash_mla"))
 
 
 def restore(node: Node) -> None:
@@ -97,6 +128,6 @@ def may_hold_attention(gm: GraphModule) -> bool:
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            if "softmax" in name or "attention" in name:
+            if "softmax" in name or name == "exp" or _sounds_like_attention(name):
                 return True
     return False

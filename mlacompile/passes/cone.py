@@ -9,8 +9,9 @@ evaluated on one sentence of two tokens as well as on 64 of 8192.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from mlacompile.passes.axes import (
     REARRANGE,
     TOKEN,
     Dims,
+    Pulled,
     labels,
     pull,
     shape_of,
@@ -33,13 +35,27 @@ from mlacompile.passes.source import describe
 
 aten = torch.ops.aten
 
+#: What a value without heads may be followed through when two leaves turn out to share it.
+_CUTS = REARRANGE | {t: LINEAR[t] for t in (aten.slice.Tensor, operator.getitem, aten.cat.default)}
 _WEIGHT_OPS = REARRANGE | {
     t: LINEAR[t] for t in (aten.expand.default, aten.slice.Tensor, aten.select.int, operator.getitem)
 }
 
 
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
+_STACKS = {aten.stack.default, aten.cat.default}
+
+
 class WalkError(Exception):
     """The walk met something that is not latent attention; the message is a reason a user can read."""
+
+
+class HeadedLeaf(WalkError):
+    """Keys or values of every head come out of something that is not linear."""
+
+    def __init__(self, node: Node, dims: Dims) -> None:
+        super().__init__(_headed_leaf(node))
+        self.node, self.dims = node, dims
 
 
 def dynamic_nodes(graph: Graph, weights: set[Node]) -> set[Node]:
@@ -54,23 +70,40 @@ def dynamic_nodes(graph: Graph, weights: set[Node]) -> set[Node]:
     return dynamic
 
 
+@dataclass(frozen=True)
+class Latent:
+    """Features ``start`` to ``start + width`` of a tensor that has batch and tokens but no heads."""
+
+    node: Node
+    start: int
+    width: int
+
+
 @dataclass
 class Cone:
     """The part of a graph between K and V and the latents and weights they are made of."""
 
     dims: dict[Node, Dims] = field(default_factory=dict)
     order: list[Node] = field(default_factory=list)
-    latents: list[Node] = field(default_factory=list)
+    latents: list[Latent] = field(default_factory=list)
     weights: list[Node] = field(default_factory=list)
 
     def evaluate(self, feeds: dict[Node, torch.Tensor], batch: int, tokens: int) -> dict[Node, torch.Tensor]:
         """Run the cone in float64 at ``batch`` sentences of ``tokens`` tokens, with ``feeds`` for latents and
         weights."""
-        env = dict(feeds)
-        for node in self.order:
-            if node not in env:
-                env[node] = _run(node, env, self.dims[node], batch, tokens)
-        return env
+        return replay(self, feeds, batch, tokens, _call)
+
+    def latent_nodes(self) -> list[Node]:
+        """The tensors that the latents lie in, each once."""
+        return list(dict.fromkeys(latent.node for latent in self.latents))
+
+    def feeds(self, latents: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> dict[Node, torch.Tensor]:
+        """Values of the leaves: latents given as ``[batch, tokens, width]``, weights as they are."""
+        feeds = dict(zip(self.weights, weights, strict=True))
+        for node in self.latent_nodes():
+            parts = [x for latent, x in zip(self.latents, latents, strict=True) if latent.node is node]
+            feeds[node] = place(torch.cat(parts, -1), self.dims[node])
+        return feeds
 
     def feed_shape(self, node: Node, batch: int, tokens: int) -> tuple[int, ...]:
         """The shape a leaf takes at stand-in sizes."""
@@ -88,14 +121,13 @@ class Cone:
                 return tuple(encode(v) for v in value)
             return str(value)
 
-        rows = []
+        latents = set(self.latent_nodes())
+        rows: list[Any] = [tuple((index[x.node], x.start, x.width) for x in self.latents)]
         for node in self.order:
-            leaf = node in self.latents or node in self.weights
+            leaf = node in latents or node in self.weights
             args = () if leaf else encode(_resolved(node))
             layout = tuple(tuple((a.label[0], str(a.size)) for a in d) for d in self.dims[node])
-            rows.append(
-                (leaf, node in self.latents, "" if leaf else str(node.target), args, layout, str(shape_of(node)))
-            )
+            rows.append((leaf, node in latents, "" if leaf else str(node.target), args, layout, str(shape_of(node))))
         return tuple(rows)
 
 
@@ -114,35 +146,136 @@ def walk(roots: Iterable[tuple[Node, Dims]], dynamic: set[Node]) -> Cone:
         WalkError: a key or value is read, with its heads, from something that is not linear in a latent.
     """
     cone = Cone()
-    stack = list(roots)
-    seen_leaf: set[Node] = set()
+    leaves: dict[Node, Dims] = {}
+    _walk(cone, list(roots), dynamic, leaves)
+    while True:
+        shared = _shared_sources(leaves, dynamic)
+        linear = [] if shared else _linear_in_others(leaves, dynamic)
+        for node, dims in shared or linear:
+            del leaves[node]
+            _walk(cone, pull(node, dims) or [], dynamic, leaves, through=bool(linear))
+        if not shared and not linear:
+            break
+    cuts: dict[Node, set[int]] = {node: {0, feature_width(dims)} for node, dims in leaves.items()}
+    for node, dims in cone.dims.items():
+        origin = _origin(node, dims) if HEAD not in labels(dims) and node in dynamic else None
+        if origin is not None and origin[0] in leaves and node is not origin[0]:
+            cuts[origin[0]] |= {origin[2], origin[2] + feature_width(dims)}
+    for node in leaves:
+        borders = sorted(cuts[node]) if len(cuts[node]) > 1 else [0, 0]  # a part of no width is a latent too
+        cone.latents += [Latent(node, a, b - a) for a, b in pairwise(borders)]
+    position = {n: i for i, n in enumerate(next(iter(cone.dims)).graph.nodes)}
+    cone.order = sorted(cone.dims, key=position.__getitem__)
+    return cone
+
+
+def _walk(cone: Cone, roots: Pulled, dynamic: set[Node], leaves: dict[Node, Dims], through: bool = False) -> None:
+    """Walk on from some values. One without heads is a leaf, unless it is one head's own, where heads are stacked: that
+    ends at the next product. ``through`` goes on to leaves that are known, whatever lies between."""
+    stack = [(node, dims, through) for node, dims in roots]
     while stack:
-        node, dims = stack.pop()
+        node, dims, own = stack.pop()
         if node in cone.dims:
             _check_same_axes(node, cone.dims[node], dims)
             continue
         cone.dims[node] = dims
+        headed = HEAD in labels(dims)
         if node.op == "call_function" and node.target in CONSTANT:
             continue
         if node not in dynamic:
             pulled = pull(node, dims, _WEIGHT_OPS)
-            if pulled is None and node not in seen_leaf:
-                cone.weights.append(node)
-        elif HEAD not in labels(dims):
-            pulled = pull(node, dims, REARRANGE)
-            if pulled is None and node not in seen_leaf:
-                cone.latents.append(node)
-        else:
-            pulled = pull(node, dims)
             if pulled is None:
-                raise WalkError(_headed_leaf(node))
-        if pulled is None:
-            seen_leaf.add(node)
+                cone.weights.append(node)
         else:
-            stack.extend(pulled)
-    position = {n: i for i, n in enumerate(next(iter(cone.dims)).graph.nodes)}
-    cone.order = sorted(cone.dims, key=position.__getitem__)
-    return cone
+            pulled = pull(node, dims, LINEAR if headed or own else REARRANGE)
+            if pulled is None and headed:
+                raise HeadedLeaf(node, dims)
+            if pulled is None:
+                leaves[node] = dims
+        own = (own and (through or node.target not in _PRODUCTS)) or (headed and node.target in _STACKS)
+        stack += [(source, axes, own and HEAD not in labels(axes)) for source, axes in pulled or ()]
+
+
+def _linear_in_others(leaves: dict[Node, Dims], dynamic: set[Node]) -> Pulled:
+    """A leaf to walk on from, because it is linear in other leaves: the latent scaled, or through one more weight."""
+    for leaf, dims in leaves.items():
+        others = leaves.keys() - {leaf}
+        stack, ends = list(pull(leaf, dims) or ()), set()
+        seen: set[Node] = set()
+        while stack:
+            node, axes = stack.pop()
+            if node in others or node not in dynamic:
+                ends.add(node)
+                continue
+            pulled = None if node in seen else pull(node, axes)
+            seen.add(node)
+            if pulled is None:
+                break
+            stack += pulled
+        else:
+            if ends & others:
+                return [(leaf, dims)]
+    return []
+
+
+def _shared_sources(leaves: dict[Node, Dims], dynamic: set[Node]) -> list[tuple[Node, Dims]]:
+    """Leaves to walk on from, because they hold the same values as another: slices of one tensor that overlap, or a
+    ``cat`` of which another leaf is a part."""
+    origins = {node: _origin(node, dims) for node, dims in leaves.items()}
+    spans = {node: (start, start + feature_width(leaves[node])) for node, (_, _, start) in origins.items()}
+    for one, other in combinations(leaves, 2):
+        if origins[one][0] is origins[other][0] and max(s[0] for s in (spans[one], spans[other])) < min(
+            s[1] for s in (spans[one], spans[other])
+        ):
+            return [(n, leaves[n]) for n in (one, other) if n is not origins[n][0]]
+    bases = {origin[0] for origin in origins.values()}
+    for node, dims in leaves.items():
+        if node.target is not aten.cat.default:
+            continue
+        for part, part_dims in pull(node, dims, _CUTS) or ():
+            if part in dynamic and _origin(part, part_dims)[0] in bases - {origins[node][0]}:
+                return [(node, dims)]
+    return []
+
+
+def _origin(node: Node, dims: Dims) -> tuple[Node, Dims, int]:
+    """What a value without heads is cut from along its features: (tensor, its axes, first feature)."""
+    offset = 0
+    while True:
+        pulled = pull(node, dims, _CUTS) if node.target is not aten.cat.default else None
+        if pulled is None or len(pulled) != 1 or max(_features(dims), _features(pulled[0][1])) > 1:
+            return node, dims, offset
+        first = 0
+        if node.target in (aten.slice.Tensor, operator.getitem):
+            found = _first_feature(node, dims, pulled[0][1])
+            if found is None:
+                return node, dims, offset
+            first = found
+        offset += first
+        node, dims = pulled[0]
+
+
+def _features(dims: Dims) -> int:
+    return sum(not a.resizable for d in dims for a in d)
+
+
+def _first_feature(node: Node, dims: Dims, source: Dims) -> int | None:
+    """Where a slice or a part of a split starts along the features; None when it cuts something else."""
+    changed = [i for i, (a, b) in enumerate(zip(dims, source, strict=False)) if a != b]
+    if len(dims) != len(source) or len(changed) > 1:
+        return None
+    if not changed:
+        return 0
+    if node.target is aten.slice.Tensor:
+        start: Any = (node.args[2] if len(node.args) > 2 else 0) or 0
+        if not isinstance(start, int) or (len(node.args) > 4 and node.args[4] != 1):
+            return None
+        size: Any = shape_with(source)[changed[0]]
+        return start + size if start < 0 else start
+    split: Any = node.args[0]
+    index: Any = node.args[1]
+    sizes = split.args[1]
+    return sum(sizes[:index]) if isinstance(sizes, (list, tuple)) else index * sizes
 
 
 def _check_same_axes(node: Node, one: Dims, other: Dims) -> None:
@@ -162,34 +295,61 @@ def _headed_leaf(node: Node) -> str:
     return f"keys or values with heads come out of {describe(node)}, which is not linear in a latent"
 
 
-def _run(node: Node, env: dict[Node, torch.Tensor], dims: Dims, batch: int, tokens: int) -> torch.Tensor:
+def replay(
+    cone: Cone, feeds: dict[Node, Any], batch: int, tokens: int, call: Callable[..., Any], casts: bool = False
+) -> dict[Node, Any]:
+    """Run a cone again at other sizes. Values are tensors, or nodes where ``call`` writes into a graph.
+
+    Args:
+        call: ``call(op, *args, **kwargs)``.
+        casts: keep dtypes; else everything has that of the feeds.
+    """
+    env = dict(feeds)
+    for node in cone.order:
+        if node not in env:
+            env[node] = _run(node, env, cone.dims[node], batch, tokens, call, casts)
+    return env
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+def _run(
+    node: Node, env: dict[Node, Any], dims: Dims, batch: int, tokens: int, call: Callable[..., Any], casts: bool
+) -> Any:
     """One node at stand-in sizes: shapes come from the axes, not from the arguments the graph was traced with."""
     shape = [int(s) for s in shape_with(dims, batch, tokens)]
     target = node.target
     if target in CONSTANT:
         fill = 0.0 if "zeros" in str(target) else float("nan")
-        return torch.full(shape, fill, dtype=torch.float64)
+        value = node.meta["val"]
+        return call(aten.full.default, shape, fill, dtype=value.dtype if casts else torch.float64, device=value.device)
     args = [_value(a, env) for a in node.args]
     if REARRANGE.get(target) is LINEAR[aten.view.default]:  # type: ignore[arg-type]
-        return args[0].reshape(shape)
+        return call(aten.reshape.default, args[0], shape)
     if target is aten.expand.default:
-        return args[0].expand(shape)
+        return call(aten.expand.default, args[0], shape)
     if target is aten.repeat.default:
-        return _repeat_to(args[0], shape)
-    if target is aten._to_copy.default:
+        return _repeat_to(args[0], shape, call)
+    if target is aten._to_copy.default and not casts:
         return args[0]
     if target is aten.copy.default:
-        return args[1].expand(shape)
+        return call(aten.expand.default, args[1], shape)
     if target is operator.getitem:
-        return _part_of_split(node, env)
+        return _part_of_split(node, env, call)
     if target in (aten.slice.Tensor, aten.slice_scatter.default):
         whole = args[0] if target is aten.slice.Tensor else args[1]
-        if list(whole.shape) == shape:
+        if list(_shape(whole)) == shape:
             return whole
-    return target(*args, **node.kwargs)  # type: ignore[operator,no-any-return]
+    return call(target, *args, **node.kwargs)
 
 
-def _value(arg: Any, env: dict[Node, torch.Tensor]) -> Any:
+def _shape(value: Any) -> Any:
+    return value.meta["val"].shape if isinstance(value, Node) else value.shape
+
+
+def _value(arg: Any, env: dict[Node, Any]) -> Any:
     if isinstance(arg, Node):
         if arg not in env:
             return None  # an operand the axes do not need, such as the base a full slice_scatter overwrites
@@ -199,17 +359,51 @@ def _value(arg: Any, env: dict[Node, torch.Tensor]) -> Any:
     return arg
 
 
-def _repeat_to(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    padded = x.reshape([1] * (len(shape) - x.dim()) + list(x.shape))
-    return padded.repeat([s // p for s, p in zip(shape, padded.shape, strict=True)])
+def _repeat_to(x: Any, shape: list[int], call: Callable[..., Any]) -> Any:
+    padded = [1] * (len(shape) - len(_shape(x))) + [int(s) for s in _shape(x)]
+    view = call(aten.reshape.default, x, padded)
+    return call(aten.repeat.default, view, [s // p for s, p in zip(shape, padded, strict=True)])
 
 
-def _part_of_split(node: Node, env: dict[Node, torch.Tensor]) -> torch.Tensor:
-    split, index = node.args
-    source = env[split.args[0]]  # type: ignore[union-attr,index]
-    if split.target is aten.unbind.int:  # type: ignore[union-attr]
-        return source.select(split.args[1] if len(split.args) > 1 else 0, index)  # type: ignore[union-attr,arg-type]
-    return split.target(source, *split.args[1:], **split.kwargs)[index]  # type: ignore[union-attr,operator,no-any-return,index]
+def _part_of_split(node: Node, env: dict[Node, Any], call: Callable[..., Any]) -> Any:
+    split: Any = node.args[0]
+    index = node.args[1]
+    source = env[split.args[0]]
+    if split.target is aten.unbind.int:
+        return call(aten.select.int, source, split.args[1] if len(split.args) > 1 else 0, index)
+    return call(operator.getitem, call(split.target, source, *split.args[1:], **split.kwargs), index)
 
 
-__all__ = ["BATCH", "TOKEN", "Cone", "WalkError", "dynamic_nodes", "walk"]
+def feature_width(dims: Dims) -> int:
+    """Values a token takes in a tensor with these dims."""
+    width = 1
+    for dim in dims:
+        for atom in dim:
+            if not atom.resizable:
+                width *= int(atom.size)
+    return width
+
+
+def place(x: torch.Tensor, dims: Dims) -> torch.Tensor:
+    """Lay ``x`` ``[batch, tokens, features]`` out the way a leaf with these dims has it."""
+    features = [int(a.size) for d in dims for a in d if not a.resizable]
+    x = x.reshape(*x.shape[:2], *features)
+    axis = {"B": 0, "T": 1}
+    atoms = [a for d in dims for a in d]
+    numbers = iter(range(2, 2 + len(features)))
+    order = [axis[a.label] if a.resizable else next(numbers) for a in atoms]
+    missing = [i for i in (0, 1) if i not in order]
+    x = x.permute(missing + order).reshape([x.shape[i] for i in missing] + [x.shape[i] for i in order])
+    for _ in missing:
+        x = x[0]
+    grouped = iter(x.shape)
+    shape = []
+    for dim in dims:
+        size = 1
+        for _ in dim:
+            size *= next(grouped)
+        shape.append(size)
+    return x.reshape(shape)
+
+
+__all__ = ["BATCH", "TOKEN", "Cone", "HeadedLeaf", "Latent", "WalkError", "dynamic_nodes", "feature_width", "walk"]

@@ -20,6 +20,7 @@ class Emitter:
         self.before = before
         self.graph: Graph = before.graph
         self.mode = _mode_of(before.graph)
+        self.known: dict[str, int | Node] = {}  # sizes of axes by label, for dimensions that two symbolic axes share
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Node:
         with self.graph.inserting_before(self.before):
@@ -80,7 +81,7 @@ class Emitter:
                 if len(dim) == 1:
                     sizes.append(self.size(node, i))
                 else:
-                    sizes.append(a.size if isinstance(a.size, int) else -1)
+                    sizes.append(a.size if isinstance(a.size, int) else self.known.get(a.label, -1))
         if sizes.count(-1) > 1:
             raise ValueError("two symbolic axes share one dimension")
         return sizes

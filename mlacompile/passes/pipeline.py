@@ -17,8 +17,9 @@ from mlacompile.logs import dump_graph, log
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
-from mlacompile.passes.canonicalize import canonicalize_softmax, restore
-from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, source_position
+from mlacompile.passes.canonicalize import canonicalize_softmax, opaque_attention, restore
+from mlacompile.passes.cone import dynamic_nodes
+from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
 from mlacompile.passes.source import source_of
 from mlacompile.passes.stored import stored_layout
 from mlacompile.passes.validate import Verdict, validate
@@ -51,11 +52,14 @@ class Pipeline:
         dump_graph(self.options.dump, self.name, "2-functional", gm)
         with self.stage("canonicalize"):
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
-            for node, reason in canonicalize_softmax(gm.graph):
-                self._note(Site("refused", reason, source_of(node), context=str(shape_of(node)[-1])))  # type: ignore[index]
+            weights = self._weights(gm)
+            left = canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)) + opaque_attention(gm.graph)
+            for node, reason in left:
+                context = (shape_of(node) or ("unknown",))[-1]
+                self._note(Site("refused", reason, source_of(node), context=str(context)))
         dump_graph(self.options.dump, self.name, "3-canonical", gm)
         with self.stage("recognize"):
-            found = list(Recognizer(gm.graph, self._weights(gm)).find())
+            found = list(Recognizer(gm.graph, weights).find())
         self._rewrite(gm, found)
         _remove_dead(gm)
         gm.graph.lint()
@@ -110,8 +114,13 @@ class Pipeline:
             if form == "expanded":
                 self._leave(site, why, status="expanded")
                 continue
-            with self.stage("validate"):
-                verdict = self._validate(site, verdicts)
+            try:
+                with self.stage("validate"):
+                    verdict = self._validate(site, verdicts)
+            except Exception as error:
+                log.exception("attention at %s could not be validated", source_position(site.attention))
+                self._leave(site, internal_error(error))
+                continue
             if verdict is not None and not verdict.holds:
                 self._leave(
                     site,
@@ -122,7 +131,7 @@ class Pipeline:
                 continue
             with self.stage("absorb"):
                 decode = absorb(site, self.options)
-                self.rewritten += 1
+            self.rewritten += 1
             self.decodes[decode] = len(self.sites)
             self.sites.append(_absorbed(site, why))
 

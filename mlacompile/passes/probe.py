@@ -6,18 +6,21 @@ The cone is evaluated on three kinds of tokens and weights, in float64:
 2. weights that hold their own element numbers: which element of which weight does it (see ``views.py``);
 3. random everything: the answer read off 1 and 2 must reproduce K and V exactly, or the site is refused.
 
-A rotary key reaches K with no weight at all; the latent reaches K and V through one element of one weight each.
+A rotary key reaches K with no weight at all; the latent reaches K and V through one element of one weight each, or with
+no weight either where a graph is absorbed already. What is linear but neither (two weights in a row, a factor for each
+row) is computed from the weights when it is needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from mlacompile.passes.axes import FEATURE, TOKEN, Dims, labels
+from mlacompile.passes.axes import TOKEN, labels
 from mlacompile.passes.cone import Cone, WalkError
 from mlacompile.passes.source import describe
 from mlacompile.passes.views import View, find_view
@@ -38,14 +41,34 @@ class WeightView:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """``scale`` times the latent itself: what is queried with, or comes out, is absorbed already."""
+
+    scale: float
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A map that is linear but no view of one weight: what K ("k") or V ("v") is for unit latents.
+
+    heads: one map for all heads (of the first head), or one a head.
+    """
+
+    of: str
+    shared: bool = False
+
+
+UpProjection: TypeAlias = WeightView | Plain | Computed
+
+
+@dataclass(frozen=True)
 class Probe:
-    """What K and V are: indices into the cone's latents and weights, row ranges, and views.
+    """What K and V are: indices into the cone's latents, row ranges, and how rows come from latents.
 
     c_kv: which latent holds the compressed keys and values. k_pe: which one the rotary key, or None.
     k_rows, pe_rows, v_rows: (start, length) of the rows of K that come from the latent, from the rotary key, and of V.
-    w_uk ``[H, N, R]``, w_uv ``[H, V, R]``: views of weights. v_bias ``[H, V]``: a bias on V, or None (one on K
-    shifts all scores of a query alike and cancels in the softmax).
-    pe_scale: factor on the rotary key.
+    w_uk ``[H, N, R]``, w_uv ``[H, V, R]``. v_bias ``[H, V]``: a bias on V, or None. k_bias: whether K has one (it
+    shifts all scores of a query alike, and cancels in a softmax that has no sink). w_pe: how the rotary key gets into its rows, the same for every head.
     """
 
     c_kv: int
@@ -53,50 +76,29 @@ class Probe:
     k_rows: tuple[int, int]
     pe_rows: tuple[int, int]
     v_rows: tuple[int, int]
-    w_uk: WeightView
-    w_uv: WeightView
-    v_bias: WeightView | None
-    pe_scale: float
+    w_uk: UpProjection
+    w_uv: UpProjection
+    v_bias: WeightView | Computed | None
+    w_pe: Plain | Computed
+    k_bias: bool
+
+    @property
+    def absorbed_already(self) -> bool:
+        """Whether the graph attends to the latent itself."""
+        return isinstance(self.w_uk, Plain)
+
+    @property
+    def computed(self) -> bool:
+        """Whether anything has to be computed from weights in every call."""
+        return any(isinstance(w, Computed) for w in (self.w_uk, self.w_uv, self.v_bias, self.w_pe))
 
 
-def feature_width(dims: Dims) -> int:
-    """Values a token takes in a tensor with these dims."""
-    width = 1
-    for dim in dims:
-        for atom in dim:
-            if not atom.resizable:
-                width *= int(atom.size)
-    return width
-
-
-def place(x: torch.Tensor, dims: Dims) -> torch.Tensor:
-    """Lay ``x`` ``[batch, tokens, features]`` out the way a leaf with these dims has it."""
-    features = [int(a.size) for d in dims for a in d if not a.resizable]
-    x = x.reshape(*x.shape[:2], *features)
-    axis = {"B": 0, "T": 1}
-    atoms = [a for d in dims for a in d]
-    numbers = iter(range(2, 2 + len(features)))
-    order = [axis[a.label] if a.resizable else next(numbers) for a in atoms]
-    missing = [i for i in (0, 1) if i not in order]
-    x = x.permute(missing + order).reshape([x.shape[i] for i in missing] + [x.shape[i] for i in order])
-    for _ in missing:
-        x = x[0]
-    grouped = iter(x.shape)
-    shape = []
-    for dim in dims:
-        size = 1
-        for _ in dim:
-            size *= next(grouped)
-        shape.append(size)
-    return x.reshape(shape)
-
-
-class _Prober:
+class Prober:
     """Evaluates one cone on chosen tokens and weights."""
 
     def __init__(self, cone: Cone, k: Node, v: Node) -> None:
         self.cone, self.k, self.v = cone, k, v
-        self.widths = [feature_width(cone.dims[n]) for n in cone.latents]
+        self.widths = [latent.width for latent in cone.latents]
         self.weight_shapes = [cone.feed_shape(n, 1, 1) for n in cone.weights]
         self.offsets = [1]
         for shape in self.weight_shapes:
@@ -105,10 +107,8 @@ class _Prober:
     def __call__(self, latents: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V as ``[batch, H, tokens, rows]`` for latents ``[batch, tokens, width]`` and weights."""
         batch, tokens = latents[0].shape[:2]
-        feeds = {n: place(x, self.cone.dims[n]) for n, x in zip(self.cone.latents, latents, strict=True)}
-        feeds |= dict(zip(self.cone.weights, weights, strict=True))
         try:
-            env = self.cone.evaluate(feeds, batch, tokens)
+            env = self.cone.evaluate(self.cone.feeds(latents, weights), batch, tokens)
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
             raise WalkError(f"the way from the latent to K or V could not be evaluated on its own: {error}") from error
         return env[self.k], env[self.v]
@@ -122,9 +122,17 @@ class _Prober:
             for o, s in zip(self.offsets, self.weight_shapes, strict=False)
         ]
 
-    def random(self) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0x31A)
+    def random(self, seed: int = 0x31A) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
         return [torch.randn(s, dtype=torch.float64, generator=generator) for s in self.weight_shapes]
+
+    def units(self, latent: int, weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[H, width, rows]`` for each unit vector of a latent, less what they are for zero."""
+        width = self.widths[latent]
+        feeds = [torch.zeros(1, width + 1, w, dtype=torch.float64) for w in self.widths]
+        feeds[latent][0, :width] = torch.eye(width, dtype=torch.float64)
+        k, v = self(feeds, weights)
+        return tuple(x[0, :, :width] - x[0, :, width:] for x in (k, v))  # type: ignore[return-value]
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -135,14 +143,14 @@ def probe(cone: Cone, k: Node, v: Node) -> Probe:
     """Learn what K and V are made of.
 
     Raises:
-        WalkError: with the reason why this is not latent attention with plain up-projections.
+        WalkError: with the reason why this is not latent attention.
     """
     _check_leaves(cone)
     with unset_fake_temporarily(), torch.no_grad():
-        return _probe(_Prober(cone, k, v))
+        return _probe(Prober(cone, k, v))
 
 
-def _probe(prober: _Prober) -> Probe:
+def _probe(prober: Prober) -> Probe:
     picks = [_picked(width) for width in prober.widths]
     tokens = 1 + sum(len(p) for p in picks)
     latents, starts, at = [], [], 1
@@ -160,21 +168,20 @@ def _probe(prober: _Prober) -> Probe:
 
 
 def _check_leaves(cone: Cone) -> None:
-    if not cone.latents:
+    nodes = cone.latent_nodes()
+    if not nodes:
         raise WalkError("keys and values do not depend on any token")
-    for node in cone.latents:
+    for node in nodes:
         if TOKEN not in labels(cone.dims[node]):
             raise WalkError(f"an up-projection weight depends on the input ({describe(node)})")
     for node in cone.weights:
         if {"B", "T"} & labels(cone.dims[node]):
             raise WalkError(f"keys or values mix in a table of positions ({describe(node)})")
-    if len(cone.latents) > 2:
+    if len(nodes) > 2:
         raise WalkError(
-            f"keys and values are made of {len(cone.latents)} different latents "
-            f"({', '.join(describe(n) for n in cone.latents[:4])}); one latent and one rotary key were expected"
+            f"keys and values are made of {len(nodes)} different latents "
+            f"({', '.join(describe(n) for n in nodes[:4])}); one latent and one rotary key were expected"
         )
-    if not cone.weights:
-        raise WalkError("keys and values are shared by all heads and not projected: nothing to absorb")
 
 
 def _picked(width: int) -> torch.Tensor:
@@ -204,67 +211,101 @@ class _Part:
             numbers.append((ids[:, start : start + len(pick)] - ids[:, :1]).transpose(1, 2))
         return cls((ones[:, 0], ids[:, 0]), factors, numbers)
 
-    def weighted(self, i: int) -> bool:
-        """Whether latent ``i`` arrives through a weight."""
-        return bool((self.factors[i] != 0).any()) and not torch.equal(self.factors[i], self.numbers[i])
+    def used(self, i: int) -> bool:
+        """Whether latent ``i`` arrives at all."""
+        return bool((self.factors[i] != 0).any() or (self.numbers[i] != 0).any())
 
     def plain(self, i: int) -> bool:
         """Whether latent ``i`` arrives as it is, through no weight."""
-        return bool((self.factors[i] != 0).any()) and torch.equal(self.factors[i], self.numbers[i])
+        return self.used(i) and torch.equal(self.factors[i], self.numbers[i])
+
+    def weighted(self, i: int) -> bool:
+        """Whether latent ``i`` arrives through a weight."""
+        return self.used(i) and not self.plain(i)
 
 
-def _interpret(prober: _Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) -> Probe:
+def _interpret(prober: Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) -> Probe:
     latents = range(len(picks))
-    sources = [i for i in latents if v.weighted(i)]
-    if any(v.plain(i) for i in latents):
-        raise WalkError(
-            "values contain cached values that no weight projects: already absorbed, or not latent attention"
-        )
+    sources = [i for i in latents if v.used(i)]
     if len(sources) != 1:
         raise WalkError(f"values are made of {len(sources)} latents; exactly one was expected")
     c_kv = sources[0]
-    others = [i for i in latents if i != c_kv and bool((k.factors[i] != 0).any())]
-    if any(k.weighted(i) for i in others):
+    others = [i for i in latents if i != c_kv and k.used(i)]
+    if any(k.weighted(i) for i in others) or len(others) > 1:
         raise WalkError("keys and values are projected from two different latents")
-    if k.plain(c_kv):
-        raise WalkError("keys contain the latent unprojected: already absorbed, or not latent attention")
-    if not k.weighted(c_kv):
-        raise WalkError("keys do not depend on the latent that values come from")
+    if not k.used(c_kv):
+        shared = v.plain(c_kv) and all(k.plain(i) for i in others)
+        raise WalkError(
+            "all heads share one key and one value head that are made of different tensors: multi-query attention has "
+            "no latent"
+            if shared
+            else "keys do not depend on the latent that values come from"
+        )
     k_pe = others[0] if others else None
-    k_rows, w_uk = _weight(prober, k.factors[c_kv], k.numbers[c_kv], picks[c_kv], c_kv, "key")
-    v_rows, w_uv = _weight(prober, v.factors[c_kv], v.numbers[c_kv], picks[c_kv], c_kv, "value")
-    pe_rows, pe_scale = ((0, 0), 1.0) if k_pe is None else _rope_rows(k.factors[k_pe], picks[k_pe], prober.widths[k_pe])
-    return Probe(c_kv, k_pe, k_rows, pe_rows, v_rows, w_uk, w_uv, _bias(prober, v, v_rows), pe_scale)
+    k_rows, w_uk = _up_projection(prober, k, c_kv, picks[c_kv], "key")
+    v_rows, w_uv = _up_projection(prober, v, c_kv, picks[c_kv], "value")
+    pe_rows, w_pe = ((0, 0), Plain(1.0)) if k_pe is None else _rope_rows(k.factors[k_pe], picks[k_pe], prober.widths[k_pe])
+    v_bias, k_bias = _bias(prober, v, v_rows), any(bool((b != 0).any()) for b in k.bias)
+    return Probe(c_kv, k_pe, k_rows, pe_rows, v_rows, w_uk, w_uv, v_bias, w_pe, k_bias)
 
 
-def _rows(factors: torch.Tensor, what: str) -> tuple[int, int]:
-    """The contiguous range of rows that any head or element reaches."""
+def _rows(factors: torch.Tensor) -> tuple[int, int]:
+    """The range of rows that any head or element reaches."""
     used = (factors != 0).flatten(2).any(2).any(0).nonzero().flatten()
-    start, stop = int(used[0]), int(used[-1]) + 1
-    if len(used) != stop - start:
-        raise WalkError(f"the {what} rows that come from the latent are not contiguous")
-    return start, stop - start
+    return int(used[0]), int(used[-1]) + 1 - int(used[0])
 
 
-def _weight(
-    prober: _Prober, factors: torch.Tensor, numbers: torch.Tensor, pick: torch.Tensor, latent: int, what: str
-) -> tuple[tuple[int, int], WeightView]:
-    start, length = _rows(factors, what)
-    factors, numbers = factors[:, start : start + length], numbers[:, start : start + length]
-    scale = float(factors[0, 0, 0])
-    if scale == 0 or not torch.allclose(factors, torch.full_like(factors, scale), rtol=EXACT, atol=0):
-        raise WalkError(f"the {what} up-projection is not one weight times one factor")
-    view = _decode(prober, numbers / scale, pick, prober.widths[latent], what)
-    return (start, length), WeightView(view[0], view[1], scale)
+def _identity(factors: torch.Tensor, pick: torch.Tensor, width: int) -> tuple[tuple[int, int], Plain] | None:
+    """Rows that a latent fills as it is, in order and the same for every head."""
+    first = int((factors[0, :, 0] != 0).nonzero().flatten()[:1].sum()) - int(pick[0])
+    if first < 0 or first + width > factors.shape[1]:
+        return None
+    scale = float(factors[0, first + int(pick[0]), 0])
+    want = torch.zeros_like(factors)
+    want[:, first + pick, torch.arange(len(pick))] = scale
+    return ((first, width), Plain(scale)) if scale and torch.equal(want, factors) else None
 
 
-def _decode(prober: _Prober, numbers: torch.Tensor, pick: torch.Tensor, width: int, what: str) -> tuple[int, View]:
-    """Element numbers ``[H, rows, picked]`` as a view ``[H, rows, width]`` of one weight."""
+def _up_projection(
+    prober: Prober, part: _Part, latent: int, pick: torch.Tensor, what: str
+) -> tuple[tuple[int, int], UpProjection]:
+    """Which rows come from a latent, and how: as it is, through a view of one weight, or through anything linear."""
+    factors, numbers = part.factors[latent], part.numbers[latent]
+    if part.plain(latent):
+        plain = _identity(factors, pick, prober.widths[latent])
+        if plain is None:
+            raise WalkError(f"the latent is cut, reordered or mixed on its way into the {what}s")
+        return plain
+    start, length = rows = _rows(torch.maximum(factors.abs(), numbers.abs()))
+    inner = factors[:, start : start + length], numbers[:, start : start + length]
+    scale = float(inner[0][0, 0, 0])
+    if scale != 0 and torch.allclose(inner[0], torch.full_like(inner[0], scale), rtol=EXACT, atol=0):
+        view = _decode(prober, inner[1] / scale, pick, prober.widths[latent], what)
+        if view is not None:
+            return rows, WeightView(*view, scale)
+    maps = prober.units(latent, prober.random())["key value".split().index(what)]
+    _check_heads_differ(maps, what)
+    return rows, Computed(what[0])
+
+
+def _check_heads_differ(maps: torch.Tensor, what: str) -> None:
+    """Maps ``[H, R, rows]`` that repeat are grouped heads."""
+    distinct = len(torch.unique(maps.flatten(1), dim=0))
+    if distinct < len(maps):
+        raise WalkError(f"{len(maps)} heads share {distinct} {what} up-projections: grouped key heads over a latent")
+
+
+def _decode(
+    prober: Prober, numbers: torch.Tensor, pick: torch.Tensor, width: int, what: str
+) -> tuple[int, View] | None:
+    """Element numbers ``[H, rows, picked]`` as a view ``[H, rows, width]`` of one weight, or None."""
     whole = numbers.round()
     if not torch.allclose(numbers, whole, rtol=EXACT, atol=1e-6):
-        raise WalkError(f"the {what} up-projection is a product of several weights, not a view of one")
+        return None
     whole = whole.long()
     leaf = int(torch.searchsorted(torch.tensor(prober.offsets), whole[0, 0, 0], right=True)) - 1
+    if not 0 <= leaf < len(prober.weight_shapes):
+        return None
     local = whole - prober.offsets[leaf]
     h = int(local[1, 0, 0] - local[0, 0, 0]) if local.shape[0] > 1 else 0
     n = int(local[0, 1, 0] - local[0, 0, 0]) if local.shape[1] > 1 else 0
@@ -277,70 +318,90 @@ def _decode(prober: _Prober, numbers: torch.Tensor, pick: torch.Tensor, width: i
         + r * pick[None, None, :]
     )
     if not torch.equal(grid, local) or min(h, n, r) < 0 or (h == 0 and local.shape[0] > 1):
-        distinct = len(torch.unique(local[:, 0, 0]))
-        raise WalkError(
-            f"{local.shape[0]} heads share {distinct} {what} up-projections: grouped key heads over a latent"
-            if distinct < local.shape[0]
-            else f"the {what} up-projection is not one weight with its heads at equal distances: a product of several "
-            "weights, or heads out of order"
-        )
+        return None
     axes = [(local.shape[0], h), (local.shape[1], n), (width, r)]
     view = find_view(prober.weight_shapes[leaf], first, axes)
-    if view is None:
-        raise WalkError(f"the {what} up-projection is not a strided view of its weight")
-    return leaf, view
+    return None if view is None else (leaf, view)
 
 
-def _rope_rows(factors: torch.Tensor, pick: torch.Tensor, width: int) -> tuple[tuple[int, int], float]:
-    """Rows of K that the rotary key fills, in order, the same for every head. Lanes not picked are confirmed later."""
+def _rope_rows(factors: torch.Tensor, pick: torch.Tensor, width: int) -> tuple[tuple[int, int], Plain | Computed]:
+    """Rows of K that the rotary key fills, the same for every head. Lanes not picked are confirmed later."""
     if not torch.equal(factors, factors[:1].expand_as(factors)):
         raise WalkError("the rotary key differs from head to head")
-    rows = (factors[0] != 0).int().argmax(0)
-    start, scale = int(rows[0] - pick[0]), float(factors[0, rows[0], 0])
-    inside = 0 <= start <= factors.shape[1] - width
-    expected = torch.zeros_like(factors[0])
-    if inside:
-        expected[start + pick, torch.arange(len(pick))] = scale
-    if not inside or not torch.equal(factors[0], expected):
-        raise WalkError("the rotary key is reordered or mixed on its way into K")
-    return (start, width), scale
+    return _identity(factors, pick, width) or (_rows(factors), Computed("k", shared=True))
 
 
-def _bias(prober: _Prober, v: _Part, rows: tuple[int, int]) -> WeightView | None:
-    ones, ids = (b for b in v.bias)
-    if not (ones != 0).any():
+def _bias(prober: Prober, v: _Part, rows: tuple[int, int]) -> WeightView | Computed | None:
+    ones, ids = v.bias
+    if not (ones != 0).any() and not (ids != 0).any():
         return None
     start, length = rows
+    outside = torch.ones_like(ones, dtype=torch.bool)
+    outside[:, start : start + length] = False
+    if (ones[outside] != 0).any() or (ids[outside] != 0).any():
+        raise WalkError("values carry an offset in rows that no latent reaches")
     inside = ones[:, start : start + length]
-    if (ones != 0).sum() != inside.numel() or not torch.allclose(inside, inside[:1, :1].expand_as(inside), rtol=EXACT):
-        raise WalkError("values carry an offset that is not one bias a head and row")
     scale = float(inside[0, 0])
-    numbers = (ids[:, start : start + length] / scale)[:, :, None]
-    leaf, view = _decode(prober, numbers, torch.zeros(1, dtype=torch.long), 1, "value bias")
-    return WeightView(leaf, view, scale)
+    if scale != 0 and torch.allclose(inside, inside[:1, :1].expand_as(inside), rtol=EXACT):
+        numbers = (ids[:, start : start + length] / scale)[:, :, None]
+        view = _decode(prober, numbers, torch.zeros(1, dtype=torch.long), 1, "value bias")
+        if view is not None:
+            return WeightView(*view, scale)
+    return Computed("v")
 
 
-def _confirm(prober: _Prober, found: Probe) -> None:
+class Maps:
+    """The maps of a probe at given weights: what a rewrite uses, as tensors."""
+
+    def __init__(self, prober: Prober, found: Probe, weights: list[torch.Tensor]) -> None:
+        self.w_uk = self._map(prober, found.w_uk, found.c_kv, found.k_rows, weights)
+        self.w_uv = self._map(prober, found.w_uv, found.c_kv, found.v_rows, weights)
+        self.w_pe = None if found.k_pe is None else self._map(prober, found.w_pe, found.k_pe, found.pe_rows, weights)
+        self.v_bias: torch.Tensor | None = None
+        if isinstance(found.v_bias, WeightView):
+            self.v_bias = weight_of(found.v_bias, weights)[..., 0]
+        elif found.v_bias is not None:
+            _, v = prober([torch.zeros(1, 1, w, dtype=torch.float64) for w in prober.widths], weights)
+            self.v_bias = v[0, :, 0, found.v_rows[0] : sum(found.v_rows)]
+
+    @staticmethod
+    def _map(
+        prober: Prober, found: UpProjection, latent: int, rows: tuple[int, int], weights: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """``[H or 1, rows, width]``."""
+        if isinstance(found, Plain):
+            return found.scale * torch.eye(rows[1], dtype=torch.float64)[None]
+        if isinstance(found, WeightView):
+            return weight_of(found, weights)
+        maps = prober.units(latent, weights)[0 if found.of == "k" else 1]
+        maps = maps[:, :, rows[0] : sum(rows)].transpose(1, 2)
+        return maps[:1] if found.shared else maps
+
+
+def _confirm(prober: Prober, found: Probe) -> None:
     """The decisive test: on random latents and weights, what was read off must give K and V again."""
     generator = torch.Generator().manual_seed(0xC0FFEE)
-    batched = any("B" in labels(prober.cone.dims[n]) for n in prober.cone.latents)
+    cone = prober.cone
+    batched = any("B" in labels(cone.dims[n]) for n in cone.latent_nodes())
     shape = (2 if batched else 1, 3)
     latents = [torch.randn(*shape, w, dtype=torch.float64, generator=generator) for w in prober.widths]
     weights = prober.random()
     k, v = prober(latents, weights)
     zero_k, _ = prober([torch.zeros_like(x) for x in latents], weights)
     k_want, v_want = torch.zeros_like(k), torch.zeros_like(v)
-    c_kv = latents[found.c_kv]
-    _put(k_want, found.k_rows, torch.einsum("btr,hnr->bhtn", c_kv, weight_of(found.w_uk, weights)))
-    _put(v_want, found.v_rows, torch.einsum("btr,hnr->bhtn", c_kv, weight_of(found.w_uv, weights)))
-    if found.k_pe is not None:
-        _put(k_want, found.pe_rows, found.pe_scale * latents[found.k_pe][:, None].expand(-1, k.shape[1], -1, -1))
-    if found.v_bias is not None:
-        _put(v_want, found.v_rows, weight_of(found.v_bias, weights)[None, :, None, :, 0])
+    c_kv, maps = latents[found.c_kv], Maps(prober, found, weights)
+    heads = k.shape[1]
+    _put(k_want, found.k_rows, torch.einsum("btr,hnr->bhtn", c_kv, maps.w_uk.expand(heads, -1, -1)))
+    _put(v_want, found.v_rows, torch.einsum("btr,hnr->bhtn", c_kv, maps.w_uv.expand(heads, -1, -1)))
+    if found.k_pe is not None and maps.w_pe is not None:
+        _put(k_want, found.pe_rows, torch.einsum("btp,np->btn", latents[found.k_pe], maps.w_pe[0])[:, None])
+    if maps.v_bias is not None:
+        _put(v_want, found.v_rows, maps.v_bias[None, :, None])
     for got, want in ((k_want + zero_k, k), (v_want, v)):
         if not bool((got - want).abs().max() <= EXACT * (1 + want.abs().max())):
             raise WalkError(
-                "keys or values are not linear in the latent: a nonlinearity, or two weights multiplied, lies between"
+                "keys or values are not linear in the latent: a nonlinearity, or the latent multiplied by itself, lies "
+                "between"
             )
 
 
@@ -351,6 +412,3 @@ def weight_of(found: WeightView, weights: list[torch.Tensor]) -> torch.Tensor:
 
 def _put(x: torch.Tensor, rows: tuple[int, int], value: torch.Tensor) -> None:
     x[..., rows[0] : rows[0] + rows[1]] += value
-
-
-__all__ = ["EXACT", "FEATURE", "Probe", "WeightView", "feature_width", "place", "probe", "weight_of"]

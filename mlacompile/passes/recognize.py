@@ -7,18 +7,20 @@ down the result as a site. Everything that is not latent attention ends in a rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from mlacompile.geometry import MLAGeometry
-from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, labels, shape_of
+from mlacompile.logs import log
+from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, shape_of, upstream
 from mlacompile.passes.canonicalize import attention_nodes
-from mlacompile.passes.cone import Cone, WalkError, dynamic_nodes, walk
-from mlacompile.passes.probe import Probe, feature_width, probe
-from mlacompile.passes.source import source_of
+from mlacompile.passes.cone import Cone, HeadedLeaf, Latent, WalkError, dynamic_nodes, walk
+from mlacompile.passes.probe import Plain, Probe, WeightView, probe
+from mlacompile.passes.source import describe, source_of
+from mlacompile.passes.written import expanded_cache
 
 aten = torch.ops.aten
 
@@ -36,11 +38,12 @@ class Attention:
     scale: float
     grouped: bool
     prefix: Any = None  # attend to this many of the first tokens of k and v only (an int or a node); None: to all
+    sink: Node | None = None  # one more score a head and query, without a value
 
     @classmethod
     def of(cls, node: Node) -> Attention:
         """Unpack a ``mlacompile::attention`` node."""
-        return cls(node, *node.args)  # type: ignore[arg-type]
+        return cls(node, *node.args, **node.kwargs)  # type: ignore[arg-type]
 
     @property
     def queries(self) -> Size:
@@ -78,16 +81,21 @@ class MLASite:
     probe: Probe
     head_size: int
     v_size: int
+    leaves: dict[Node, tuple[Node, Dims]] = field(default_factory=dict)  # leaves moved to another graph (validation)
 
     @property
-    def c_kv(self) -> Node:
-        """The latent, in whatever axes it has: ``cone.dims[c_kv]``."""
+    def c_kv(self) -> Latent:
+        """The latent. It lies in whatever axes ``cone.dims`` says."""
         return self.cone.latents[self.probe.c_kv]
 
     @property
-    def k_pe(self) -> Node | None:
+    def k_pe(self) -> Latent | None:
         """The rotary key, or None."""
         return None if self.probe.k_pe is None else self.cone.latents[self.probe.k_pe]
+
+    def leaf(self, node: Node) -> tuple[Node, Dims]:
+        """A latent or weight of the cone as it is found in the graph that is rewritten, and its axes."""
+        return self.leaves.get(node) or (node, self.cone.dims[node])
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,13 @@ class Recognizer:
             attention = Attention.of(node)
             try:
                 yield self._site(attention)
+            except HeadedLeaf as error:
+                yield Refusal(attention, expanded_cache(attention.k, attention.v, self.dynamic) or str(error))
             except WalkError as error:
                 yield Refusal(attention, str(error))
+            except Exception as error:  # one site must not cost the whole model its compilation
+                log.exception("attention at %s could not be looked into", source_position(attention))
+                yield Refusal(attention, internal_error(error))
 
     def _site(self, attention: Attention) -> MLASite:
         q, k, v = (shape_of(n) for n in (attention.q, attention.k, attention.v))
@@ -125,11 +138,8 @@ class Recognizer:
             raise WalkError(
                 f"attention over {len(q or ())}-dimensional queries; [batch, heads, tokens, features] was expected"
             )
-        if attention.grouped or k[1] != q[1] or v[1] != q[1]:
-            raise WalkError(
-                f"{q[1]} query heads share {k[1]} key heads: grouped-query attention has no latent "
-                "(`mlacompile convert --from-gqa` gives it one)"
-            )
+        if not k[1] == v[1] or k[1] not in (1, q[1]):
+            raise WalkError(_grouped(q[1], k[1]))
         if not all(isinstance(s, int) for s in (q[1], q[3], v[3])):
             raise WalkError("heads or head sizes are symbolic; mark only batch and lengths as dynamic")
         if k[2] == 1:
@@ -140,7 +150,10 @@ class Recognizer:
         dims = dims_for(k, (BATCH, HEAD, TOKEN, "D")), dims_for(v, (BATCH, HEAD, TOKEN, "D"))
         cone = walk([(attention.k, dims[0]), (attention.v, dims[1])], self.dynamic)
         found = self._probe(cone, attention)
+        if k[1] != q[1] and not (isinstance(found.w_uk, Plain) and isinstance(found.w_uv, Plain)):
+            raise WalkError(_grouped(q[1], k[1]))
         geometry = _geometry(cone, found, int(q[1]))
+        _check_compressed(attention, cone, found, geometry)
         _check_dtypes(attention, cone, found)
         _check_tokens(cone)
         return MLASite(attention, geometry, cone, found, int(q[3]), int(v[3]))
@@ -159,19 +172,40 @@ class Recognizer:
         return known
 
 
+def _grouped(heads: Size, key_heads: Size) -> str:
+    return (
+        f"{heads} query heads share {key_heads} key heads: grouped-query attention has no latent "
+        "(`mlacompile convert --from-gqa` gives it one)"
+    )
+
+
 def _geometry(cone: Cone, found: Probe, heads: int) -> MLAGeometry:
     return MLAGeometry(
         heads=heads,
-        rank=feature_width(cone.dims[cone.latents[found.c_kv]]),
+        rank=cone.latents[found.c_kv].width,
         nope=found.k_rows[1],
-        rope=found.pe_rows[1],
+        rope=0 if found.k_pe is None else cone.latents[found.k_pe].width,
         v=found.v_rows[1],
     )
 
 
+def _check_compressed(attention: Attention, cone: Cone, found: Probe, geometry: MLAGeometry) -> None:
+    """Queries, keys and values of one tensor, and keys no wider than it, are plain multi-head attention."""
+    latent, q_shape = cone.latents[found.c_kv].node, shape_of(attention.q)
+    if geometry.rank < geometry.heads * geometry.nope or isinstance(found.w_uk, Plain):
+        return
+    queries = dims_for(q_shape or (), (BATCH, HEAD, "S", "D"))
+    if any(node is latent for node, _ in upstream(attention.q, queries)):
+        raise WalkError(
+            f"queries, keys and values are projected from the same {geometry.rank} values a token "
+            f"({describe(latent)}): ordinary multi-head attention, in which nothing is compressed"
+        )
+
+
 def _check_dtypes(attention: Attention, cone: Cone, found: Probe) -> None:
-    nodes = [attention.q, *cone.latents, *(cone.weights[w.leaf] for w in (found.w_uk, found.w_uv))]
-    dtypes = [n.meta["val"].dtype for n in nodes]
+    views = [w.leaf for w in (found.w_uk, found.w_uv) if isinstance(w, WeightView)]
+    weights = cone.weights if found.computed else [cone.weights[leaf] for leaf in views]
+    dtypes = [n.meta["val"].dtype for n in (attention.q, *cone.latent_nodes(), *weights)]
     if len(set(dtypes)) > 1:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
         raise WalkError(f"queries, latents and weights mix {kinds}; convert the model and its cache to one dtype")
@@ -180,15 +214,10 @@ def _check_dtypes(attention: Attention, cone: Cone, found: Probe) -> None:
 
 
 def _check_tokens(cone: Cone) -> None:
-    for node in cone.latents:
+    for node in cone.latent_nodes():
         names = [a.label for d in cone.dims[node] for a in d if a.resizable]
         if sorted(set(names)) != sorted(names):
             raise WalkError("the batch or token axis of the latent is split")
-
-
-def axes_of(cone: Cone, node: Node) -> Dims:
-    """Axes of a node in a cone."""
-    return cone.dims[node]
 
 
 def mask_without_heads(mask: Node) -> Node | None:
@@ -202,9 +231,14 @@ def mask_without_heads(mask: Node) -> Node | None:
     return mask
 
 
+def internal_error(error: Exception) -> str:
+    """The reason of a site at which mlacompile itself failed."""
+    return f"mlacompile failed on it ({type(error).__name__}: {error}): this is a bug, please report it"
+
+
 def source_position(attention: Attention) -> str:
     """``file:line`` of an attention op."""
     return source_of(attention.node)
 
 
-__all__ = ["Attention", "MLASite", "Recognizer", "Refusal", "labels", "mask_without_heads", "source_position"]
+__all__ = ["Attention", "MLASite", "Recognizer", "Refusal", "mask_without_heads", "source_position"]

@@ -1,27 +1,27 @@
 """Attention written out: scores that are products, a softmax over tokens, a product with V.
 
-    scores = bmm(q, kᵀ) · factor  [+ bmm(q', k'ᵀ) · factor']  [+ mask | masked_fill]
-    out    = bmm(softmax(scores), v)
+    scores = bmm(q, kᵀ) · factor  [+ bmm(q', k'ᵀ) · factor']  [+ mask | masked_fill]       (``scores.py``)
+    out    = bmm(softmax(scores), v)       or with a sink:  bmm(softmax([scores, sink])[..., :T], v)
 
 Axes are followed back from the softmax to the products and forward to V, so the order of heads and queries in the
-scores, and views and casts on the way, do not matter.
+scores, and views and casts on the way, do not matter. Nor do keys without heads: they are the same for every head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from mlacompile.passes.axes import REARRANGE, Atom, Dim, Dims, _broadcast, dims_for, pull, regroup, shape_of, size_of
+from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of, upstream
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Product, Scores, read_scores
 from mlacompile.passes.source import op_name
 
 aten = torch.ops.aten
-MASKED = -1e4  # a score this low, or lower, has probability zero in float32
 _RESHAPE = {
     aten.view.default,
     aten._unsafe_view.default,
@@ -31,64 +31,93 @@ _RESHAPE = {
     aten.squeeze.dim,
     aten.squeeze.dims,
 }
-_ENDS = {aten.bmm.default, aten.mm.default, aten.addmm.default, aten._softmax.default, aten._safe_softmax.default}
-_TERMS = {
-    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor),
-    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self),
-}
+_ENDS = {*PRODUCTS, aten.addmm.default, aten._softmax.default, aten._safe_softmax.default}
 _FAR = 12  # more ops than any spelling of attention has between scores and softmax
-_PASS = REARRANGE | {aten._to_copy.default: REARRANGE[aten.clone.default], aten.expand.default: None}
 
 
-@dataclass
-class _Product:
-    node: Node
-    dims: Dims
-    factor: float
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax however written: ``out = softmax(scores)`` along dimension ``dim``."""
+
+    out: Node
+    scores: Node
+    dim: int
 
 
-@dataclass
-class _Scores:
-    products: list[_Product] = field(default_factory=list)
-    added: list[tuple[Node, Dims]] = field(default_factory=list)
-    kept: list[tuple[Node, Dims, bool]] = field(default_factory=list)  # (condition, dims, True where it means "attend")
+@dataclass(frozen=True)
+class _Match:
+    """Attention around a softmax. sink: one more score a head and query, with the axes of the scores (tokens gone)."""
+
+    scores: Scores
+    product: Node
+    weights_dims: Dims
+    weights_left: bool
+    sink: tuple[Node, Dims] | None
+    names: dict[str, str]
 
 
-def match_softmax(node: Node) -> bool:
-    """Replace the product with V behind one softmax by ``mlacompile::attention``; False when it is not attention."""
-    shape = shape_of(node)
-    if shape is None or len(shape) not in (3, 4) or node.args[1] not in (-1, len(shape) - 1):
+def softmaxes(graph: Graph) -> Iterator[Softmax]:
+    """Every softmax of a graph: the library's, and ``exp(x) / exp(x).sum()``."""
+    for target in (aten._softmax.default, aten._safe_softmax.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+            yield Softmax(node, node.args[0], dim % len(shape_of(node) or (1,)))  # type: ignore[arg-type,operator]
+    for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        top, bottom = node.args[:2]
+        if not isinstance(bottom, Node) or bottom.target is not aten.sum.dim_IntList or bottom.args[0] is not top:
+            continue
+        dims: Any = bottom.args[1]
+        keep = bottom.args[2] if len(bottom.args) > 2 else bottom.kwargs.get("keepdim", False)
+        if isinstance(top, Node) and top.target is aten.exp.default and keep and len(dims) == 1:
+            yield Softmax(node, top.args[0], dims[0] % len(shape_of(node) or (1,)))  # type: ignore[arg-type]
+
+
+class NotAttention(Exception):
+    """A softmax between products that is not attention over heads; the message is a reason a user can read."""
+
+
+def match_softmax(softmax: Softmax, dynamic: set[Node] | None = None) -> bool:
+    """Replace the product with V behind one softmax by ``mlacompile::attention``; False when it is not attention.
+
+    Args:
+        dynamic: nodes that depend on more than weights. It tells heads, which a projection makes, from queries.
+    Raises:
+        NotAttention: it is attention of another kind.
+    """
+    shape = shape_of(softmax.out)
+    if shape is None or not 2 < len(shape) < 6:
         return False
-    dims = dims_for(shape, [f"x{i}" for i in range(len(shape) - 1)] + ["T"])
-    scores = _Scores()
-    if not _terms(node.args[0], dims, 1.0, scores) or not scores.products:  # type: ignore[arg-type]
+    axes = dims_for(shape, [TOKENS if i == softmax.dim else f"x{i}" for i in range(len(shape))])
+    match = _match(softmax, axes, dynamic)
+    if match is None:
         return False
-    value = _forward(node, dims)
-    names = _name_axes(shape, scores.products[0])
-    if value is None or names is None:
-        return False
-    _emit(scores, value, names)
+    split = _taken_apart(match, axes)
+    if split is not None:
+        match = _match(softmax, split, dynamic) or match
+    _emit(match)
     return True
 
 
-def why_unmatched(softmax: Node) -> str | None:
+def why_unmatched(softmax: Softmax) -> str | None:
     """Why a softmax that stands between two products, as in attention, was left alone; None when it does not stand
     there.
 
     Products with weights (``mm``) end the search on either side, so that a router's softmax is not taken for attention.
     """
-    before = _between(softmax, lambda n: n.all_input_nodes)
-    after = _between(softmax, lambda n: list(n.users), _is_weighted_sum)
+    before = _between(softmax.out, lambda n: n.all_input_nodes)
+    after = _between(softmax.out, lambda n: list(n.users), _is_weighted_sum)
     if before is None or after is None:
         return None
-    if any(len(n.users) > 1 for n in (softmax, *after)):
+    if shape_of(softmax.out)[softmax.dim] == 1:  # type: ignore[index]
+        return "a context of one token: there is nothing to keep compressed yet"
+    if any(len(n.users) > 1 for n in (softmax.out, *after)):
         return (
             "the attention weights are used elsewhere than in the product with V (returned, summed or stored), so they "
             "have to be computed; do without them (output_attentions=False)"
         )
     way = [*before[::-1], *after]
-    odd = [n for n in way if n.target not in _PASS and n.target not in _TERMS] or [*before[::-1], softmax, *after]
-    names = ", ".join(op_name(n) for n in odd)
+    odd = [n for n in way if n.target not in PASS and n.target not in TERMS]
+    names = ", ".join(op_name(n) for n in odd or [*before[::-1], softmax.out, *after])
     return f"attention is not written as scale, mask, softmax and product with V: {names} in between"
 
 
@@ -104,7 +133,7 @@ def _between(
     seen = {softmax}
     for way in ways:
         for node in step(way[-1]):
-            if node.target is aten.bmm.default and fits(node, way[-1]):
+            if node.target in (aten.bmm.default, aten.baddbmm.default) and fits(node, way[-1]):
                 return way[1:]
             if node in seen or len(way) > _FAR or node.target in _ENDS or node.op != "call_function":
                 continue
@@ -113,96 +142,83 @@ def _between(
     return None
 
 
-def _scalar(value: Any) -> float | None:
-    """A Python number, or the value of a zero-dimensional constant node."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, Node) and value.target in (aten.scalar_tensor.default, aten.full.default):
-        number = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
-        return float(number) if isinstance(number, (int, float)) else None
+def _match(softmax: Softmax, axes: Dims, dynamic: set[Node] | None) -> _Match | None:
+    """All parts of the attention around a softmax whose result has these axes."""
+    if [a.label for a in axes[softmax.dim]] != [TOKENS]:
+        return None
+    node, start = softmax.out, _unshifted(softmax.scores, softmax.dim)
+    sink = _sink(softmax, start)
+    if sink is not None:
+        node, start, extra = sink
+        tokens = shape_of(node)[softmax.dim]  # type: ignore[index]
+        axes = (*axes[: softmax.dim], (Atom(TOKENS, tokens),), *axes[softmax.dim + 1 :])
+        sunk = extra, (*axes[: softmax.dim], (), *axes[softmax.dim + 1 :])
+    scores = read_scores(start, axes, dynamic)
+    value = _forward(node, axes)
+    if scores is None or not scores.products or value is None or (sink is not None and scores.shifted):
+        return None
+    names = _name_axes(axes, scores, dynamic)
+    return None if names is None else _Match(scores, *value, None if sink is None else sunk, names)
+
+
+def _unshifted(node: Node, dim: int) -> Node:
+    """Scores before something that is the same for every token, such as their maximum, was subtracted."""
+    while node.op == "call_function":
+        shapes = [shape_of(a) for a in node.args[:2] if isinstance(a, Node)]
+        same = shapes and shapes[0] == shape_of(node)
+        if node.target is aten._to_copy.default and same:
+            node = node.args[0]  # type: ignore[assignment]
+        elif node.target is aten.sub.Tensor and same and len(shapes) == 2 and not node.kwargs:
+            if shapes[1] is None or len(shapes[1]) != len(shapes[0] or ()) or shapes[1][dim] != 1:
+                return node
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return node
+    return node
+
+
+def _sink(softmax: Softmax, start: Node) -> tuple[Node, Node, Node] | None:
+    """A softmax over one score more than there are tokens: (weights of the tokens, scores of the tokens, the sink)."""
+    users = list(softmax.out.users)
+    if start.target is not aten.cat.default or len(users) != 1 or users[0].target is not aten.slice.Tensor:
+        return None
+    parts: Any = start.args[0]
+    rank = len(shape_of(start) or (1,))
+    if len(parts) != 2 or (start.args[1] if len(start.args) > 1 else 0) % rank != softmax.dim:  # type: ignore[operator]
+        return None
+    widths = [shape_of(p)[softmax.dim] for p in parts]  # type: ignore[index]
+    kept = shape_of(users[0])
+    cut = users[0].args[1] if len(users[0].args) > 1 else 0
+    first = users[0].args[2] if len(users[0].args) > 2 else None
+    if cut % rank != softmax.dim or kept is None:  # type: ignore[operator]
+        return None
+    for tokens, extra, begin in ((0, 1, (None, 0)), (1, 0, (1,))):
+        if widths[extra] == 1 and widths[tokens] == kept[softmax.dim] and first in begin:
+            return users[0], parts[tokens], parts[extra]
     return None
 
 
-def _terms(node: Node, dims: Dims, factor: float, found: _Scores) -> bool:
-    """Sort what the scores are made of into products and masks; False when something else is in it."""
-    if node.op != "call_function":
-        return False
-    if node.target is aten.bmm.default:
-        found.products.append(_Product(node, dims, factor))
-        return True
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        number = _scalar(node.args[1])
-        if number is None:
-            return False
-        factor = factor / number if "div" in str(node.target) else factor * number
-        return _terms(node.args[0], dims, factor, found)  # type: ignore[arg-type]
-    if node.target is aten.add.Tensor and isinstance(node.args[1], Node) and not node.kwargs:
-        return _sum(node.args[0], node.args[1], dims, factor, found)  # type: ignore[arg-type]
-    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return _kept(node.args[1], node.args[2], node.args[0], False, dims, factor, found)
-    if node.target is aten.where.self:
-        condition, yes, no = node.args
-        if _scalar(no) is not None:
-            return _kept(condition, no, yes, True, dims, factor, found)
-        return _scalar(yes) is not None and _kept(condition, yes, no, False, dims, factor, found)
-    if node.target in _PASS:
-        pulled = pull(node, dims)
-        return pulled is not None and len(pulled) == 1 and _terms(pulled[0][0], pulled[0][1], factor, found)
-    return False
-
-
-def _sum(a: Node, b: Node, dims: Dims, factor: float, found: _Scores) -> bool:
-    for one, other in ((a, b), (b, a)):
-        trial = _Scores()
-        one_dims, other_dims = _broadcast(one, dims), _broadcast(other, dims)
-        if one_dims != dims or other_dims is None or not _terms(one, dims, factor, trial) or not trial.products:
-            continue
-        second = _Scores()
-        if other_dims == dims and _terms(other, dims, factor, second) and second.products:
-            trial.products += second.products
-            trial.added += second.added
-            trial.kept += second.kept
-        elif factor == 1.0:
-            trial.added.append((other, other_dims))
-        else:
-            continue
-        found.products += trial.products
-        found.added += trial.added
-        found.kept += trial.kept
-        return True
-    return False
-
-
-def _kept(condition: Any, fill: Any, scores: Any, attend: bool, dims: Dims, factor: float, found: _Scores) -> bool:
-    low = _scalar(fill)
-    operand = _broadcast(condition, dims) if isinstance(condition, Node) else None
-    if low is None or low * factor > MASKED or operand is None or not isinstance(scores, Node):
-        return False
-    found.kept.append((condition, operand, attend))
-    return _terms(scores, dims, factor, found)
-
-
-def _forward(softmax: Node, dims: Dims) -> tuple[Node, Dims] | None:
-    """The product with V that consumes the softmax, and the axes of its left operand."""
+def _forward(softmax: Node, dims: Dims) -> tuple[Node, Dims, bool] | None:
+    """The product with V that consumes the softmax, the axes of the weights in it, and whether they are on the left."""
     node = softmax
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target in (aten.bmm.default, aten.mm.default):
+            left = user.args[0] is node
+            if len(set(user.args[:2])) == 2 and [a.label for a in dims[-1 if left else -2]] == [TOKENS]:
+                return user, dims, left
             return None
-        user = users[0]
-        if user.target is aten.bmm.default:
-            ends = user.args[0] is node and [a.label for a in dims[2]] == ["T"]
-            return (user, dims) if ends else None
         pushed = _push(user, dims)
         if pushed is None:
             return None
         node, dims = user, pushed
+    return None
 
 
 def _push(node: Node, dims: Dims) -> Dims | None:
     """Axes of a node's output from those of its input, for the few ops that stand between softmax and V."""
     shape = shape_of(node)
-    if shape is None or node.target not in _PASS:
+    if shape is None or node.target not in PASS:
         return None
     if node.target in _RESHAPE:
         return regroup([a for d in dims for a in d], shape)
@@ -213,76 +229,151 @@ def _push(node: Node, dims: Dims) -> Dims | None:
         i, j = node.args[1], node.args[2]
         moved[i], moved[j] = moved[j], moved[i]  # type: ignore[index]
         return tuple(moved)
+    if node.target is aten.expand.default and len(shape) == len(dims):
+        source = shape_of(node.args[0])  # type: ignore[arg-type]
+        return dims if source == shape else None
     return dims if len(shape) == len(dims) else None
 
 
-def _name_axes(shape: tuple[Any, ...], product: _Product) -> dict[str, str] | None:
-    """Which axis of the scores is batch, head and query: the product runs over queries in its rows, not in its
-    batch."""
-    rows = [a.label for a in product.dims[1]]
-    tokens = [a.label for a in product.dims[2]]
-    free = list(range(len(shape) - 1))
-    if tokens != ["T"] or len(rows) > 1:
+def _taken_apart(match: _Match, axes: Dims) -> Dims | None:
+    """Three-dimensional scores, such as ``[batch · heads, queries, tokens]``, with the axis taken apart that the
+    queries were put together from; None when there is none."""
+    if len(axes) != 3:
         return None
-    if rows:
-        query = int(rows[0][1:])
-    else:
-        ones = [i for i in free if size_of(shape[i]) == 1]
-        if not ones:
-            return None
-        query = ones[-1] if ones[-1] != 0 else None  # type: ignore[assignment]
-        if query is None:
-            return None
-    others = [i for i in free if i != query]
-    names = dict(zip([f"x{i}" for i in others], ["B", "H"][2 - len(others) :], strict=True))
-    return names | {f"x{query}": "S", "T": "T"}
+    product = match.scores.products[0]
+    single = {d[0].label for d in axes if len(d) == 1} - {TOKENS}
+    for _, dims in upstream(product.q, product.q_dims):
+        for label in single:
+            atoms = [a for d in dims for a in d if a.label == label]
+            if len(atoms) == 2:
+                parts = tuple(Atom(f"{label}.{i}", a.size) for i, a in enumerate(atoms))
+                return tuple(parts if d and d[0].label == label else d for d in axes)
+    return None
 
 
-def _named(dims: Dims, names: dict[str, str]) -> Dims:
-    return tuple(tuple(Atom(names.get(a.label, a.label), a.size) for a in d) for d in dims)
-
-
-def _emit(scores: _Scores, value: tuple[Node, Dims], names: dict[str, str]) -> None:
-    anchor, left = value
-    left = _named(left, names)
-    emit = Emitter(anchor)
-    first = scores.products[0]
-    queries, keys = [], []
+def _heads(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> str | None:
+    """Which of the axes is heads: the one that a weight gives to queries or keys."""
+    if dynamic is None:
+        return None
     for product in scores.products:
-        q, k = product.node.args[:2]
-        axes = _named(product.dims, names)
-        width: Dim = (Atom("D", shape_of(q)[-1]),)  # type: ignore[arg-type,index]
-        q4 = emit.arrange(q, (axes[0], axes[1], width), "BHSD")  # type: ignore[arg-type]
-        if product.factor != first.factor:
-            q4 = emit(aten.mul.Tensor, q4, product.factor / first.factor)
-        queries.append(q4)
-        keys.append(emit.arrange(k, (axes[0], width, axes[2]), "BHTD"))  # type: ignore[arg-type]
-    v = anchor.args[1]
-    v_dims: Dims = (left[0], left[2], (Atom("D", shape_of(v)[-1]),))  # type: ignore[arg-type,index]
+        for node, dims in ((product.q, product.q_dims), (product.k, product.k_dims)):
+            for weight, axes in _weights_of(node, dims, dynamic):
+                found = labels(axes) & candidates
+                if len(found) == 1 and weight not in dynamic:
+                    return found.pop()
+    return None
+
+
+def _weights_of(node: Node, dims: Dims, dynamic: set[Node]) -> Iterator[tuple[Node, Dims]]:
+    """The weights that a tensor was multiplied with on its way."""
+    for here, axes in upstream(node, dims):
+        if here in dynamic and here.target in (*PRODUCTS, aten.addmm.default):
+            yield from ((n, d) for n, d in pull(here, axes) or () if n not in dynamic)
+
+
+def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[str, str] | None:
+    """Which axis of the scores is batch, head and query: those that keys have not are queries, and perhaps heads."""
+    present = [a.label for d in axes for a in d if a.label != TOKENS]
+    shared = [x for x in present if all(x in labels(p.k_dims) for p in scores.products)]
+    rows = [x for x in present if x not in shared]
+    head = _heads(scores, set(present), dynamic)
+    if len(rows) == 2 and len(shared) == 2:
+        raise NotAttention("query heads share key heads in groups: grouped-query attention has no latent")
+    if len(rows) > 2 or len(shared) > 2:
+        return None
+    if head is None:
+        head = _guess_head(axes, scores, shared, rows)
+    queries = [x for x in rows if x != head]
+    batch = [x for x in shared if x != head]
+    if len(queries) > 1 or len(batch) > 1:
+        return None
+    names = {TOKENS: TOKENS} | {x: "S" for x in queries} | {x: "B" for x in batch}
+    return names if head is None else names | {head: "H"}
+
+
+def _guess_head(axes: Dims, scores: Scores, shared: list[str], rows: list[str]) -> str | None:
+    """Heads where no weight tells: of two axes that only queries have, the one that no mask knows; else behind batch."""
+    if len(rows) == 2:
+        masks = [labels(d) for _, d, _ in (*scores.added, *scores.kept)]
+        unmasked = [x for x in rows if not any(x in m for m in masks)]
+        return unmasked[0] if len(unmasked) == 1 else rows[0]
+    if len(shared) == 2:
+        return shared[1]
+    first = next((d[0].label for d in axes if d), None)
+    return shared[0] if shared and (len(axes) == 3 or shared[0] != first or not axes[0]) else None
+
+
+def _emit(match: _Match) -> None:
+    anchor, names, scores = match.product, match.names, match.scores
+    emit = Emitter(anchor)
+    first = scores.products[0].factor.number
+    weights = renamed(match.weights_dims, names)
+    v = anchor.args[1 if match.weights_left else 0]
+    v_shape = shape_of(v)  # type: ignore[arg-type]
+    assert v_shape is not None
+    width = (Atom("D", v_shape[-1 if match.weights_left else -2]),)
+    tokens = weights[-1 if match.weights_left else -2]
+    rows = weights[-2 if match.weights_left else -1]
+    v_dims = (*weights[:-2], tokens, width) if match.weights_left else (*weights[:-2], width, tokens)
+    queries = [_queries(emit, p, names, first) for p in scores.products]
+    heads = queries[0].meta["val"].shape[1]
+    keys = [_keys(emit, p.k, renamed(p.k_dims, names), heads) for p in scores.products]
     attention = emit(
         torch.ops.mlacompile.attention.default,
         queries[0] if len(queries) == 1 else emit(aten.cat.default, queries, -1),
         keys[0] if len(keys) == 1 else emit(aten.cat.default, keys, -1),
-        emit.arrange(v, v_dims, "BHTD"),  # type: ignore[arg-type]
+        _keys(emit, v, v_dims, heads),  # type: ignore[arg-type]
         _mask(emit, scores, names),
         False,
-        first.factor,
+        first,
         False,
+        **_sink_argument(emit, match),
     )
-    out = emit.merge(attention, "BHSD", (left[0], left[1], v_dims[2]))
+    out_dims = (*weights[:-2], rows, width) if match.weights_left else (*weights[:-2], width, rows)
+    out = emit.merge(attention, "BHSD", out_dims)
     attention.meta["mlacompile_original"] = anchor
     attention.meta["mlacompile_anchor"] = out
     anchor.replace_all_uses_with(out)
 
 
-def _mask(emit: Emitter, scores: _Scores, names: dict[str, str]) -> Node | None:
+def _queries(emit: Emitter, product: Product, names: dict[str, str], first: float) -> Node:
+    """Queries ``[B, H, S, D]``, with their factor divided by the number that goes into the scale."""
+    q = emit.arrange(product.q, renamed(product.q_dims, names), "BHSD")
+    if product.factor.number != first:
+        q = emit(aten.mul.Tensor, q, product.factor.number / first)
+    return _by_tensors(emit, q, product.factor, names)
+
+
+def _by_tensors(emit: Emitter, x: Node, factor: Factor, names: dict[str, str]) -> Node:
+    for value, dims, divides in factor.tensors:
+        term = emit.arrange(value, renamed(dims, names), "BHST")
+        x = emit(aten.div.Tensor if divides else aten.mul.Tensor, x, term)
+    return x
+
+
+def _keys(emit: Emitter, x: Node, dims: Dims, heads: int) -> Node:
+    """Keys or values ``[B, H, T, D]``, expanded over heads where all share them."""
+    x = emit.arrange(x, dims, "BHTD")
+    shared = x.meta["val"].shape[1] == 1 and heads != 1
+    return emit(aten.expand.default, x, [-1, heads, -1, -1]) if shared else x
+
+
+def _sink_argument(emit: Emitter, match: _Match) -> dict[str, Node]:
+    if match.sink is None:
+        return {}
+    return {"sink": emit.arrange(match.sink[0], renamed(match.sink[1], match.names), "BHST")}
+
+
+def _mask(emit: Emitter, scores: Scores, names: dict[str, str]) -> Node | None:
     mask: Node | None = None
-    for node, dims in scores.added:
-        term = emit.arrange(node, _named(dims, names), "BHST")
+    for node, dims, factor in scores.added:
+        term = emit.arrange(node, renamed(dims, names), "BHST")
+        term = term if factor.number == 1.0 else emit(aten.mul.Tensor, term, factor.number)
+        term = _by_tensors(emit, term, factor, names)
         mask = term if mask is None else emit(aten.add.Tensor, mask, term)
     keep: Node | None = None
     for node, dims, attend in scores.kept:
-        term = emit.arrange(node, _named(dims, names), "BHST")
+        term = emit.arrange(node, renamed(dims, names), "BHST")
         term = term if attend else emit(aten.logical_not.default, term)
         keep = term if keep is None else emit(aten.logical_and.default, keep, term)
     if mask is None or keep is None:

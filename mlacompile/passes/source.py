@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -27,5 +28,8 @@ def describe(node: Node) -> str:
 
 
 def op_name(node: Node) -> str:
-    """What a node calls, without namespace and overload."""
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    """What a node calls, without overload; with its namespace when that is not ATen."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::")
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -25,9 +25,9 @@ _WRITTEN = {aten.index_copy.default, aten.index_put.default, aten.slice_scatter.
 
 def stored_layout(site: MLASite) -> KVLayout:
     """Bytes a token takes in the cache that a site reads, as far as the graph shows it."""
-    latent = _Read.of(site.c_kv)
+    latent = _Read.of(site.c_kv.node)
     plain = site.geometry.layout(_name(latent.dtype), latent.dtype.itemsize)
-    rope = None if site.k_pe is None else _Read.of(site.k_pe)
+    rope = None if site.k_pe is None else _Read.of(site.k_pe.node)
     if latent.scales is None and (rope is None or rope.dtype == latent.dtype):
         return plain
     rope_bytes = 0 if rope is None else site.geometry.rope * rope.dtype.itemsize

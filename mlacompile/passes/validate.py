@@ -19,10 +19,9 @@ from torch.fx import Graph, GraphModule, Node
 from mlacompile.ops import mla_decode_reference
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb
-from mlacompile.passes.axes import BATCH, HEAD, TOKEN, dims_for, labels
-from mlacompile.passes.cone import Cone
-from mlacompile.passes.probe import feature_width, place, weight_of
-from mlacompile.passes.recognize import Attention, MLASite
+from mlacompile.passes.axes import BATCH, TOKEN, labels
+from mlacompile.passes.probe import Maps, Prober
+from mlacompile.passes.recognize import MLASite
 
 BATCHES, TOKENS, QUERIES = 2, 5, 3
 
@@ -48,6 +47,7 @@ class _StandIn:
     latents: list[Tensor]
     weights: list[Tensor]
     mask: Tensor
+    sink: Tensor | None
     k: Tensor
     v: Tensor
 
@@ -59,16 +59,16 @@ class _StandIn:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64, generator=draw)
 
-        batch = BATCHES if any(BATCH in labels(cone.dims[n]) for n in cone.latents) else 1
-        latents = [random(batch, TOKENS, feature_width(cone.dims[n])) for n in cone.latents]
+        batch = BATCHES if any(BATCH in labels(cone.dims[n]) for n in cone.latent_nodes()) else 1
+        latents = [random(batch, TOKENS, latent.width) for latent in cone.latents]
         weights = [random(*cone.feed_shape(n, 1, 1)) / cone.feed_shape(n, 1, 1)[-1] ** 0.5 for n in cone.weights]
-        feeds = {n: place(x, cone.dims[n]) for n, x in zip(cone.latents, latents, strict=True)}
-        feeds |= dict(zip(cone.weights, weights, strict=True))
-        env = cone.evaluate(feeds, batch, TOKENS)
+        env = cone.evaluate(cone.feeds(latents, weights), batch, TOKENS)
         mask = torch.rand(batch, 1, QUERIES, TOKENS, generator=draw) < 0.7
         mask[..., 0] = True
         q = random(batch, site.geometry.heads, QUERIES, site.head_size)
-        return cls(q, latents, weights, mask, env[site.attention.k], env[site.attention.v])
+        sink = None if site.attention.sink is None else random(batch, site.geometry.heads, QUERIES, 1)
+        k, v = (env[n].expand(-1, site.geometry.heads, -1, -1) for n in (site.attention.k, site.attention.v))
+        return cls(q, latents, weights, mask, sink, k, v)
 
 
 def validate(site: MLASite, options: Options, seed: int = 0) -> Verdict:
@@ -79,8 +79,9 @@ def validate(site: MLASite, options: Options, seed: int = 0) -> Verdict:
 
 def _compare(site: MLASite, options: Options, data: _StandIn) -> Verdict:
     scores = data.q @ data.k.transpose(2, 3) * site.attention.scale
-    p = torch.softmax(scores.masked_fill(~data.mask, float("-inf")), -1)
-    want = p @ data.v
+    scores = scores.masked_fill(~data.mask, float("-inf"))
+    scores = scores if data.sink is None else torch.cat((scores, data.sink), -1)
+    want = torch.softmax(scores, -1)[..., :TOKENS] @ data.v
     got = _rewritten(site, options, data)
     return Verdict(float((got - want).abs().max()), _bound(site, data))
 
@@ -101,32 +102,37 @@ def _rewritten(site: MLASite, options: Options, data: _StandIn) -> Tensor:
     cone = site.cone
     q = placeholder("q", data.q)
     k, v, mask = placeholder("k", data.k), placeholder("v", data.v), placeholder("mask", data.mask)
-    leaves: dict[Node, Node] = {}
-    small: dict[Node, Any] = {}
-    for i, (node, x) in enumerate(zip(cone.latents, data.latents, strict=True)):
-        leaves[node] = placeholder(f"latent{i}", place(x, cone.dims[node]).contiguous())
-        sizes = {BATCH: x.shape[0], TOKEN: x.shape[1]}
-        small[leaves[node]] = tuple(
-            tuple(replace(a, size=sizes[a.label]) if a.resizable else a for a in d) for d in cone.dims[node]
-        )
-    for i, (node, w) in enumerate(zip(cone.weights, data.weights, strict=True)):
-        leaves[node] = placeholder(f"weight{i}", w)
-        small[leaves[node]] = dims_for(w.shape, [HEAD] * w.dim())
-    site_attention = Attention(k, q, k, v, mask, False, site.attention.scale, False)
+    leaves: dict[Node, tuple[Node, Any]] = {}
+    feeding = cone.feeds(data.latents, data.weights)
+    sizes = {BATCH: data.q.shape[0], TOKEN: TOKENS}
+    for i, node in enumerate((*cone.latent_nodes(), *cone.weights)):
+        small = tuple(tuple(replace(a, size=sizes[a.label]) if a.resizable else a for a in d) for d in cone.dims[node])
+        leaves[node] = placeholder(f"leaf{i}", feeding[node].contiguous()), small
+    sink = None if data.sink is None else placeholder("sink", data.sink)
+    site_attention = replace(site.attention, q=q, mask=mask, causal=False, prefix=None, sink=sink)
     node = graph.call_function(
         torch.ops.mlacompile.attention.default, (q, k, v, mask, False, site_attention.scale, False)
     )
     graph.output(node)
-    stand_in = replace(
-        site,
-        attention=replace(site_attention, node=node),
-        cone=Cone(small, [], [leaves[n] for n in cone.latents], [leaves[n] for n in cone.weights]),
-    )
+    stand_in = replace(site, attention=replace(site_attention, node=node), leaves=leaves)
     decode = absorb(stand_in, options)
     decode.kwargs = {key: value for key, value in decode.kwargs.items() if key != "impl"}
-    decode.target = mla_decode_reference
+    decode.target = _reference
     graph.eliminate_dead_code()
     return GraphModule({}, graph)(*feeds)  # type: ignore[no-any-return]
+
+
+def _reference(
+    q: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, *args: Any, scale: float, causal: bool
+) -> Any:
+    """The reference of the op, with the log-sum-exp in float64 too."""
+    out, rounded = mla_decode_reference(q, q_pe, c_kv, k_pe, *args, scale=scale, causal=causal)
+    scores = torch.einsum("bhsr,btr->bhst", q, c_kv)
+    if q_pe is not None and k_pe is not None:
+        scores = scores + torch.einsum("bhsp,btp->bhst", q_pe, k_pe)
+    lse = (scores * scale).masked_fill(~args[0][:, None], float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse.float(), rounded)
+    return out, lse
 
 
 def _bound(site: MLASite, data: _StandIn) -> float:
@@ -139,7 +145,8 @@ def _bound(site: MLASite, data: _StandIn) -> float:
     eps = torch.finfo(torch.float64).eps
     found, g = site.probe, site.geometry
     c_kv = data.latents[found.c_kv].abs()
-    w_uk, w_uv = (weight_of(w, data.weights).abs() for w in (found.w_uk, found.w_uv))
+    maps = Maps(Prober(site.cone, site.attention.k, site.attention.v), found, data.weights)
+    w_uk, w_uv = (w.abs().expand(g.heads, -1, -1) for w in (maps.w_uk, maps.w_uv))
     k_abs = torch.zeros_like(data.k)
     k_abs[..., found.k_rows[0] : sum(found.k_rows)] = torch.einsum("btr,hnr->bhtn", c_kv, w_uk)
     k_abs = torch.maximum(k_abs, data.k.abs())

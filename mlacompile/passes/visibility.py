@@ -27,7 +27,7 @@ from mlacompile.passes.axes import Size, shape_of
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.ranges import Bound, Conjunction, bound_of, conjunction, emit_rows, emit_value, never_binds
 from mlacompile.passes.recognize import Attention, mask_without_heads
-from mlacompile.passes.softmax import MASKED
+from mlacompile.passes.scores import MASKED
 
 aten = torch.ops.aten
 

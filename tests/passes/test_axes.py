@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Atom, dims_for, regroup
-from mlacompile.passes.cone import WalkError, dynamic_nodes, walk
-from mlacompile.passes.probe import feature_width, place
+from mlacompile.passes.cone import WalkError, dynamic_nodes, feature_width, place, walk
 
 
 def borders(sizes: list[int]) -> set[int]:
@@ -154,9 +153,10 @@ def test_a_cone_runs_again_at_other_sizes(function: Callable[[Tensor, Tensor], T
         c = torch.randn(batch, tokens, R, dtype=torch.float64)
         # leaves may be parts of the inputs: give each what the function itself would have computed there
         feeds = {}
-        for leaf in (*cone.latents, *cone.weights):
-            whole = c if leaf in cone.latents else w
-            feeds[leaf] = leaf_value(leaf, whole, cone.dims[leaf], leaf in cone.latents)
+        latents = cone.latent_nodes()
+        for leaf in (*latents, *cone.weights):
+            whole = c if leaf in latents else w
+            feeds[leaf] = leaf_value(leaf, whole, cone.dims[leaf], leaf in latents)
         got = cone.evaluate(feeds, batch, tokens)[root]
         torch.testing.assert_close(got, function(c, w), rtol=1e-12, atol=1e-12)
 

@@ -13,7 +13,7 @@ import torch
 
 from mlacompile import backend, last_report
 from mlacompile.passes import recognize
-from mlacompile.passes.probe import Probe, WeightView
+from mlacompile.passes.probe import Plain, Probe, WeightView
 from tests.spellings import Attention, Spelling
 
 SPELLING = Spelling(heads=3, rank=16, nope=8, rope_width=8, v=8, mask="none", v_bias=True, key_scale=0.5)
@@ -40,9 +40,9 @@ TAMPER: dict[str, Callable[[Probe], Probe]] = {
     "rows-of-w_uk": lambda p: replace(p, w_uk=shifted(p.w_uk)),
     "rows-of-w_uv": lambda p: replace(p, w_uv=shifted(p.w_uv)),
     "swapped-weights": lambda p: replace(p, w_uk=p.w_uv, w_uv=p.w_uk),
-    "scale-of-the-rotary-key": lambda p: replace(p, pe_scale=2.0 * p.pe_scale),
+    "scale-of-the-rotary-key": lambda p: replace(p, w_pe=Plain(2.0 * p.w_pe.scale)),
     "rows-of-the-rotary-key": lambda p: replace(p, pe_rows=p.k_rows, k_rows=p.pe_rows),
-    "no-rotary-key": lambda p: replace(p, pe_scale=0.0),
+    "no-rotary-key": lambda p: replace(p, w_pe=Plain(0.0)),
     "no-bias": lambda p: replace(p, v_bias=None),
     "scale-of-the-bias": lambda p: replace(p, v_bias=scaled(p.v_bias, 1.5)),  # type: ignore[arg-type]
 }

@@ -1,0 +1,102 @@
+"""Caches that store keys and values of every head: what a step writes into them, and whether it comes from a latent.
+
+Before transformers 5.15, and in much code that is published with checkpoints, keys and values are expanded first and cached
+then. Nothing can be absorbed in such a graph alone, but its own writes show that the cache could hold latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, dims_for, shape_of
+from mlacompile.passes.cone import Cone, HeadedLeaf, WalkError, walk
+from mlacompile.passes.source import describe
+
+aten = torch.ops.aten
+
+#: Ops that put new rows into a cache, and which argument the rows are.
+_WRITES: dict[Any, int] = {
+    aten.index_copy.default: 3,
+    aten.slice_scatter.default: 1,
+    aten.index_put.default: 2,
+    aten.scatter.src: 3,
+    aten.copy.default: 1,
+}
+_READS = (aten.slice.Tensor, aten.alias.default, aten.clone.default, aten.expand.default)
+
+
+def expanded_cache(k: Node, v: Node, dynamic: set[Node]) -> str | None:
+    """Why a site whose keys and values are cached with their heads is refused, when what is written into that cache can
+    be traced back to latents; None when it cannot."""
+    cone = written_cone(k, v, dynamic)
+    if cone is None:
+        return None
+    width = sum(latent.width for latent in cone.latents)
+    k_shape, v_shape = shape_of(k), shape_of(v)
+    assert k_shape is not None and v_shape is not None  # noqa: PT018
+    if width >= k_shape[1] * k_shape[3]:  # type: ignore[operator]
+        return None  # what keys are projected from is no smaller than they are
+    expanded = k_shape[1] * (k_shape[3] + v_shape[3])
+    return (
+        f"the cache stores keys and values of every head, {expanded} values a token; what is written into it comes from "
+        f"{width} values a token ({', '.join(describe(n) for n in cone.latent_nodes())}): cache those instead "
+        "(LatentCache, or transformers 5.15 and later), and attention can be absorbed"
+    )
+
+
+def written_cone(k: Node, v: Node, dynamic: set[Node]) -> Cone | None:
+    """The cone of the rows that a step writes into caches of keys ``[B, H, T, D]`` and values; None when they are no
+    such caches, or the rows do not come from at most two tensors without heads."""
+    rows = [_written(node, dynamic) for node in (k, v)]
+    if rows[0] is None or rows[1] is None:
+        return None
+    try:
+        cone = walk([rows[0], rows[1]], dynamic)
+    except WalkError:
+        return None
+    return cone if cone.weights and 0 < len(cone.latent_nodes()) <= 2 else None
+
+
+def _written(node: Node, dynamic: set[Node]) -> tuple[Node, Dims] | None:
+    """The rows last written into what a node is read from, and their axes."""
+    shape = shape_of(node)
+    if shape is None or len(shape) != 4:
+        return None
+    dims = dims_for(shape, (BATCH, HEAD, TOKEN, "D"))
+    try:
+        walk([(node, dims)], dynamic)
+    except HeadedLeaf as leaf:
+        names = _axis_names(leaf.node, leaf.dims)
+        source = None if names is None else _rows(leaf.node)
+        shape = None if source is None else shape_of(source)
+        if names is not None and shape is not None and len(shape) == len(names):
+            return source, dims_for(shape, names)  # type: ignore[return-value]
+    except WalkError:
+        pass
+    return None
+
+
+def _axis_names(node: Node, dims: Dims) -> list[str] | None:
+    """One label a dimension; None where a dimension has several."""
+    return None if any(len(d) > 1 for d in dims) else [d[0].label if d else f"one{i}" for i, d in enumerate(dims)]
+
+
+def _rows(node: Node) -> Node | None:
+    """Through reads and nested writes to the newest rows."""
+    found = None
+    while isinstance(node, Node) and node.op == "call_function":
+        if node.target in _WRITES:
+            found = node = node.args[_WRITES[node.target]]  # type: ignore[assignment]
+        elif node.target is aten.cat.default and len(node.args[0]) == 2 and found is None:  # type: ignore[arg-type]
+            return node.args[0][1]  # type: ignore[index,return-value]
+        elif node.target in _READS and found is None:
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return found
+    return found
+
+
+__all__ = ["expanded_cache", "written_cone"]

@@ -173,7 +173,10 @@ def run_backend(row: Row, model: Any, cache: Any, tokens: Tensor, args: argparse
     if row.backend.startswith("mlacompile"):
         import mlacompile
 
-        row.absorbed = mlacompile.last_report().absorbed
+        report = mlacompile.last_report()
+        row.absorbed = report.absorbed
+        if not report.absorbed:  # a figure of what stock torch.compile does anyway
+            raise RuntimeError(f"nothing was absorbed: {[site.reason for site in report.sites]}")
         logits = decode(run, cache, tokens, row.context).clone()  # what the replayed graph says, not the first call
     return logits
 

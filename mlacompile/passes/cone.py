@@ -324,7 +324,8 @@ def _run(
     if target in CONSTANT:
         fill = 0.0 if "zeros" in str(target) else float("nan")
         value = node.meta["val"]
-        return call(aten.full.default, shape, fill, dtype=value.dtype if casts else torch.float64, device=value.device)
+        dtype, device = (value.dtype, value.device) if casts else (torch.float64, "cpu")  # where the feeds are
+        return call(aten.full.default, shape, fill, dtype=dtype, device=device)
     args = [_value(a, env) for a in node.args]
     if REARRANGE.get(target) is LINEAR[aten.view.default]:  # type: ignore[arg-type]
         return call(aten.reshape.default, args[0], shape)

@@ -1,4 +1,4 @@
-"""Latent attention as published code writes it: one small module for each style, with that style's cache, rope and layout.
+"""Latent attention as published code writes it: one small module for each style, with its cache, rope and layout.
 
 ``tests/spellings.py`` composes choices; the modules here keep together what is found together. Every module is called
 as ``forward(x [B, S, hidden], position, mask)`` and returns ``[B, S, hidden]``; sizes are tiny.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (what the code in question calls it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 H, HIDDEN, R, N, P, V, ROWS = 4, 32, 20, 12, 8, 10, 24

@@ -16,8 +16,8 @@ from torch.fx import Node
 import mlacompile.ops  # noqa: F401  (registers mla_decode)
 from mlacompile.options import Options
 from mlacompile.passes.axes import BATCH, Size
-from mlacompile.passes.emit import Emitter
 from mlacompile.passes.cone import Latent
+from mlacompile.passes.emit import Emitter
 from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
 from mlacompile.passes.recognize import MLASite, mask_without_heads
 from mlacompile.passes.unit import unit_response

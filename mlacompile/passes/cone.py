@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -92,6 +92,11 @@ class Cone:
         """Run the cone in float64 at ``batch`` sentences of ``tokens`` tokens, with ``feeds`` for latents and
         weights."""
         return replay(self, feeds, batch, tokens, _call)
+
+    def regrouped(self, parts: Sequence[Sequence[int]]) -> Cone:
+        """The same cone with neighbouring latents of one tensor, given by their numbers, taken as one."""
+        groups = [[self.latents[i] for i in part] for part in parts]
+        return replace(self, latents=[Latent(g[0].node, g[0].start, sum(x.width for x in g)) for g in groups])
 
     def latent_nodes(self) -> list[Node]:
         """The tensors that the latents lie in, each once."""
@@ -228,6 +233,10 @@ def _shared_sources(leaves: dict[Node, Dims], dynamic: set[Node]) -> list[tuple[
             s[1] for s in (spans[one], spans[other])
         ):
             return [(n, leaves[n]) for n in (one, other) if n is not origins[n][0]]
+    if len(leaves) > 2:
+        for one, other in combinations(leaves, 2):
+            if origins[one][0] is origins[other][0]:
+                return [(n, leaves[n]) for n in (one, other) if n is not origins[n][0]]
     bases = {origin[0] for origin in origins.values()}
     for node, dims in leaves.items():
         if node.target is not aten.cat.default:

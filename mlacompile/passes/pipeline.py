@@ -17,9 +17,10 @@ from mlacompile.logs import dump_graph, log
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb, choose_form, refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
-from mlacompile.passes.canonicalize import canonicalize_softmax, opaque_attention, restore
+from mlacompile.passes.canonicalize import attention_nodes, canonicalize_softmax, opaque_attention, restore
 from mlacompile.passes.cone import dynamic_nodes
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
+from mlacompile.passes.share import share_heads
 from mlacompile.passes.source import source_of
 from mlacompile.passes.stored import stored_layout
 from mlacompile.passes.validate import Verdict, validate
@@ -54,6 +55,7 @@ class Pipeline:
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
             weights = self._weights(gm)
             left = canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)) + opaque_attention(gm.graph)
+            share_heads(gm.graph, (a for node in attention_nodes(gm.graph) for a in node.args[1:3]))  # type: ignore[misc]
             for node, reason in left:
                 context = (shape_of(node) or ("unknown",))[-1]
                 self._note(Site("refused", reason, source_of(node), context=str(context)))

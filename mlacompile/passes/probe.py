@@ -13,7 +13,8 @@ row) is computed from the weights when it is needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -68,7 +69,8 @@ class Probe:
     c_kv: which latent holds the compressed keys and values. k_pe: which one the rotary key, or None.
     k_rows, pe_rows, v_rows: (start, length) of the rows of K that come from the latent, from the rotary key, and of V.
     w_uk ``[H, N, R]``, w_uv ``[H, V, R]``. v_bias ``[H, V]``: a bias on V, or None. k_bias: whether K has one (it
-    shifts all scores of a query alike, and cancels in a softmax that has no sink). w_pe: how the rotary key gets into its rows, the same for every head.
+    shifts all scores of a query alike, and cancels in a softmax that has no sink). w_pe: how the rotary key gets into
+    its rows, the same for every head.
     """
 
     c_kv: int
@@ -81,6 +83,7 @@ class Probe:
     v_bias: WeightView | Computed | None
     w_pe: Plain | Computed
     k_bias: bool
+    parts: tuple[tuple[int, ...], ...] = ()  # latents of the cone that count as one here; empty: each is one
 
     @property
     def absorbed_already(self) -> bool:
@@ -139,6 +142,14 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
+class _InParts(Exception):
+    """The rotary key arrives in several parts of one tensor, which count as one latent."""
+
+    def __init__(self, parts: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.parts = parts
+
+
 def probe(cone: Cone, k: Node, v: Node) -> Probe:
     """Learn what K and V are made of.
 
@@ -147,7 +158,10 @@ def probe(cone: Cone, k: Node, v: Node) -> Probe:
     """
     _check_leaves(cone)
     with unset_fake_temporarily(), torch.no_grad():
-        return _probe(Prober(cone, k, v))
+        try:
+            return _probe(Prober(cone, k, v))
+        except _InParts as found:
+            return replace(_probe(Prober(cone.regrouped(found.parts), k, v)), parts=found.parts)
 
 
 def _probe(prober: Prober) -> Probe:
@@ -231,6 +245,8 @@ def _interpret(prober: Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) ->
         raise WalkError(f"values are made of {len(sources)} latents; exactly one was expected")
     c_kv = sources[0]
     others = [i for i in latents if i != c_kv and k.used(i)]
+    if len(others) > 1 and _neighbours(prober.cone, others):
+        raise _InParts(tuple(tuple(others) if i == others[0] else (i,) for i in latents if i not in others[1:]))
     if any(k.weighted(i) for i in others) or len(others) > 1:
         raise WalkError("keys and values are projected from two different latents")
     if not k.used(c_kv):
@@ -247,6 +263,12 @@ def _interpret(prober: Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) ->
     pe_rows, w_pe = ((0, 0), Plain(1.0)) if k_pe is None else _rope_rows(k.factors[k_pe], picks[k_pe], prober.widths[k_pe])
     v_bias, k_bias = _bias(prober, v, v_rows), any(bool((b != 0).any()) for b in k.bias)
     return Probe(c_kv, k_pe, k_rows, pe_rows, v_rows, w_uk, w_uv, v_bias, w_pe, k_bias)
+
+
+def _neighbours(cone: Cone, numbers: list[int]) -> bool:
+    """Whether latents follow each other in one tensor."""
+    parts = [cone.latents[i] for i in numbers]
+    return all(a.node is b.node and a.start + a.width == b.start for a, b in pairwise(parts))
 
 
 def _rows(factors: torch.Tensor) -> tuple[int, int]:
@@ -283,7 +305,7 @@ def _up_projection(
         view = _decode(prober, inner[1] / scale, pick, prober.widths[latent], what)
         if view is not None:
             return rows, WeightView(*view, scale)
-    maps = prober.units(latent, prober.random())["key value".split().index(what)]
+    maps = prober.units(latent, prober.random())[["key", "value"].index(what)]
     _check_heads_differ(maps, what)
     return rows, Computed(what[0])
 

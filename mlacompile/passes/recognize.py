@@ -19,7 +19,7 @@ from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, sha
 from mlacompile.passes.canonicalize import attention_nodes
 from mlacompile.passes.cone import Cone, HeadedLeaf, Latent, WalkError, dynamic_nodes, walk
 from mlacompile.passes.probe import Plain, Probe, WeightView, probe
-from mlacompile.passes.source import describe, source_of
+from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, describe, source_of
 from mlacompile.passes.written import expanded_cache
 
 aten = torch.ops.aten
@@ -125,12 +125,20 @@ class Recognizer:
             try:
                 yield self._site(attention)
             except HeadedLeaf as error:
-                yield Refusal(attention, expanded_cache(attention.k, attention.v, self.dynamic) or str(error))
+                yield Refusal(attention, self._headed(attention, error))
             except WalkError as error:
                 yield Refusal(attention, str(error))
             except Exception as error:  # one site must not cost the whole model its compilation
                 log.exception("attention at %s could not be looked into", source_position(attention))
                 yield Refusal(attention, internal_error(error))
+
+    def _headed(self, attention: Attention, error: HeadedLeaf) -> str:
+        """Why keys of every head that come out of a cache, or from nowhere, cannot be absorbed."""
+        if error.node.op == "placeholder" and behind_graph_break(attention.node):
+            return (
+                f"keys and values come expanded into this graph, so what they are made of cannot be seen: {GRAPH_BREAK}"
+            )
+        return expanded_cache(attention.k, attention.v, self.dynamic) or str(error)
 
     def _site(self, attention: Attention) -> MLASite:
         q, k, v = (shape_of(n) for n in (attention.q, attention.k, attention.v))
@@ -150,6 +158,7 @@ class Recognizer:
         dims = dims_for(k, (BATCH, HEAD, TOKEN, "D")), dims_for(v, (BATCH, HEAD, TOKEN, "D"))
         cone = walk([(attention.k, dims[0]), (attention.v, dims[1])], self.dynamic)
         found = self._probe(cone, attention)
+        cone = cone.regrouped(found.parts) if found.parts else cone
         if k[1] != q[1] and not (isinstance(found.w_uk, Plain) and isinstance(found.w_uv, Plain)):
             raise WalkError(_grouped(q[1], k[1]))
         geometry = _geometry(cone, found, int(q[1]))

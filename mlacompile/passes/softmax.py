@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of, upstream
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Product, Scores, read_scores
-from mlacompile.passes.source import op_name
+from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, op_name
 
 aten = torch.ops.aten
 _RESHAPE = {
@@ -111,6 +111,8 @@ def why_unmatched(softmax: Softmax) -> str | None:
     if shape_of(softmax.out)[softmax.dim] == 1:  # type: ignore[index]
         return "a context of one token: there is nothing to keep compressed yet"
     if any(len(n.users) > 1 for n in (softmax.out, *after)):
+        if behind_graph_break(softmax.out):
+            return f"the attention weights leave the graph, so they have to be computed: {GRAPH_BREAK}"
         return (
             "the attention weights are used elsewhere than in the product with V (returned, summed or stored), so they "
             "have to be computed; do without them (output_attentions=False)"
@@ -287,12 +289,12 @@ def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[st
     batch = [x for x in shared if x != head]
     if len(queries) > 1 or len(batch) > 1:
         return None
-    names = {TOKENS: TOKENS} | {x: "S" for x in queries} | {x: "B" for x in batch}
+    names = {TOKENS: TOKENS} | dict.fromkeys(queries, "S") | dict.fromkeys(batch, "B")
     return names if head is None else names | {head: "H"}
 
 
 def _guess_head(axes: Dims, scores: Scores, shared: list[str], rows: list[str]) -> str | None:
-    """Heads where no weight tells: of two axes that only queries have, the one that no mask knows; else behind batch."""
+    """Heads where no weight tells: of two axes that only queries have, the one no mask knows; else behind batch."""
     if len(rows) == 2:
         masks = [labels(d) for _, d, _ in (*scores.added, *scores.kept)]
         unmasked = [x for x in rows if not any(x in m for m in masks)]
@@ -316,12 +318,11 @@ def _emit(match: _Match) -> None:
     rows = weights[-2 if match.weights_left else -1]
     v_dims = (*weights[:-2], tokens, width) if match.weights_left else (*weights[:-2], width, tokens)
     queries = [_queries(emit, p, names, first) for p in scores.products]
-    heads = queries[0].meta["val"].shape[1]
+    heads, dtype = queries[0].meta["val"].shape[1], anchor.meta["val"].dtype
     keys = [_keys(emit, p.k, renamed(p.k_dims, names), heads) for p in scores.products]
     attention = emit(
         torch.ops.mlacompile.attention.default,
-        queries[0] if len(queries) == 1 else emit(aten.cat.default, queries, -1),
-        keys[0] if len(keys) == 1 else emit(aten.cat.default, keys, -1),
+        *(_joined(emit, parts, dtype) for parts in (queries, keys)),
         _keys(emit, v, v_dims, heads),  # type: ignore[arg-type]
         _mask(emit, scores, names),
         False,
@@ -342,6 +343,12 @@ def _queries(emit: Emitter, product: Product, names: dict[str, str], first: floa
     if product.factor.number != first:
         q = emit(aten.mul.Tensor, q, product.factor.number / first)
     return _by_tensors(emit, q, product.factor, names)
+
+
+def _joined(emit: Emitter, parts: list[Node], dtype: torch.dtype) -> Node:
+    """The parts side by side, in the dtype of the output: scores of half precision operands are float32 anyway."""
+    whole = parts[0] if len(parts) == 1 else emit(aten.cat.default, parts, -1)
+    return whole if whole.meta["val"].dtype is dtype else emit(aten._to_copy.default, whole, dtype=dtype)
 
 
 def _by_tensors(emit: Emitter, x: Node, factor: Factor, names: dict[str, str]) -> Node:

@@ -20,6 +20,17 @@ def source_of(node: Node) -> str:
     return f"{frame['file']}:{frame['line']}"
 
 
+def behind_graph_break(node: Node) -> bool:
+    """Whether Dynamo had to start a new graph between the beginning of the user's function and this node."""
+    return "torch_dynamo_resume_in" in (node.meta.get("stack_trace") or "")
+
+
+GRAPH_BREAK = (
+    "a graph break lies in between; TORCH_LOGS=graph_breaks says where, and "
+    "torch._dynamo.config.capture_dynamic_output_shape_ops or capture_scalar_outputs may heal it"
+)
+
+
 def describe(node: Node) -> str:
     """A node for a reader: what it is, and where it stands in the source."""
     if node.op == "placeholder":

@@ -1,7 +1,8 @@
 """Maps that are no view of a weight, computed in the graph: what K and V are for unit latents.
 
-The cone is linear in the latent, so its values for the unit vectors are its matrix. It is written into the graph a second
-time, on the identity in place of the cache: as many tokens as the latent is wide. All of it depends on weights alone.
+The cone is linear in the latent, so its values for the unit vectors are its matrix. It is written into the graph a
+second time, on the identity in place of the cache: as many tokens as the latent is wide. All of it depends on weights
+alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Caches that store keys and values of every head: what a step writes into them, and whether it comes from a latent.
 
-Before transformers 5.15, and in much code that is published with checkpoints, keys and values are expanded first and cached
-then. Nothing can be absorbed in such a graph alone, but its own writes show that the cache could hold latents.
+Before transformers 5.15, and in much code that is published with checkpoints, keys and values are expanded first and
+cached then. Nothing can be absorbed in such a graph alone, but its own writes show that the cache could hold latents.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def expanded_cache(k: Node, v: Node, dynamic: set[Node]) -> str | None:
         return None  # what keys are projected from is no smaller than they are
     expanded = k_shape[1] * (k_shape[3] + v_shape[3])
     return (
-        f"the cache stores keys and values of every head, {expanded} values a token; what is written into it comes from "
-        f"{width} values a token ({', '.join(describe(n) for n in cone.latent_nodes())}): cache those instead "
+        f"the cache stores keys and values of every head, {expanded} values a token; what is written into it comes "
+        f"from {width} values a token ({', '.join(describe(n) for n in cone.latent_nodes())}): cache those instead "
         "(LatentCache, or transformers 5.15 and later), and attention can be absorbed"
     )
 
@@ -86,16 +86,18 @@ def _axis_names(node: Node, dims: Dims) -> list[str] | None:
 
 def _rows(node: Node) -> Node | None:
     """Through reads and nested writes to the newest rows."""
-    found = None
-    while isinstance(node, Node) and node.op == "call_function":
-        if node.target in _WRITES:
-            found = node = node.args[_WRITES[node.target]]  # type: ignore[assignment]
-        elif node.target is aten.cat.default and len(node.args[0]) == 2 and found is None:  # type: ignore[arg-type]
-            return node.args[0][1]  # type: ignore[index,return-value]
-        elif node.target in _READS and found is None:
-            node = node.args[0]  # type: ignore[assignment]
+    found: Node | None = None
+    here: Any = node
+    while isinstance(here, Node) and here.op == "call_function":
+        parts: Any = here.args[0]
+        if here.target in _WRITES:
+            found = here = here.args[_WRITES[here.target]]  # type: ignore[assignment]
+        elif here.target is aten.cat.default and len(parts) == 2 and found is None:
+            return parts[1]  # type: ignore[no-any-return]
+        elif here.target in _READS and found is None:
+            here = parts
         else:
-            return found
+            break
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlacompile import backend, last_report
+from mlacompile import backend, explain, last_report
 from tests.spellings import Attention, Spelling
 
 BATCH, CONTEXT = 2, 16
@@ -111,3 +111,16 @@ SPELLINGS = st.builds(
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_composition(spelling: Spelling, queries: int) -> None:
     assert_absorbed(spelling, queries)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_found_on_a_device_where_nothing_can_be_computed(change: dict[str, object]) -> None:
+    """Probing happens on the CPU whatever the graph is for: here on the meta device, whose tensors hold no values."""
+    spelling = replace(BASE, **change)
+    torch._dynamo.reset()
+    module = Attention(spelling, BATCH, CONTEXT).eval()
+    tokens = 1 if spelling.cache != "none" else CONTEXT
+    inputs = torch.randn(BATCH, tokens, spelling.hidden), CONTEXT - tokens, make_mask(spelling, BATCH, tokens)
+    form = "auto" if tokens <= 8 else "absorbed"
+    report = explain(module, *inputs, options={"form": form})
+    assert report.absorbed == 1, [s.reason for s in report.sites]

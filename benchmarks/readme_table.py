@@ -98,7 +98,8 @@ def _ms(time: float | None) -> str:
 def _source(about: dict[str, Any], settings: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "transformers") if about.get(name))
     what = f"{settings['layers']} layers, {settings['dtype']}, {settings['cache']}"
-    return f"{about['device']}: {what}; {versions}; commit {about['commit']}.\n"
+    note = f" {about['note'].capitalize()}." if about.get("note") else ""
+    return f"{about['device']}: {what}; {versions}; commit {about['commit']}.{note}\n"
 
 
 if __name__ == "__main__":

@@ -260,9 +260,8 @@ def _interpret(prober: Prober, k: _Part, v: _Part, picks: list[torch.Tensor]) ->
     k_pe = others[0] if others else None
     k_rows, w_uk = _up_projection(prober, k, c_kv, picks[c_kv], "key")
     v_rows, w_uv = _up_projection(prober, v, c_kv, picks[c_kv], "value")
-    pe_rows, w_pe = (0, 0), Plain(1.0)
-    if k_pe is not None:
-        pe_rows, w_pe = _rope_rows(k.factors[k_pe], picks[k_pe], prober.widths[k_pe])
+    no_rope: tuple[tuple[int, int], Plain | Computed] = ((0, 0), Plain(1.0))
+    pe_rows, w_pe = no_rope if k_pe is None else _rope_rows(k.factors[k_pe], picks[k_pe], prober.widths[k_pe])
     v_bias, k_bias = _bias(prober, v, v_rows), any(bool((b != 0).any()) for b in k.bias)
     return Probe(c_kv, k_pe, k_rows, pe_rows, v_rows, w_uk, w_uv, v_bias, w_pe, k_bias)
 

@@ -71,27 +71,34 @@ def config(model: GQAModel, layers: list[MLALayer], dtype: torch.dtype) -> dict[
         positions=model.config.max_position_embeddings,
     )
     name, file = _CLASSES[model.family], f"modeling_{model.family}_mla"
-    return kept | {
-        "architectures": [f"{name}LatentForCausalLM"],
-        "model_type": f"{model.family}_mla",
-        "auto_map": {
-            "AutoConfig": f"{file}.{name}LatentConfig",
-            "AutoModelForCausalLM": f"{file}.{name}LatentForCausalLM",
-        },
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": rope,
-        "num_key_value_heads": model.heads,
-        "rope_parameters": rope_parameters,
-        "latent": {
-            "ranks": [layer.w_dkv.shape[0] for layer in layers],
-            "nope": nope,
-            "rope": rope,
-            "value": value,
-            "scale": first.scale,
-            "normalized_groups": model.groups if model.qk_norm else 0,
-            "bias": Biases.of(layers).any,
-        },
-    }
+    ranks = [layer.w_dkv.shape[0] for layer in layers]
+    # Under the names that other classes with latent attention have, for caches that ask.
+    known = {"qk_rope_head_dim": rope} | ({"kv_lora_rank": ranks[0]} if len(set(ranks)) == 1 else {})
+    return (
+        kept
+        | known
+        | {
+            "architectures": [f"{name}LatentForCausalLM"],
+            "model_type": f"{model.family}_mla",
+            "auto_map": {
+                "AutoConfig": f"{file}.{name}LatentConfig",
+                "AutoModelForCausalLM": f"{file}.{name}LatentForCausalLM",
+            },
+            "dtype": str(dtype).removeprefix("torch."),
+            "head_dim": rope,
+            "num_key_value_heads": model.heads,
+            "rope_parameters": rope_parameters,
+            "latent": {
+                "ranks": ranks,
+                "nope": nope,
+                "rope": rope,
+                "value": value,
+                "scale": first.scale,
+                "normalized_groups": model.groups if model.qk_norm else 0,
+                "bias": Biases.of(layers).any,
+            },
+        }
+    )
 
 
 def modeling_file(model: GQAModel) -> tuple[str, bytes]:

@@ -1,0 +1,1 @@
+"""Grouped-query attention becomes multi-head latent attention: checkpoints in, checkpoints out."""

@@ -1,0 +1,1 @@
+"""Tests of the conversion from grouped-query to latent attention."""

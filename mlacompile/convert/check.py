@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.convert.source import Source
+from mlacompile.convert.stream import parameters_nowhere
 from mlacompile.errors import UnsupportedInputError
 
 #: Deep models lose about 1e-5 of their largest logit to float32; a lossless conversion stays below ten times that.
@@ -80,11 +81,11 @@ def _load_source(source: Source) -> Any:
     """The original in float32, from weights that may lie in a bare file, without a configuration beside it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(source.model.config, dtype=torch.float32)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in source.model.tensors():
-            parameters[name].copy_(source.read(name))
+    with parameters_nowhere():
+        model = AutoModelForCausalLM.from_config(source.model.config, dtype=torch.float32)
+    weights = {name: source.read(name).float() for name in source.model.tensors()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
     return model.eval().requires_grad_(False)
 
 

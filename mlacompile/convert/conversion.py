@@ -151,7 +151,8 @@ def companions(source: Source) -> list[Path]:
 
 def _fingerprint(decided: Plan, options: dict[str, Any]) -> str:
     """Everything that decides the bytes of the result."""
-    parts = [mlacompile.__version__, decided.source.weights.fingerprint(), options, decided.config()]
+    source = decided.source
+    parts = [mlacompile.__version__, source.weights.fingerprint(), source.model.config.to_dict(), options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

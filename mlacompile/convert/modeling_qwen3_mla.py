@@ -35,11 +35,11 @@ class LatentAttention(nn.Module):
         self.sliding_window = getattr(config, "sliding_window", None) if windowed else None
         self.softcap = getattr(config, "attn_logit_softcapping", None)
         query_width = self.rope // self.groups if self.groups else self.nope + self.rope
-        bias, out_bias = latent["bias"], latent["output_bias"]
+        bias = latent["bias"]
         self.q_proj = nn.Linear(config.hidden_size, self.heads * query_width, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.rank + self.rope, bias=bias)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=out_bias)
+        self.o_proj = nn.Linear(self.heads * self.value, config.hidden_size, bias=bias)
         if self.groups:
             self.q_norm = Qwen3RMSNorm(query_width, eps=config.rms_norm_eps)
             self.k_norm = Qwen3RMSNorm(query_width, eps=config.rms_norm_eps)

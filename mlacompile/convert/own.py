@@ -16,7 +16,7 @@ from mlacompile.convert.families import GQAModel
 from mlacompile.convert.form import GQALayer, MLALayer
 from mlacompile.convert.lift import interleaved
 from mlacompile.convert.rope import longrope
-from mlacompile.convert.stock import widths
+from mlacompile.convert.stock import Biases, widths
 
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}
 _TEMPLATE = Path(__file__).parent / "modeling_qwen3_mla.py"
@@ -34,7 +34,7 @@ def refusals(layers: list[MLALayer]) -> list[str]:
     return reasons
 
 
-def tensors(layer: MLALayer, normalized: GQALayer | None, dtype: torch.dtype, *, biased: bool) -> dict[str, Tensor]:
+def tensors(layer: MLALayer, normalized: GQALayer | None, dtype: torch.dtype, biases: Biases) -> dict[str, Tensor]:
     """The parameters of one attention module, by their names in it; norms of heads are not among them.
 
     Queries of a ``normalized`` layer are stored as wide as they were there, because they are normalized before they are
@@ -51,17 +51,16 @@ def tensors(layer: MLALayer, normalized: GQALayer | None, dtype: torch.dtype, *,
         "kv_b_proj.weight": torch.cat([layer.w_uk, layer.w_uv], dim=1).flatten(0, 1),
         "o_proj.weight": layer.w_o.flatten(1),
     }
-    if biased:
+    if biases.any:
         found["q_proj.bias"] = w_q.new_zeros(w_q.shape[0] * w_q.shape[1]) if b_q is None else b_q.flatten()
         latent = w_q.new_zeros(layer.w_dkv.shape[0]) if layer.b_dkv is None else layer.b_dkv
         key = w_q.new_zeros(layer.w_kr.shape[0]) if layer.b_kr is None else layer.b_kr
         found["kv_a_proj_with_mqa.bias"] = torch.cat([latent, key])
-    if layer.b_o is not None:
-        found["o_proj.bias"] = layer.b_o
+        found["o_proj.bias"] = w_q.new_zeros(layer.w_o.shape[0]) if layer.b_o is None else layer.b_o
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
-def config(model: GQAModel, layers: list[MLALayer], dtype: torch.dtype, *, biased: bool) -> dict[str, Any]:
+def config(model: GQAModel, layers: list[MLALayer], dtype: torch.dtype) -> dict[str, Any]:
     """The source's configuration, with ``latent`` and what names the class."""
     first = layers[0]
     _, nope, rope, value = widths(first)
@@ -72,28 +71,34 @@ def config(model: GQAModel, layers: list[MLALayer], dtype: torch.dtype, *, biase
         positions=model.config.max_position_embeddings,
     )
     name, file = _CLASSES[model.family], f"modeling_{model.family}_mla"
-    return kept | {
-        "architectures": [f"{name}LatentForCausalLM"],
-        "model_type": f"{model.family}_mla",
-        "auto_map": {
-            "AutoConfig": f"{file}.{name}LatentConfig",
-            "AutoModelForCausalLM": f"{file}.{name}LatentForCausalLM",
-        },
-        "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": rope,
-        "num_key_value_heads": model.heads,
-        "rope_parameters": rope_parameters,
-        "latent": {
-            "ranks": [layer.w_dkv.shape[0] for layer in layers],
-            "nope": nope,
-            "rope": rope,
-            "value": value,
-            "scale": first.scale,
-            "normalized_groups": model.groups if model.qk_norm else 0,
-            "bias": biased,
-            "output_bias": first.b_o is not None,
-        },
-    }
+    ranks = [layer.w_dkv.shape[0] for layer in layers]
+    # Under the names that other classes with latent attention have, for caches that ask.
+    known = {"qk_rope_head_dim": rope} | ({"kv_lora_rank": ranks[0]} if len(set(ranks)) == 1 else {})
+    return (
+        kept
+        | known
+        | {
+            "architectures": [f"{name}LatentForCausalLM"],
+            "model_type": f"{model.family}_mla",
+            "auto_map": {
+                "AutoConfig": f"{file}.{name}LatentConfig",
+                "AutoModelForCausalLM": f"{file}.{name}LatentForCausalLM",
+            },
+            "dtype": str(dtype).removeprefix("torch."),
+            "head_dim": rope,
+            "num_key_value_heads": model.heads,
+            "rope_parameters": rope_parameters,
+            "latent": {
+                "ranks": ranks,
+                "nope": nope,
+                "rope": rope,
+                "value": value,
+                "scale": first.scale,
+                "normalized_groups": model.groups if model.qk_norm else 0,
+                "bias": Biases.of(layers).any,
+            },
+        }
+    )
 
 
 def modeling_file(model: GQAModel) -> tuple[str, bytes]:

@@ -46,10 +46,8 @@ class Plan:
         return self.source.model
 
     @property
-    def biased(self) -> bool:
-        """Whether queries or latents of any layer have a bias (or, in the stock class, the output)."""
-        found = [(s.b_q, s.b_dkv, s.b_kr, None if self.needs_own_class else s.b_o) for s in self.shapes]
-        return any(bias is not None for biases in found for bias in biases)
+    def biases(self) -> stock.Biases:
+        return stock.Biases.of(self.shapes)
 
     @property
     def engine(self) -> bool:
@@ -79,17 +77,17 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         if self.needs_own_class:
-            return own.config(self.model, self.shapes, self.dtype, biased=self.biased)
-        return stock.config(self.model, self.shapes[0], self.dtype, engine=self.engine, biased=self.biased)
+            return own.config(self.model, self.shapes, self.dtype)
+        return stock.config(self.model, self.shapes[0], self.dtype, self.biases, engine=self.engine)
 
     def _attention(self, i: int, layer: MLALayer, source: GQALayer | None) -> dict[str, Tensor]:
         if self.engine:
             layer = stock.fit_engine(layer)
             layer = replace(layer, w_o=layer.w_o * self._residual_scale)
         if self.needs_own_class:
-            made = own.tensors(layer, source if self.model.qk_norm else None, self.dtype, biased=self.biased)
+            made = own.tensors(layer, source if self.model.qk_norm else None, self.dtype, self.biases)
         else:
-            made = stock.tensors(layer, self.dtype, scaled=self.engine, biased=self.biased)
+            made = stock.tensors(layer, self.dtype, self.biases, scaled=self.engine)
         return {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
 
     @property

@@ -8,7 +8,7 @@ nothing of its experts is ever built. (``youtu`` is the same attention with dens
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,14 +48,34 @@ def widths(layer: MLALayer) -> tuple[int, int, int, int]:
     return rank, nope, layer.w_kr.shape[0], layer.w_uv.shape[1]
 
 
-def tensors(layer: MLALayer, dtype: torch.dtype, *, scaled: bool = False, biased: bool) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Biases:
+    """What any layer has: ``queries`` a bias of the queries, ``others`` one of latents, rotary keys or outputs.
+
+    The class has all of the others or none. Queries have one only in their bottleneck, which costs a projection more.
+    """
+
+    queries: bool
+    others: bool
+
+    @classmethod
+    def of(cls, layers: list[MLALayer]) -> Biases:
+        others = any(bias is not None for layer in layers for bias in (layer.b_dkv, layer.b_kr, layer.b_o))
+        return cls(any(layer.b_q is not None for layer in layers), others)
+
+    @property
+    def any(self) -> bool:
+        return self.queries or self.others
+
+
+def tensors(layer: MLALayer, dtype: torch.dtype, biases: Biases, *, scaled: bool = False) -> dict[str, Tensor]:
     """The parameters of one attention module, by their names in it.
 
     Args:
         layer: latent attention; meta tensors give shapes.
         dtype: of the result. Norms are float32, so that g is exact when the model runs in float32.
+        biases: those of all layers.
         scaled: put the scale on the queries, for readers that know no scale but ``(N + P)**-0.5``.
-        biased: whether any layer of the model has a bias; the class then wants all of them.
     """
     gain, undo = _gains(dtype)
     w_q, b_q = layer.w_q.flatten(0, 1), None if layer.b_q is None else layer.b_q.flatten()
@@ -69,11 +89,8 @@ def tensors(layer: MLALayer, dtype: torch.dtype, *, scaled: bool = False, biased
         "kv_b_proj.weight": expand.flatten(0, 1),
         "o_proj.weight": layer.w_o.flatten(1),
     }
-    if biased:
-        found |= _biases(layer, dtype)
-        found |= _queries_with_bias(w_q.to(dtype), b_q)
-    else:
-        found["q_proj.weight"] = w_q
+    found |= _biases(layer, dtype) if biases.any else {}
+    found |= _queries_with_bias(w_q.to(dtype), b_q) if biases.queries else {"q_proj.weight": w_q}
     return {name: tensor if name.endswith("norm.weight") else tensor.to(dtype) for name, tensor in found.items()}
 
 
@@ -82,7 +99,9 @@ def score_factor(layer: MLALayer) -> float:
     return layer.scale * math.sqrt(layer.w_q.shape[1])
 
 
-def config(model: GQAModel, layer: MLALayer, dtype: torch.dtype, *, engine: bool, biased: bool) -> dict[str, Any]:
+def config(
+    model: GQAModel, layer: MLALayer, dtype: torch.dtype, biases: Biases, *, engine: bool = False
+) -> dict[str, Any]:
     """The configuration, for layers like ``layer``. ``engine``: only what vLLM reads, so a default rotary table."""
     rank, nope, rope, value = widths(layer)
     given, theta = model.config, model.config.rope_parameters["rope_theta"]
@@ -90,7 +109,7 @@ def config(model: GQAModel, layer: MLALayer, dtype: torch.dtype, *, engine: bool
     if engine:
         rope_parameters = {"rope_type": "default", "rope_theta": default_theta(layer.inv_freq)}
     else:
-        factor = score_factor(layer) / (_query_gain() if biased else 1.0)
+        factor = score_factor(layer) / (_query_gain() if biases.queries else 1.0)
         rope_parameters = longrope(layer.inv_freq, theta=theta, positions=positions, score_factor=factor)
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -103,7 +122,7 @@ def config(model: GQAModel, layer: MLALayer, dtype: torch.dtype, *, engine: bool
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.heads,
         "kv_lora_rank": rank,
-        "q_lora_rank": _query_rank(model.hidden) if biased else None,
+        "q_lora_rank": _query_rank(model.hidden) if biases.queries else None,
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope,
         "v_head_dim": value,
@@ -111,7 +130,7 @@ def config(model: GQAModel, layer: MLALayer, dtype: torch.dtype, *, engine: bool
         "rope_parameters": rope_parameters,
         "rope_theta": rope_parameters["rope_theta"],
         "max_position_embeddings": positions,
-        "attention_bias": biased,
+        "attention_bias": biases.any,
         "attention_dropout": 0.0,
         "hidden_act": given.hidden_act,
         "rms_norm_eps": LATENT_EPS if engine else given.rms_norm_eps,
@@ -151,8 +170,8 @@ def fit_engine(layer: MLALayer) -> MLALayer:
             f"--target vllm: a cache of {rank} + {rope} values a token; vLLM has kernels for 512 + 64 and 256 + 64. "
             "Compress with --kv-lora-rank 512 --rope-dim 64, or take --target transformers"
         )
-    if any(bias is not None for bias in (layer.b_q, layer.b_dkv, layer.b_kr)):
-        raise UnsupportedInputError("--target vllm: its class has no biases for queries and latents, this model has")
+    if any(bias is not None for bias in (layer.b_q, layer.b_dkv, layer.b_kr, layer.b_o)):
+        raise UnsupportedInputError("--target vllm: its class has no biases in attention, and this has")
     wide, turning = fitting[0]
     theta = default_theta(layer.inv_freq)
     missing = turning - rope

@@ -8,6 +8,7 @@ import torch
 from transformers import StaticCache
 
 import mlacompile
+from mlacompile import LatentCache
 from mlacompile.convert import convert
 from mlacompile.testing.registration import ensure_registered
 from tests.convert.conftest import VARIANTS, load
@@ -37,3 +38,28 @@ def test_every_layer_is_absorbed(save: Save, tmp_path: Path, name: str) -> None:
     assert report.absorbed == len(model.model.layers), str(report)
     assert not report.refused
     assert [cache.layers[0].keys.shape[i] for i in (1, -1)] == [1, done["layers"][0]["rank"]]
+
+
+@pytest.mark.parametrize("name", ["llama 3", "qwen3"])
+def test_with_a_latent_cache_in_fp8(save: Save, tmp_path: Path, name: str) -> None:
+    """Absorbed on what is stored: the same as the plain model on the same cache, and near the original."""
+    ensure_registered()
+    family, special = VARIANTS[name]
+    source = save(family, **special)
+    own = convert(source, tmp_path / "out").report["result"]["trust_remote_code"]
+    model, original = load(tmp_path / "out", remote_code=own), load(source)
+    compiled = torch.compile(model, backend="mlacompile", options={"rest": "eager", "strict": True})
+    tokens = torch.randint(3, 96, (2, 13), generator=torch.Generator().manual_seed(0))
+    caches = [LatentCache(model.config, max_cache_len=32, dtype="fp8_e4m3") for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids=tokens[:, :-1], past_key_values=cache)
+        plain, got = (
+            run(input_ids=tokens[:, -1:], past_key_values=cache).logits for run, cache in zip((model, compiled), caches)
+        )
+        wanted = original(input_ids=tokens).logits[:, -1:]
+    report = mlacompile.last_report()
+    assert report.absorbed == len(model.model.layers), str(report)
+    assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()
+    # Three bits of mantissa are within 2**-4 of each value; the average over tokens is nearer than that.
+    assert (got - wanted).abs().max() <= 2**-4 * wanted.abs().max()

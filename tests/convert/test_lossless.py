@@ -184,7 +184,7 @@ def test_a_checkpoint_that_an_engine_takes(save: Save, tmp_path: Path) -> None:
     [
         ({}, r"32 \+ 32 values .* 512 \+ 64"),
         ({"num_key_value_heads": 1}, "these are 16, with frequencies of a shorter table"),
-        ({"num_key_value_heads": 1, "head_dim": 64, "attention_bias": True}, "no biases"),
+        ({"num_key_value_heads": 1, "head_dim": 64, "attention_bias": True}, "no biases in attention"),
         ({"num_key_value_heads": 1, "head_dim": 64, "mlp_bias": True}, "MLPs with biases"),
     ],
 )

@@ -1,0 +1,81 @@
+"""What a layer's attention looks at on real text: a sample of (query, key) pairs, drawn as attention itself draws them.
+
+A compressed layer errs in scores and in values. Both errors reach the output through the attention weights, so keys are
+sampled from them: a pair that is never attended to may be as wrong as it likes. How much an error of a query's scores moves
+the layer's output is bounded by the spread of the values it looks at (Cauchy-Schwarz),
+
+    ‖Σⱼ pⱼ δsⱼ W_O vⱼ‖² ≤ Var_p(δs) · Var_p(W_O v)      (a shift of all scores is free)
+
+so the second factor weighs the query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlacompile.convert.attend import project, rotate_halves, rotation
+from mlacompile.convert.form import GQALayer
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A layer's sample: Q queries a head, K keys each. Bounded by the sample's size, not by the text's."""
+
+    k: Tensor  # [tokens, G, D] keys before rotation
+    v: Tensor  # [tokens, G, D]
+    token: Tensor  # [H, Q, K] index of the key's token
+    distance: Tensor  # [H, Q, K] positions between query and key, float
+    doubt: Tensor  # [H, Q, K] 1 − p: how far the attention to this key is from certain
+    weight: Tensor  # [H, Q] Var_p(W_O v): the output's squared change a unit of score variance
+    query: Tensor  # [H, D, D] second moment of the queries before rotation, weighted
+    output: float  # mean squared norm of what attention adds to the residual stream
+
+
+def sample_pairs(layer: GQALayer, x: Tensor, *, queries: int = 48, keys: int = 16, seed: int = 0) -> Pairs:
+    """Draw from windows ``x [W, T, M]`` of the layer's input, one window at a time; float32."""
+    generator = torch.Generator().manual_seed(seed)
+    length = x.shape[1]
+    heads, groups = layer.w_q.shape[0], layer.w_k.shape[0]
+    group_of = torch.arange(heads, device=x.device) // (heads // groups)
+    turned = rotation(layer.inv_freq, length)
+    through = torch.einsum("mhd,mhe->hde", layer.w_o, layer.w_o)  # ‖W_O v‖² = vᵀ through v
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("k", "v", "token", "distance", "doubt", "weight")}
+    query = torch.zeros(heads, layer.w_q.shape[1], layer.w_q.shape[1], dtype=torch.float64, device=x.device)
+    total, output = 0.0, 0.0
+    for window, tokens in enumerate(x):
+        hidden = tokens[None].float()
+        q, k, v = (
+            project(hidden, w, b)[0]
+            for w, b in ((layer.w_q, layer.b_q), (layer.w_k, layer.b_k), (layer.w_v, layer.b_v))
+        )
+        # Position 0 sees one key only: nothing there can go wrong.
+        at = (torch.randperm(length - 1, generator=generator)[:queries] + 1).sort().values.to(x.device)
+        scores = rotate_halves(q[None], turned)[0][:, at] @ rotate_halves(k[None], turned)[0][group_of].transpose(1, 2)
+        hidden_keys = torch.arange(length, device=x.device) > at[:, None]
+        p = (scores * layer.scale).masked_fill(hidden_keys, -torch.inf).softmax(-1)
+        mixed = p @ v[group_of]
+        spread = (p * torch.einsum("htd,hde,hte->ht", v[group_of], through, v[group_of])[:, None]).sum(-1)
+        weight = (spread - torch.einsum("hqd,hde,hqe->hq", mixed, through, mixed)).clamp_min(0)
+        # Evenly spaced quantiles of p with one random offset a query: unbiased, and far less noisy than free draws.
+        offset = torch.rand(heads, at.numel(), 1, generator=generator).to(x.device)
+        quantile = (torch.arange(keys, device=x.device) + offset) / keys
+        token = torch.searchsorted(p.cumsum(-1), quantile).clamp_max(length - 1).minimum(at[:, None])
+        kept["k"].append(k.transpose(0, 1))
+        kept["v"].append(v.transpose(0, 1))
+        kept["token"].append(token + window * length)
+        kept["distance"].append((at[:, None] - token).float())
+        kept["doubt"].append(1 - p.gather(-1, token))
+        kept["weight"].append(weight)
+        seen = q[:, at].double()
+        query += torch.einsum("hq,hqd,hqe->hde", weight.double(), seen, seen)
+        total += weight.sum().item()
+        output += torch.einsum("mhd,hqd->qm", layer.w_o, mixed).square().sum(-1).mean().item()
+    joined = {name: torch.cat(parts, dim=0 if name in ("k", "v") else 1) for name, parts in kept.items()}
+    return Pairs(
+        **joined,
+        query=(query / joined["weight"].double().sum(1)[:, None, None].clamp_min(1e-30)).float(),
+        output=output / x.shape[0],
+    )

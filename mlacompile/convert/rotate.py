@@ -1,0 +1,128 @@
+"""Which part of the keys keeps a rotary embedding: lanes, each a complex combination of keys at one frequency.
+
+A rotary pair is a complex number, and a rotation commutes with every complex factor, so a lane may be any complex-linear
+function of the keys of all heads (TransMLA's RoRoPE is the real, orthogonal special case), and may serve any head at any
+frequency, as well as one rotation can stand for another over the distances that matter:
+⟨e^{iφΔ}, e^{iθΔ}⟩ = E_p[e^{i(θ − φ)Δ}] under the attention's own distances Δ. (TransMLA's FreqFold takes it for 1.)
+With white keys x the space of scores is then C^keys ⊗ L²(Δ), targets and lanes are vectors of it, and lanes are chosen by
+orthogonal matching pursuit: the next lane is the top eigenvector of the residual's Gram matrix at the best frequency.
+What needs no rotation is a lane at frequency 0; such lanes cost latent values instead and are free to differ by layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlacompile.convert.attend import halves_to_complex
+from mlacompile.convert.calibrate import Pairs
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """``mix [P/2, G · D/2]`` complex: lane = mix · (complex keys of all heads); rotated at ``inv_freq [P/2]``."""
+
+    mix: Tensor
+    inv_freq: Tensor
+
+
+class Pursuit:
+    """One layer's search for lanes. ``gains`` says what each frequency would bring, ``take`` adds the lane."""
+
+    def __init__(self, pairs: Pairs, inv_freq: Tensor, *, keys: int = 40, queries: int = 10) -> None:
+        heads, groups = pairs.token.shape[0], pairs.k.shape[1]
+        pair_count, device = inv_freq.numel(), pairs.k.device
+        self.frequencies = torch.cat((inv_freq.double(), inv_freq.new_zeros(1).double()))  # the last: none
+        weights = (pairs.weight[..., None] * pairs.doubt).flatten(1).double()
+        total = weights.sum(1, keepdim=True)
+        # [H, F, F]: ⟨e^{-iφΔ}, e^{-iθΔ}⟩ under each head's distances.
+        angle = -pairs.distance.flatten(1).double()[..., None] * self.frequencies
+        turned = torch.polar(torch.ones_like(angle), angle)
+        self.overlap = (turned.conj() * weights[..., None]).transpose(1, 2) @ turned / total[..., None]
+        # Second moment of the keys of all heads, and of a constant 1 that stands for their mean.
+        token_weight = torch.zeros(pairs.k.shape[0], dtype=torch.float64, device=device)
+        token_weight.index_add_(0, pairs.token.flatten(), (weights / total).flatten())
+        k = halves_to_complex(pairs.k).flatten(1).to(torch.complex128)
+        k = torch.cat((k, torch.ones_like(k[:, :1])), dim=1)
+        moment = (k * token_weight[:, None]).T @ k.conj() / heads
+        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = values[-keys:].clamp_min(1e-12), vectors[:, -keys:]
+        self.colour = vectors * values.sqrt()  # k = colour x
+        self.white = (vectors / values.sqrt()).mH  # x = white k
+        # [H, queries, keys, F]: targets Q^{1/2} κ on x_m e^{-iθΔ}.
+        half = pair_count
+        moment_q = pairs.query.double() * (total / pairs.token[0].numel())[..., None]
+        hermitian = torch.complex(
+            moment_q[:, :half, :half] + moment_q[:, half:, half:], moment_q[:, half:, :half] - moment_q[:, :half, half:]
+        )
+        values_q, vectors_q = torch.linalg.eigh(hermitian)
+        root = (vectors_q * values_q.clamp_min(0).sqrt()[:, None])[..., -queries:].mH  # [H, queries, D/2]
+        of_group = self.colour[:-1].view(groups, pair_count, -1)[torch.arange(heads, device=device) // (heads // groups)]
+        target = torch.einsum("hrl,hlm->hrml", root, of_group)
+        # The search that follows compares energies: single precision decides it as well, in half the time.
+        self.target_gram = torch.einsum("hrml,hal->hrma", target, self.overlap[:, :, :-1]).to(torch.complex64)
+        self.overlap = self.overlap.to(torch.complex64)
+        # A shift of all scores is free: so is the constant at frequency 0.
+        constant = self.colour[-1].to(torch.complex64)
+        self.chosen = [(constant / constant.norm(), pair_count)]
+        self.residual = self._residual()
+
+    def _residual(self) -> Tensor:
+        """⟨x_m e^{-iφΔ}, target − its projection on the chosen lanes⟩: ``[H, queries, keys, F]``."""
+        w = torch.stack([vector for vector, _ in self.chosen])
+        at = torch.tensor([index for _, index in self.chosen])
+        gram = (w.conj() @ w.T) * self.overlap[:, at][:, :, at]
+        gram = gram + 1e-5 * torch.eye(len(at), device=w.device)
+        onto = torch.einsum("bm,hrmb->hbr", w.conj(), self.target_gram[..., at])
+        factor = torch.linalg.solve(gram, onto)
+        return self.target_gram - torch.einsum("hbr,bm,hab->hrma", factor, w, self.overlap[:, :, at])
+
+    def gains(self) -> Tensor:
+        """``[F + 1]``: captured energy of the best lane at every frequency, the last at none."""
+        gram = torch.einsum("hrma,hrna->amn", self.residual, self.residual.conj())
+        return torch.linalg.eigvalsh(gram)[:, -1]
+
+    def take(self, index: int, count: int = 1) -> None:
+        """Add the best ``count`` lanes at frequency ``index``."""
+        gram = torch.einsum("hrm,hrn->mn", self.residual[..., index], self.residual[..., index].conj())
+        best = torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(-1)
+        self.chosen += [(vector, index) for vector in best.T]
+        self.residual = self._residual()
+
+    def take_latent(self, count: int) -> None:
+        """Add ``count`` lanes at no frequency, four at a time: nearly the same lanes, in a quarter of the time."""
+        for taken in range(0, count, 4):
+            self.take(self.frequencies.numel() - 1, min(4, count - taken))
+
+    def lanes(self) -> Lanes:
+        """The rotary lanes chosen so far, in the order of their frequencies as they were taken."""
+        rotary = [(w, index) for w, index in self.chosen if index < self.frequencies.numel() - 1]
+        # w · x = (w · white) k; the constant's share would need a bias on the lane and is left out.
+        mix = torch.stack([(w.to(torch.complex128) @ self.white)[:-1] for w, _ in rotary])
+        return Lanes(mix, self.frequencies[[index for _, index in rotary]].float())
+
+
+def choose_frequencies(pursuits: list[Pursuit], *, count: int, latent: int, importance: list[float]) -> list[int]:
+    """Frequencies for ``count`` rotary lanes that all layers share, each layer having ``latent`` lanes at none first.
+
+    ``importance`` weighs the layers' gains against each other. A few layers of a model speak for all.
+    """
+    for pursuit in pursuits:
+        pursuit.take_latent(latent)
+    chosen = []
+    for _ in range(count):
+        gain = torch.stack([weight * pursuit.gains() for weight, pursuit in zip(importance, pursuits)]).sum(0)
+        chosen.append(int(gain[:-1].argmax()))
+        for pursuit in pursuits:
+            pursuit.take(chosen[-1])
+    return chosen
+
+
+def lanes_at(pursuit: Pursuit, frequencies: list[int], *, latent: int) -> Lanes:
+    """One layer's lanes at frequencies that were chosen, in their order."""
+    pursuit.take_latent(latent)
+    for index in frequencies:
+        pursuit.take(index)
+    return pursuit.lanes()

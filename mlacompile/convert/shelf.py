@@ -1,0 +1,50 @@
+"""Layers that take long to make, on disk as soon as they are made: a run that was killed does not make them again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlacompile.checkpoint import CheckpointReader
+from mlacompile.convert.form import MLALayer
+from mlacompile.errors import CheckpointError
+
+
+class Shelf:
+    """Latent layers by number, in a folder that belongs to one conversion (``CheckpointWriter.scratch``)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __contains__(self, i: int) -> bool:
+        """Whether layer ``i`` is there, whole."""
+        try:
+            CheckpointReader(self._file(i))
+        except CheckpointError:
+            return False
+        return True
+
+    def put(self, i: int, layer: MLALayer) -> None:
+        """Keep layer ``i``, in place of an earlier one."""
+        values = {name: value.contiguous() for name, value in vars(layer).items() if isinstance(value, Tensor)}
+        # float64, because the scale of the scores is part of what a lossless layer is.
+        values["scale"] = torch.tensor(layer.scale, dtype=torch.float64)
+        unnamed = self._file(i).with_suffix(".tmp")
+        save_file(values, unnamed)
+        with unnamed.open("rb") as stream:
+            os.fsync(stream.fileno())
+        unnamed.rename(self._file(i))
+
+    def get(self, i: int) -> MLALayer:
+        """Layer ``i``. Raises ``CheckpointError`` if it is not there."""
+        reader = CheckpointReader(self._file(i))
+        values = {name: reader.read(name) for name in reader.tensors if name != "scale"}
+        absent: dict[str, Tensor | None] = {"b_q": None, "b_dkv": None, "b_kr": None, "b_o": None}
+        return MLALayer(**{**absent, **values}, scale=reader.read("scale").item())  # type: ignore[arg-type]
+
+    def _file(self, i: int) -> Path:
+        return self._folder / f"layer-{i:05d}.safetensors"

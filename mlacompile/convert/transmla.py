@@ -1,0 +1,84 @@
+"""The baseline: TransMLA (arXiv 2502.07864), from the second moment of the layer input alone.
+
+Heads are rotated into each other, frequency by frequency, so that the first component of every rotary pair holds most of
+the keys' energy and alone keeps its rotary embedding (RoRoPE). Neighbouring frequencies may be taken for equal and
+rotated together (FreqFold). What is left of the keys stands beside the values, balanced in size, and one PCA cuts both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlacompile.convert.form import GQALayer, MLALayer
+from mlacompile.errors import UnsupportedInputError
+
+_DAMPING = 0.01  # of the mean diagonal, as the paper's code has it
+
+
+def transmla(layer: GQALayer, moment: Tensor, *, rope_dim: int, rank: int, fold: int = 1, balance: bool = True) -> MLALayer:
+    """``layer`` cut to ``rope_dim`` rotary and ``rank`` latent values a token.
+
+    ``moment [M, M]`` is E[x xᵀ] of the layer input. Of every ``fold`` neighbouring frequencies as many rotary components
+    are kept as ``rope_dim`` allows, at evenly spaced ones of their frequencies. Works in float64, answers in float32.
+
+    Raises UnsupportedInputError for biases on keys or values, and for widths that do not divide.
+    """
+    groups, width, _ = layer.w_k.shape
+    pairs, kept_pairs = width // 2, rope_dim // 2
+    if layer.b_k is not None or layer.b_v is not None:
+        raise UnsupportedInputError("got a layer with biases on keys or values; the TransMLA baseline expects none")
+    if pairs % fold or kept_pairs * fold % pairs:
+        raise UnsupportedInputError(
+            f"got rope_dim {rope_dim} and fold {fold} for heads of {width}; "
+            f"expected fold to divide {pairs}, and a whole number of the components of every fold to be kept"
+        )
+    kept = kept_pairs * fold // pairs
+    w_q, w_k, w_v, moment = (t.double() for t in (layer.w_q, layer.w_k, layer.w_v, moment.to(layer.w_q.device)))
+    heads = w_q.shape[0]
+    group_of = torch.arange(heads, device=w_q.device) // (heads // groups)
+
+    # [buckets, G · fold, 2, M]: in a bucket every (head, frequency) is one complex lane.
+    lanes = w_k.view(groups, 2, pairs // fold, fold, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    energy = torch.einsum("bmcx,xy,bncy->bmn", lanes, moment, lanes)
+    diagonal = energy.diagonal(dim1=-2, dim2=-1)
+    energy = energy + torch.diag_embed(_DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
+    turn = torch.linalg.eigh(energy).eigenvectors.flip(-1)  # [buckets, G · fold, components], greatest first
+    turned = torch.einsum("bmn,bmcx->bncx", turn, lanes)
+
+    w_kr = turned[:, :kept].flatten(0, 2)
+    w_k_nope = turned[:, kept:].flatten(0, 2)
+    # How head h reads component n of a bucket: through the column of its own group, at each of the folded frequencies.
+    read = turn.view(pairs // fold, groups, fold, -1)[:, group_of]  # [buckets, H, fold, components]
+    queries = w_q.view(heads, 2, pairs // fold, fold, -1)
+    q_rope = torch.einsum("bhfn,hcbfx->hbncx", read[..., :kept], queries).flatten(1, 3)
+    # [H, D, components without rotary embedding]
+    k_up = torch.zeros(heads, 2, pairs // fold, fold, pairs // fold, turn.shape[-1] - kept, 2, dtype=w_q.dtype, device=w_q.device)
+    for part in range(2):
+        for bucket in range(pairs // fold):
+            k_up[:, part, bucket, :, bucket, :, part] = read[bucket, :, :, kept:]
+    k_up = k_up.view(heads, width, -1)
+
+    norm_k = torch.einsum("ax,xy,ay->a", w_k_nope, moment, w_k_nope).sqrt()
+    norm_v = torch.einsum("gax,xy,gay->ga", w_v, moment, w_v).sqrt()
+    ratio = (norm_k.mean() / norm_v.mean()).item() if balance and norm_k.numel() else 1.0
+    joint = torch.cat((w_k_nope / ratio, w_v.flatten(0, 1)))
+    basis = torch.linalg.eigh(joint @ moment @ joint.T).eigenvectors.flip(-1)[:, :rank]
+    up_k, up_v = basis[: w_k_nope.shape[0]] * ratio, basis[w_k_nope.shape[0] :].view(groups, width, rank)
+
+    spaced = torch.arange(kept) * (fold // kept) if kept <= fold else torch.arange(kept) % fold
+    inv_freq = layer.inv_freq.view(pairs // fold, fold)[:, spaced].flatten()
+    return MLALayer(
+        w_q=torch.cat((w_q, q_rope), dim=1).float(),
+        w_dkv=(basis.T @ joint).float(),
+        w_kr=w_kr.float(),
+        w_uk=torch.einsum("hda,ar->hdr", k_up, up_k).float(),
+        w_uv=up_v[group_of].float(),
+        w_o=layer.w_o.float(),
+        b_q=None if layer.b_q is None else torch.cat((layer.b_q.double(), torch.zeros_like(q_rope[..., 0])), dim=1).float(),
+        b_dkv=None,
+        b_kr=None,
+        b_o=layer.b_o,
+        inv_freq=inv_freq,
+        scale=layer.scale,
+    )

@@ -1,0 +1,55 @@
+"""Lanes go where rotation matters, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mlacompile.convert.calibrate import sample_pairs
+from mlacompile.convert.rotate import Pursuit, choose_frequencies, lanes_at
+from tests.convert.layers import random_input, random_layer
+
+
+def test_the_frequency_that_keys_and_queries_use_is_chosen() -> None:
+    layer, x = random_layer(), random_input()
+    only = torch.zeros(8)
+    only[[2, 6]] = 1.0  # the pair of frequency 2
+    layer = replace(
+        layer,
+        w_k=layer.w_k * only[:, None],
+        inv_freq=torch.tensor([2.9, 1.7, 0.9, 0.1]),
+    )
+    pursuit = Pursuit(sample_pairs(layer, x), layer.inv_freq)
+    assert choose_frequencies([pursuit], count=1, latent=0, importance=[1.0]) == [2]
+
+
+def test_what_hardly_turns_gets_no_lane() -> None:
+    layer, x = random_layer(), random_input()
+    layer = replace(layer, inv_freq=torch.tensor([1.0, 1e-7, 1e-7, 1e-7]))
+    pairs = sample_pairs(layer, x)
+    pursuit = Pursuit(pairs, layer.inv_freq)
+    pursuit.take_latent(6)
+    gains = pursuit.gains()
+    assert gains[0] > 10 * gains[1:].max()
+
+
+def test_each_lane_captures_more_and_lanes_are_complex_mixtures_of_all_heads() -> None:
+    layer, x = random_layer(), random_input()
+    pursuit = Pursuit(sample_pairs(layer, x), layer.inv_freq)
+    left = []
+    for index in (0, 1, 2, 3, 0):
+        left.append(pursuit.residual.abs().square().sum().item())
+        pursuit.take(index)
+    assert left == sorted(left, reverse=True)
+    lanes = pursuit.lanes()
+    assert lanes.mix.shape == (5, 2 * 4)
+    torch.testing.assert_close(lanes.inv_freq, layer.inv_freq[[0, 1, 2, 3, 0]])
+
+
+def test_the_same_seed_chooses_the_same() -> None:
+    layer, x = random_layer(), random_input()
+    first, second = (
+        lanes_at(Pursuit(sample_pairs(layer, x, seed=3), layer.inv_freq), [0, 1], latent=2) for _ in range(2)
+    )
+    assert torch.equal(first.mix, second.mix)

@@ -22,6 +22,7 @@ from mlacompile.passes.cone import dynamic_nodes
 from mlacompile.passes.hoist import Hoisted, hoist
 from mlacompile.passes.quantize import Policy, quantize
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
+from mlacompile.passes.see_through import put_back, see_through
 from mlacompile.passes.share import share_heads
 from mlacompile.passes.source import source_of
 from mlacompile.passes.stored import stored_layout
@@ -61,6 +62,7 @@ class Pipeline:
         with self.stage("canonicalize"):
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
             weights = self._weights(gm)
+            in_fp8 = see_through(gm.graph, dynamic_nodes(gm.graph, weights))
             left = canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)) + opaque_attention(gm.graph)
             share_heads(gm.graph, (a for node in attention_nodes(gm.graph) for a in node.args[1:3]))  # type: ignore[misc]
             for node, reason in left:
@@ -70,6 +72,7 @@ class Pipeline:
         with self.stage("recognize"):
             found = list(Recognizer(gm.graph, weights).find())
         self._rewrite(gm, found)
+        put_back(gm.graph, in_fp8)
         _remove_dead(gm)
         gm.graph.lint()
         gm.recompile()

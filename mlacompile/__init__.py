@@ -1,7 +1,7 @@
 """Latent attention, free to use: ``torch.compile(model, backend="mlacompile")`` decodes on the latent cache.
 
 Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``, ``LatentCache``,
-``convert``. Each is imported when first used, so that importing the package costs nothing.
+``convert``, ``quantize``. Each is imported when first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlacompile.checkpoint.fp8 import quantize as quantize
     from mlacompile.compiler import backend as backend
     from mlacompile.convert.conversion import convert as convert
     from mlacompile.explainer import explain as explain
@@ -30,6 +31,7 @@ _HOMES = {
     "Options": "mlacompile.options",
     "Report": "mlacompile.report",
     "last_report": "mlacompile.report",
+    "quantize": "mlacompile.checkpoint.fp8",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -18,8 +18,10 @@ from torch.fx import GraphModule
 
 from mlacompile.errors import OptionsError
 from mlacompile.logs import dump_graph, log
+from mlacompile.lowering.derived import with_derived
 from mlacompile.lowering.inductor import compile_rest
 from mlacompile.lowering.place import place
+from mlacompile.lowering.select import slower_in_fp8
 from mlacompile.options import Options, check_mode
 from mlacompile.passes.canonicalize import canonicalize_sdpa, may_hold_attention
 from mlacompile.passes.functionalize import carry_dynamo_marks, functionalize, nested_context
@@ -88,9 +90,10 @@ def compile_graph(
         )
         _warn_once(note)
         return finish(gm, example_inputs), Report(notes=(note,))
-    if not may_hold_attention(gm):
+    if options.fp8 == "off" and not may_hold_attention(gm):
         return finish(gm, example_inputs), Report()
-    pipeline = Pipeline(options, [_is_weight(n, x) for n, x in _inputs(gm, example_inputs)], f"graph{next(_graphs)}")
+    parameters = [_is_weight(n, x) for n, x in _inputs(gm, example_inputs)]
+    pipeline = Pipeline(options, parameters, f"graph{next(_graphs)}", slower_in_fp8=slower_in_fp8)
     dump_graph(options.dump, pipeline.name, "0-dynamo", gm)
     canonical = canonicalize_sdpa(gm)
     carry_dynamo_marks(gm, canonical)
@@ -103,10 +106,10 @@ def compile_graph(
         with pipeline.stage("lower"):
             for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes).items():
                 pipeline.served(node, kernel, passed)
-        dump_graph(options.dump, pipeline.name, "5-lowered", rewritten)
+        dump_graph(options.dump, pipeline.name, "6-lowered", rewritten)
         carry_dynamo_marks(canonical, rewritten)
         with pipeline.stage("compile the rest"), nested_context(rewritten):
-            return finish(rewritten, inputs)
+            return with_derived(finish(rewritten, [*inputs, *pipeline.derived]), pipeline.hoisted)
 
     try:
         with pipeline.stage("all"):

@@ -16,11 +16,11 @@ from mlacompile.errors import OptionsError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("auto", "absorbed", "expanded"),
-    "fp8": ("off", "weights", "absorb", "all"),
     "verify": ("off", "compile", "first-call"),
     "rest": ("inductor", "eager"),
     "kernel": ("auto", "triton", "cpu", "reference"),
 }
+FP8_MODES = ("off", "weights")
 #: Modes of ``torch.compile`` that a caller such as ``generate()`` may pass along.
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
@@ -30,7 +30,9 @@ class Options:
     """Options of the backend.
 
     form: "auto" absorbs where that is cheaper (decode) and leaves prefill expanded; the others force one form.
-    fp8: which products run in FP8. Not available yet: anything but "off" is an error.
+    fp8: "weights" runs products with weights in FP8 where that is faster and safe (weights are quantized once and kept
+        beside the originals). A mapping from patterns of sources (``file:line``, or the path of a module) to "weights"
+        or "off" asks for single ones, faster or not; the first pattern that matches counts.
     cudagraphs: replay the compiled step from a CUDA graph. None: yes on CUDA with static shapes.
     verify: "compile" checks every rewrite in float64 on small stand-in lengths while compiling; "first-call" also
     runs the
@@ -42,7 +44,7 @@ class Options:
     """
 
     form: str = "auto"
-    fp8: str = "off"
+    fp8: str | Mapping[str, str] = "off"
     cudagraphs: bool | None = None
     verify: str = "compile"
     strict: bool = False
@@ -55,14 +57,31 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise OptionsError(f"option {name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
-        if self.fp8 != "off":
-            raise OptionsError(f"option fp8={self.fp8!r}: FP8 is not implemented yet; use fp8='off'")
+        self._check_fp8()
         if not isinstance(self.strict, bool):
             raise OptionsError(f"option strict={self.strict!r}: expected True or False")
         if self.cudagraphs is not None and not isinstance(self.cudagraphs, bool):
             raise OptionsError(f"option cudagraphs={self.cudagraphs!r}: expected True, False or None (automatic)")
         if self.dump is not None and not isinstance(self.dump, (str, Path)):
             raise OptionsError(f"option dump={self.dump!r}: expected the path of a folder")
+
+    def _check_fp8(self) -> None:
+        modes = self.fp8.values() if isinstance(self.fp8, Mapping) else [self.fp8]
+        for mode in modes:
+            if mode in ("absorb", "all"):
+                raise OptionsError(
+                    f"option fp8={self.fp8!r}: absorbed products in FP8 are not there yet; use 'weights'"
+                )
+            if mode not in FP8_MODES:
+                raise OptionsError(
+                    f"option fp8={self.fp8!r}: expected one of {', '.join(map(repr, FP8_MODES))}, or a mapping from "
+                    "patterns of sources to these"
+                )
+        if self.fp8 != "off" and self.verify == "first-call":
+            raise OptionsError(
+                "verify='first-call' allows for rounding in the dtype of the model, and FP8 rounds more: use "
+                "verify='compile' with fp8"
+            )
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None) -> Options:

@@ -1,4 +1,4 @@
-"""The command line: `mlacompile explain`, `convert`, `doctor`, `demo`; one file a command.
+"""The command line: `mlacompile explain`, `convert`, `quantize`, `doctor`, `demo`; one file a command.
 
 Exit codes: 0 all is well, 1 the answer is no (nothing absorbed, a site refused under --strict, no usable
 backend), 2 the question could not be understood (a bad path, configuration or option).
@@ -16,6 +16,7 @@ from mlacompile.cli.convert import convert
 from mlacompile.cli.demo import demo
 from mlacompile.cli.doctor import doctor
 from mlacompile.cli.explain import explain
+from mlacompile.cli.quantize import quantize
 from mlacompile.errors import MLACompileError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(explain)
 app.command()(convert)
+app.command()(quantize)
 app.command()(doctor)
 app.command()(demo)
 

@@ -45,6 +45,14 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
     return "inductor", passed
 
 
+def slower_in_fp8(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why ``x @ weight.T`` would not be faster in FP8 here, or None."""
+    passed = [reason for kernel in registry.kernels("fp8_linear") for reason in kernel.supports(x, weight)]
+    if passed or not registry.kernels("fp8_linear"):
+        return passed[0] if passed else f"no kernel makes FP8 products faster on {x.device.type}"
+    return None
+
+
 def place_kernels(gm: GraphModule, chosen: dict[Node, str]) -> None:
     """Write the choice into the graph: a kernel's name, or the reference body in place of the op."""
     for node, name in chosen.items():

@@ -33,8 +33,9 @@ def functionalize(gm: GraphModule, example_inputs: Sequence[Any], then: Stage) -
 
     def compile_functional(graph: GraphModule, inputs: Sequence[Any]) -> Compiled:
         context = TracingContext.try_get()
+        plain = context is not None and _is_plain(context.fw_metadata, gm, graph)  # before inputs are added to it
         compiled = then(graph, inputs)
-        if context is not None and _is_plain(context.fw_metadata, gm, graph):
+        if plain:
             direct.append(compiled)
         return make_boxed_func(compiled)  # type: ignore[no-any-return]
 
@@ -63,11 +64,13 @@ def carry_dynamo_marks(source: GraphModule, target: GraphModule) -> None:
     """
     before = source.graph.find_nodes(op="placeholder")
     after = target.graph.find_nodes(op="placeholder")
-    if len(before) != len(after) or "dynamo_compile_id" not in source.meta:
+    if len(before) > len(after) or "dynamo_compile_id" not in source.meta:
         return
     target.meta["dynamo_compile_id"] = source.meta["dynamo_compile_id"]
     target._param_name_to_source = getattr(source, "_param_name_to_source", {})  # type: ignore[assignment]
-    for old, new in zip(before, after, strict=True):
+    for new in after[len(before) :]:  # hoisted values, which bring their own marks
+        new._dynamo_source = None
+    for old, new in zip(before, after, strict=False):
         new._dynamo_source = getattr(old, "_dynamo_source", None)
         if "tensor_dict" in old.meta:
             new.meta["tensor_dict"] = old.meta["tensor_dict"]

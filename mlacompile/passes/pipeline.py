@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,10 @@ from mlacompile.passes.absorb import absorb, choose_form, refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import attention_nodes, canonicalize_softmax, opaque_attention, restore
 from mlacompile.passes.cone import dynamic_nodes
+from mlacompile.passes.hoist import Hoisted, hoist
+from mlacompile.passes.quantize import Policy, quantize
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
+from mlacompile.passes.see_through import put_back, see_through
 from mlacompile.passes.share import share_heads
 from mlacompile.passes.source import source_of
 from mlacompile.passes.stored import stored_layout
@@ -32,6 +35,8 @@ class Pipeline:
     """One graph on its way from functional ATen to a graph that is rewritten, and ready to be lowered.
 
     parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
+    hoisted, derived: what was taken out of the graph because it depends on weights alone, and examples of the inputs
+    that the graph has instead. slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
     """
 
     options: Options
@@ -42,6 +47,9 @@ class Pipeline:
     seconds: dict[str, float] = field(default_factory=dict)
     rewritten: int = 0
     decodes: dict[Node, int] = field(default_factory=dict)  # mla_decode node -> index of its site
+    hoisted: list[Hoisted] = field(default_factory=list)
+    derived: list[Any] = field(default_factory=list)
+    slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
 
     def run(self, gm: GraphModule) -> GraphModule:
         """Rewrite ``gm`` in place. What is not rewritten is as it was.
@@ -54,6 +62,7 @@ class Pipeline:
         with self.stage("canonicalize"):
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
             weights = self._weights(gm)
+            in_fp8 = see_through(gm.graph, dynamic_nodes(gm.graph, weights))
             left = canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)) + opaque_attention(gm.graph)
             share_heads(gm.graph, (a for node in attention_nodes(gm.graph) for a in node.args[1:3]))  # type: ignore[misc]
             for node, reason in left:
@@ -63,12 +72,14 @@ class Pipeline:
         with self.stage("recognize"):
             found = list(Recognizer(gm.graph, weights).find())
         self._rewrite(gm, found)
+        put_back(gm.graph, in_fp8)
         _remove_dead(gm)
         gm.graph.lint()
         gm.recompile()
         dump_graph(self.options.dump, self.name, "4-absorbed", gm)
         if self.options.strict:
             self._raise_refused()
+        self._quantize(gm, weights)
         return gm
 
     def served(self, node: Node, kernel: str, passed: Sequence[str]) -> None:
@@ -136,6 +147,18 @@ class Pipeline:
             self.rewritten += 1
             self.decodes[decode] = len(self.sites)
             self.sites.append(_absorbed(site, why))
+
+    def _quantize(self, gm: GraphModule, weights: set[Node]) -> None:
+        """FP8 where it is asked for, and out of the graph what depends on weights alone."""
+        if self.options.fp8 != "off":
+            with self.stage("quantize"):
+                products, remarks = quantize(gm.graph, weights, Policy(self.options.fp8, self.slower_in_fp8))
+            self.rewritten += products
+            self.notes += remarks
+        with self.stage("hoist"):
+            self.hoisted, self.derived = hoist(gm, weights)
+        if self.options.fp8 != "off":
+            dump_graph(self.options.dump, self.name, "5-quantized", gm)
 
     def _validate(self, site: MLASite, known: dict[Any, Verdict]) -> Verdict | None:
         if self.options.verify == "off":

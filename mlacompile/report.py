@@ -21,7 +21,10 @@ class Site:
 
     status: "absorbed" (decodes on the latent), "expanded" (recognised, left in expanded form) or "refused" (not
     rewritten). reason: why it has this status, in words a user can act on. source: file:line in the user's model.
-    kernel: what computes it. queries, context: tokens as text, symbolic where they vary.
+    kernel: what computes it. queries, context: tokens as text, symbolic where they vary. sees: which tokens a query
+    sees, in words.
+    flops, bytes, seconds: what one call is predicted to cost on ``hardware``, in this form; instead: other forms and
+    their seconds. None and empty where nothing was predicted.
     """
 
     status: str
@@ -33,6 +36,27 @@ class Site:
     kv_layout: KVLayout | None = None
     queries: str = ""
     context: str = ""
+    sees: str = ""
+    flops: float | None = None
+    bytes: float | None = None
+    seconds: float | None = None
+    hardware: str = ""
+    instead: tuple[tuple[str, float], ...] = ()
+
+    def predicted(self) -> str:
+        """FLOPs, bytes and time of one call in a line, and what the other forms would take; "" when not predicted."""
+        if self.flops is None or self.bytes is None or self.seconds is None:
+            return ""
+        others = "".join(f"; {form} {duration(seconds)}" for form, seconds in self.instead)
+        return f"{duration(self.seconds)} ({self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB){others}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people write it: 12.3 µs, 4.56 ms, 1.2 s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,7 @@ class Report:
         return out.getvalue()
 
 
-_HEADINGS = ("ops", "status", "attention", "tokens", "kernel", "cache", "source", "why")
+_HEADINGS = ("ops", "status", "attention", "tokens", "kernel", "cache", "predicted", "source", "why")
 
 
 def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
@@ -144,9 +168,10 @@ def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
             str(n),
             s.status,
             str(s.geometry or "not latent attention"),
-            f"{s.queries} × {s.context}" if s.queries else "",
+            (f"{s.queries} × {s.context}" if s.queries else "") + (f", {s.sees}" if s.sees else ""),
             s.kernel,
             str(s.kv_layout or ""),
+            s.predicted(),
             s.source,
             s.reason,
         )

@@ -11,6 +11,7 @@ R·(N+V) for each token. With the rates of a device it is where two sums of maxi
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import sympy
 from sympy import Expr
@@ -51,16 +52,25 @@ def flops_border_of(geometry: MLAGeometry, context: int | None = None) -> float:
 
 @cache
 def border(
-    geometry: MLAGeometry, batch: int, context: int, dtype: str, hardware: Hardware, expanded: str = "expanded"
+    geometry: MLAGeometry,
+    batch: int,
+    context: int,
+    dtype: str,
+    hardware: Hardware,
+    expanded: str = "expanded",
+    masked: bool = False,
+    opaque: bool = False,
 ) -> int:
     """The largest number of queries, the last of ``context`` tokens, that is predicted to be cheaper absorbed.
 
-    0: never; ``NEVER_EXPAND``: always. expanded: which expanded form it is compared with.
+    0: never; ``NEVER_EXPAND``: always. expanded: which expanded form it is compared with. masked, opaque: the expanded
+    and the absorbed form compute every pair, under a mask in memory.
     """
 
     def absorbed_wins(queries: int) -> bool:
-        sizes = {"batch": batch, "queries": queries, "context": context, "dtype": dtype, "hardware": hardware}
-        one, other = (predict(form, geometry, **sizes) for form in ("absorbed", expanded))  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {"batch": batch, "queries": queries, "context": context, "dtype": dtype}
+        one = predict("absorbed", geometry, hardware=hardware, masked=opaque, **sizes)
+        other = predict(expanded, geometry, hardware=hardware, masked=masked, **sizes)
         return one.seconds <= other.seconds
 
     low, high = 1, context

@@ -63,7 +63,7 @@ def predict(
 
     Args:
         form: "absorbed", "expanded" or "chunked". queries, context: tokens; the queries are the last of the context.
-        dtype: of weights, cache and activations. masked: the expanded forms run under a mask in memory.
+        dtype: of weights, cache and activations. masked: every pair is computed, under a mask in memory.
         chunk: tokens expanded at a time; None: what ``chunk_tokens`` says.
     """
     g, size = geometry, _BYTES.get(dtype, 2)

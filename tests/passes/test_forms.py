@@ -16,6 +16,7 @@ from mlacompile import backend, compiler, last_report
 from mlacompile.cost import border
 from mlacompile.cost.hardware import TABLE
 from mlacompile.kernels.mla_prefill import chunked
+from mlacompile.lowering.cudagraphs import replayable
 from mlacompile.testing.models import random_tokens, static_cache, tiny_model
 from tests.spellings import Attention, Spelling
 
@@ -134,6 +135,22 @@ def test_a_prompt_is_a_square_of_its_own_length(
     seen.clear()
     same(model, run, torch.randn(2, 20, 24), torch.tensor(40))
     assert seen == [(20, 40, None, False), (20, 20, None, True)], "a cached prefix, then a square"
+
+
+def test_no_cuda_graph_is_recorded_around_a_prompt(compiled: Callable[..., Run]) -> None:
+    for form, queries, recorded in (("expanded", 40, False), ("absorbed", 1, True)):
+        torch._dynamo.reset()
+        run = compiled(module(), form=form)
+        run.run(torch.randn(2, queries, 24), torch.tensor(0))
+        assert replayable(run.graphs[-1]) is recorded
+
+
+def test_a_prompt_through_inductor() -> None:
+    model = module()
+    run = torch.compile(model, backend=backend, options={"form": "expanded"})
+    for queries in (40, 33, 20):  # the second number is compiled for all others
+        same(model, Run([], run), torch.randn(2, queries, 24), torch.tensor(0))
+    assert last_report().sites[0].form == "chunked"
 
 
 def test_a_padded_prompt_keeps_a_mask_of_tokens(compiled: Callable[..., Run]) -> None:

@@ -48,7 +48,13 @@ class Site:
         if self.flops is None or self.bytes is None or self.seconds is None:
             return ""
         others = "".join(f"; {form} {duration(seconds)}" for form, seconds in self.instead)
-        return f"{duration(self.seconds)} ({self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB){others}"
+        sizes = f"{_short(self.flops / 1e9)} GFLOP, {_short(self.bytes / 2**20)} MiB"
+        return f"{duration(self.seconds)} on {self.hardware} ({sizes}){others}"
+
+
+def _short(value: float) -> str:
+    """Three digits or all before the point, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -135,16 +141,22 @@ class Report:
         )
 
     def render(self) -> Any:
-        """A rich renderable: one row for each run of equal sites."""
+        """A rich renderable: a paragraph for each run of equal sites."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"mlacompile: {self.summary()}", title_justify="left", show_lines=False)
-        for heading in _HEADINGS:
-            table.add_column(heading, overflow="fold")
+        table = Table(title=f"mlacompile: {self.summary()}", title_justify="left", show_header=False, show_lines=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for cells in _grouped_rows(self.sites):
-            table.add_row(*(Text(c) for c in cells), style=_COLOURS.get(cells[1], ""))
+            lines = [(name, cell) for name, cell in zip(_HEADINGS[2:], cells[2:], strict=True) if cell]
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            for name, cell in lines:
+                grid.add_row(Text(name, style="dim"), Text(cell))
+            table.add_row(Text(f"{cells[0]} {cells[1]}", style=_COLOURS.get(cells[1], "")), grid)
         return Group(table, *(Text(f"note: {n}") for n in self.notes))
 
     def __str__(self) -> str:
@@ -155,7 +167,7 @@ class Report:
         return out.getvalue()
 
 
-_HEADINGS = ("ops", "status", "attention", "tokens", "kernel", "cache", "predicted", "source", "why")
+_HEADINGS = ("ops", "status", "found at", "attention", "tokens", "form", "kernel", "cache", "predicted", "why")
 
 
 def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
@@ -167,12 +179,13 @@ def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
         (
             str(n),
             s.status,
+            s.source,
             str(s.geometry or "not latent attention"),
             (f"{s.queries} × {s.context}" if s.queries else "") + (f", {s.sees}" if s.sees else ""),
+            s.form,
             s.kernel,
             str(s.kv_layout or ""),
             s.predicted(),
-            s.source,
             s.reason,
         )
         for s, n in groups.items()

@@ -30,13 +30,21 @@ def flops_border() -> Expr:
     every = {forms.PAIRS: forms.S * forms.T}
     difference = forms.flops("absorbed").subs(every) - forms.flops("expanded").subs(every)
     (solution,) = sympy.solve(sympy.expand(difference / (2 * forms.B * forms.H)), forms.S)
-    return sympy.factor(solution)
+    above, below = sympy.fraction(sympy.factor(solution))
+    return _with_plus(above) / sympy.collect(sympy.expand(_with_plus(below)), forms.T)
+
+
+def _with_plus(formula: Expr) -> Expr:
+    """The formula or its negative, whichever is positive for a rank that exceeds the widths of heads."""
+    sample = {forms.R: 512, forms.N: 128, forms.V: 128, forms.T: 4096}
+    return formula if formula.subs(sample) > 0 else -formula
 
 
 @cache
 def long_context_border() -> Expr:
     """The same for a context much longer than the number of queries."""
-    return sympy.simplify(sympy.limit(flops_border(), forms.T, sympy.oo))
+    above, below = sympy.fraction(sympy.factor(sympy.limit(flops_border(), forms.T, sympy.oo)))
+    return _with_plus(above) / _with_plus(below)
 
 
 def flops_border_of(geometry: MLAGeometry, context: int | None = None) -> float:

@@ -87,12 +87,13 @@ def choose_form(site: MLASite, options: Options) -> Choice:
     seen, at = understand(site.attention), _Lengths.of(site)
     q = site.attention.q.meta["val"]
     hardware = find_hardware(q.device, options.hardware)
-    chunk = chunk_tokens(site.geometry, at.batch, q.dtype.itemsize)
+    chunk = chunk_tokens(site.geometry, q.dtype.itemsize)
     expanded = _expanded(site, seen, chunk)
     costs = _costs(site, at, hardware, seen, expanded, chunk)
     limit = border(site.geometry, at.batch, at.context, at.dtype, hardware, expanded.form, expanded.masked, seen.opaque)
     cheap, dear = f"cheaper {_border(limit)} on {hardware.name}", costs[::-1]
-    several = f"{at.queries} query tokens" if isinstance(queries, int) else f"a varying number of queries ({queries})"
+    several = f"{queries} query token{'s' * (queries != 1)}"
+    several = several if isinstance(queries, int) else f"a varying number of queries ({queries})"
     choice = Choice("absorbed", "absorbed", "", absorb, seen.describe(), costs=costs, hardware=hardware.name)
     if options.form == "expanded" or (options.form == "auto" and at.queries > limit):
         choice = replace(expanded, costs=dear, hardware=hardware.name)

@@ -40,6 +40,9 @@ class Options:
     strict: a refused attention op raises instead of staying as it was.
     dump: a folder that receives the graph after every stage, as readable Python.
     rest: who runs the rest of the graph.
+    hardware: whose rates the choice of a form reckons with: a name of the table in ``mlacompile/cost/hardware.py``
+    or a TOML
+        file. None: what ``MLACOMPILE_HARDWARE`` says, else the device that attention runs on.
     kernel: which implementation serves ``mla_decode``; "auto" takes the best that supports the shape.
     """
 
@@ -51,6 +54,7 @@ class Options:
     dump: str | Path | None = None
     rest: str = "inductor"
     kernel: str = "auto"
+    hardware: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -62,6 +66,8 @@ class Options:
             raise OptionsError(f"option strict={self.strict!r}: expected True or False")
         if self.cudagraphs is not None and not isinstance(self.cudagraphs, bool):
             raise OptionsError(f"option cudagraphs={self.cudagraphs!r}: expected True, False or None (automatic)")
+        if self.hardware is not None and not isinstance(self.hardware, (str, Path)):
+            raise OptionsError(f"option hardware={self.hardware!r}: expected a name or the path of a TOML file")
         if self.dump is not None and not isinstance(self.dump, (str, Path)):
             raise OptionsError(f"option dump={self.dump!r}: expected the path of a folder")
 

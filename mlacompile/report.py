@@ -21,7 +21,10 @@ class Site:
 
     status: "absorbed" (decodes on the latent), "expanded" (recognised, left in expanded form) or "refused" (not
     rewritten). reason: why it has this status, in words a user can act on. source: file:line in the user's model.
-    kernel: what computes it. queries, context: tokens as text, symbolic where they vary.
+    kernel: what computes it. queries, context: tokens as text, symbolic where they vary. sees: which tokens a query
+    sees, in words.
+    flops, bytes, seconds: what one call is predicted to cost on ``hardware``, in this form; instead: other forms and
+    their seconds. None and empty where nothing was predicted.
     """
 
     status: str
@@ -33,6 +36,33 @@ class Site:
     kv_layout: KVLayout | None = None
     queries: str = ""
     context: str = ""
+    sees: str = ""
+    flops: float | None = None
+    bytes: float | None = None
+    seconds: float | None = None
+    hardware: str = ""
+    instead: tuple[tuple[str, float], ...] = ()
+
+    def predicted(self) -> str:
+        """FLOPs, bytes and time of one call in a line, and what the other forms would take; "" when not predicted."""
+        if self.flops is None or self.bytes is None or self.seconds is None:
+            return ""
+        others = "".join(f"; {form} {duration(seconds)}" for form, seconds in self.instead)
+        sizes = f"{_short(self.flops / 1e9)} GFLOP, {_short(self.bytes / 2**20)} MiB"
+        return f"{duration(self.seconds)} on {self.hardware} ({sizes}){others}"
+
+
+def _short(value: float) -> str:
+    """Three digits or all before the point, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people write it: 12.3 µs, 4.56 ms, 1.2 s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
 
 
 @dataclass(frozen=True)
@@ -111,16 +141,22 @@ class Report:
         )
 
     def render(self) -> Any:
-        """A rich renderable: one row for each run of equal sites."""
+        """A rich renderable: a paragraph for each run of equal sites."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"mlacompile: {self.summary()}", title_justify="left", show_lines=False)
-        for heading in _HEADINGS:
-            table.add_column(heading, overflow="fold")
+        table = Table(title=f"mlacompile: {self.summary()}", title_justify="left", show_header=False, show_lines=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for cells in _grouped_rows(self.sites):
-            table.add_row(*(Text(c) for c in cells), style=_COLOURS.get(cells[1], ""))
+            lines = [(name, cell) for name, cell in zip(_HEADINGS[2:], cells[2:], strict=True) if cell]
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            for name, cell in lines:
+                grid.add_row(Text(name, style="dim"), Text(cell))
+            table.add_row(Text(f"{cells[0]} {cells[1]}", style=_COLOURS.get(cells[1], "")), grid)
         return Group(table, *(Text(f"note: {n}") for n in self.notes))
 
     def __str__(self) -> str:
@@ -131,7 +167,7 @@ class Report:
         return out.getvalue()
 
 
-_HEADINGS = ("ops", "status", "attention", "tokens", "kernel", "cache", "source", "why")
+_HEADINGS = ("ops", "status", "found at", "attention", "tokens", "form", "kernel", "cache", "predicted", "why")
 
 
 def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
@@ -143,11 +179,13 @@ def _grouped_rows(sites: Iterable[Site]) -> list[tuple[str, ...]]:
         (
             str(n),
             s.status,
+            s.source,
             str(s.geometry or "not latent attention"),
-            f"{s.queries} × {s.context}" if s.queries else "",
+            (f"{s.queries} × {s.context}" if s.queries else "") + (f", {s.sees}" if s.sees else ""),
+            s.form,
             s.kernel,
             str(s.kv_layout or ""),
-            s.source,
+            s.predicted(),
             s.reason,
         )
         for s, n in groups.items()

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from mlacompile.errors import UnsupportedInputError
+
 if TYPE_CHECKING:
     from mlacompile.report import Report
 
@@ -56,6 +58,16 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
     strict: Annotated[bool, typer.Option(help="Exit with 1 if any attention was refused.")] = False,
+    queries: Annotated[
+        int | None,
+        typer.Option(min=1, help="New tokens in one call, on a cache of --context tokens; overrides --phase."),
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Whose rates to reckon with: h200, h100, a100, cpu or a TOML file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the roofline and where the forms cross, as a PNG.")
+    ] = None,
 ) -> None:
     """Show what mlacompile would rewrite in a model, site by site, and the reason for every site it would not."""
     from mlacompile.testing import models
@@ -63,12 +75,23 @@ def explain(
     _quiet_transformers()
     config = models.load_config(model)
     total, kept = models.shorten(config, layers)
-    report = _report(config, batch, context, phase, attn, dtype)
+    queries = queries or (1 if phase is Phase.decode else context)
+    if queries > context:
+        raise UnsupportedInputError(f"--queries {queries}: they do not fit into a cache of --context {context} tokens")
+    report = _report(config, batch, context, queries, attn, dtype, hardware)
     if html is not None:
         html.write_text(report.to_html())
+    if plot is not None:
+        _draw(report, plot, batch, context, dtype, hardware)
     if as_json:
         about = {"model_type": config.model_type, "layers": total, "layers_built": kept, "batch": batch}
-        about |= {"context": context, "phase": phase.value, "attn": attn.value, "dtype": dtype.value}
+        about |= {
+            "context": context,
+            "queries": queries,
+            "phase": phase.value,
+            "attn": attn.value,
+            "dtype": dtype.value,
+        }
         print(json.dumps({**about, "report": _plain(report.to_json())}, indent=2))
     else:
         _show(Console(), config, report, total, kept)
@@ -77,18 +100,34 @@ def explain(
         raise typer.Exit(1)
 
 
-def _report(config: Any, batch: int, context: int, phase: Phase, attn: Attention, dtype: DType) -> Report:
+def _report(
+    config: Any, batch: int, context: int, queries: int, attn: Attention, dtype: DType, hardware: str | None
+) -> Report:
     import torch
 
     import mlacompile
     from mlacompile.testing import models
 
-    decode = phase is Phase.decode
     model = models.build_model(config, attn=attn.value, dtype=getattr(torch, dtype.value), device="meta")
     cache = models.static_cache(model, batch, context)
-    tokens = torch.zeros(batch, 1 if decode else context, dtype=torch.long, device="meta")
+    tokens = torch.zeros(batch, queries, dtype=torch.long, device="meta")
     with torch.no_grad():
-        return mlacompile.explain(model, input_ids=tokens, past_key_values=cache)
+        return mlacompile.explain(model, input_ids=tokens, past_key_values=cache, options={"hardware": hardware})
+
+
+def _draw(report: Report, target: Path, batch: int, context: int, dtype: DType, hardware: str | None) -> None:
+    """One picture of the first latent attention; the others of a model are alike."""
+    import torch
+
+    from mlacompile.cost import find_hardware
+    from mlacompile.cost.plot import draw
+
+    geometry = next((site.geometry for site in report.sites if site.geometry is not None), None)
+    if geometry is None:
+        raise UnsupportedInputError("--plot: there is no latent attention in this model to draw")
+    rates = find_hardware(torch.device("meta"), hardware)
+    contexts = sorted({max(2, context // 8), context})
+    draw(geometry, target, batch=batch, contexts=contexts, dtype=dtype.value, hardware=rates)
 
 
 def _show(console: Console, config: Any, report: Report, total: int, kept: int) -> None:
@@ -98,10 +137,26 @@ def _show(console: Console, config: Any, report: Report, total: int, kept: int) 
             f"(--layers {total} builds all)."
         )
     console.print(report.render())
+    _show_costs(console, report)
     if not report.sites:
         console.print("[yellow]No attention was found in this model.[/]")
     elif not report.absorbed + report.expanded:
         console.print("[yellow]No latent attention was found: the model would run as it is, compiled by Inductor.[/]")
+
+
+def _show_costs(console: Console, report: Report) -> None:
+    """Where the forms of each kind of attention cross, counting FLOPs alone."""
+    from mlacompile.cost.border import flops_border, flops_border_of, long_context_border
+
+    geometries = dict.fromkeys(site.geometry for site in report.sites if site.geometry is not None)
+    if not geometries:
+        return
+    border, limit = flops_border(), long_context_border()
+    console.print(
+        f"Both forms need the same FLOPs at S = {border} queries, on a long context {limit}:", highlight=False
+    )
+    for geometry in geometries:
+        console.print(f"  {geometry}: {flops_border_of(geometry):.4g}", highlight=False)
 
 
 def _plain(found: Any) -> Any:

@@ -11,6 +11,7 @@ R·(N+V) for each token. With the rates of a device it is where two sums of maxi
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import sympy
 from sympy import Expr
@@ -29,13 +30,21 @@ def flops_border() -> Expr:
     every = {forms.PAIRS: forms.S * forms.T}
     difference = forms.flops("absorbed").subs(every) - forms.flops("expanded").subs(every)
     (solution,) = sympy.solve(sympy.expand(difference / (2 * forms.B * forms.H)), forms.S)
-    return sympy.factor(solution)
+    above, below = sympy.fraction(sympy.factor(solution))
+    return _with_plus(above) / sympy.collect(sympy.expand(_with_plus(below)), forms.T)
+
+
+def _with_plus(formula: Expr) -> Expr:
+    """The formula or its negative, whichever is positive for a rank that exceeds the widths of heads."""
+    sample = {forms.R: 512, forms.N: 128, forms.V: 128, forms.T: 4096}
+    return formula if formula.subs(sample) > 0 else -formula
 
 
 @cache
 def long_context_border() -> Expr:
     """The same for a context much longer than the number of queries."""
-    return sympy.simplify(sympy.limit(flops_border(), forms.T, sympy.oo))
+    above, below = sympy.fraction(sympy.factor(sympy.limit(flops_border(), forms.T, sympy.oo)))
+    return _with_plus(above) / _with_plus(below)
 
 
 def flops_border_of(geometry: MLAGeometry, context: int | None = None) -> float:
@@ -51,16 +60,25 @@ def flops_border_of(geometry: MLAGeometry, context: int | None = None) -> float:
 
 @cache
 def border(
-    geometry: MLAGeometry, batch: int, context: int, dtype: str, hardware: Hardware, expanded: str = "expanded"
+    geometry: MLAGeometry,
+    batch: int,
+    context: int,
+    dtype: str,
+    hardware: Hardware,
+    expanded: str = "expanded",
+    masked: bool = False,
+    opaque: bool = False,
 ) -> int:
     """The largest number of queries, the last of ``context`` tokens, that is predicted to be cheaper absorbed.
 
-    0: never; ``NEVER_EXPAND``: always. expanded: which expanded form it is compared with.
+    0: never; ``NEVER_EXPAND``: always. expanded: which expanded form it is compared with. masked, opaque: the expanded
+    and the absorbed form compute every pair, under a mask in memory.
     """
 
     def absorbed_wins(queries: int) -> bool:
-        sizes = {"batch": batch, "queries": queries, "context": context, "dtype": dtype, "hardware": hardware}
-        one, other = (predict(form, geometry, **sizes) for form in ("absorbed", expanded))  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {"batch": batch, "queries": queries, "context": context, "dtype": dtype}
+        one = predict("absorbed", geometry, hardware=hardware, masked=opaque, **sizes)
+        other = predict(expanded, geometry, hardware=hardware, masked=masked, **sizes)
         return one.seconds <= other.seconds
 
     low, high = 1, context

@@ -50,7 +50,7 @@ class Step:
 
 @cache
 def steps(form: str, *, masked: bool = False) -> tuple[Step, ...]:
-    """The steps of a form. masked: the expanded form computes every pair, under a mask in memory.
+    """The steps of a form. masked: every pair is computed, under a mask in memory.
 
     Raises:
         KeyError: for a form that is not one of ``FORMS``.
@@ -59,13 +59,13 @@ def steps(form: str, *, masked: bool = False) -> tuple[Step, ...]:
 
 
 def _absorbed(masked: bool) -> tuple[Step, ...]:
-    rows = B * S * H
+    rows, pairs = B * S * H, S * T if masked else PAIRS
     return (
         Step("q_nope · w_uk", "matmul", 2 * rows * N * R, w * H * N * R + x * rows * (N + R)),
         Step(
             "attention on the latent",
             "latent",
-            2 * B * H * PAIRS * (2 * R + P),
+            2 * B * H * pairs * (2 * R + P),
             c * B * T * (R + P) + x * rows * (2 * R + P),
             Integer(2),  # the splits of a long context are combined by a second kernel
         ),
@@ -73,10 +73,9 @@ def _absorbed(masked: bool) -> tuple[Step, ...]:
     )
 
 
-def _expand(store: Expr) -> Step:
-    return Step(
-        "c_kv · [w_uk, w_uv]", "matmul", 2 * B * T * R * H * (N + V), c * B * T * R + w * H * R * (N + V) + x * store
-    )
+def _expand(launches: Expr) -> Step:
+    moved = c * B * T * R + w * H * R * (N + V) + x * B * T * H * (N + V)
+    return Step("c_kv · [w_uk, w_uv]", "matmul", 2 * B * T * R * H * (N + V), moved, launches)
 
 
 def _expanded(masked: bool) -> tuple[Step, ...]:
@@ -84,7 +83,7 @@ def _expanded(masked: bool) -> tuple[Step, ...]:
     kind, pairs = ("masked", S * T) if masked else ("heads", PAIRS)
     mask: Expr = B * S * T if masked else Integer(0)
     return (
-        _expand(B * T * H * (N + V)),
+        _expand(_ONE),
         Step("assemble keys", "copy", Integer(0), x * (B * T * H * N + keys) + c * B * T * P, Integer(2)),
         Step(
             "attention on heads",
@@ -101,7 +100,7 @@ def _chunked(masked: bool) -> tuple[Step, ...]:
     chunks = ceiling(T / C)
     partial = chunks * rows * (x * (N + P + V) + 4)
     return (
-        _expand(B * T * H * (N + V)),
+        _expand(2 * chunks),  # keys and values apart, each straight into place
         Step("rotary keys", "copy", Integer(0), c * B * T * P + x * B * T * H * P, chunks),
         Step(
             "attention on heads",

@@ -103,7 +103,7 @@ TABLE: dict[str, Hardware] = {
 }
 
 
-def find_hardware(device: torch.device | None = None, wanted: str | None = None) -> Hardware:
+def find_hardware(device: torch.device | None = None, wanted: str | Path | None = None) -> Hardware:
     """The rates to reckon with: what was asked for, else what the environment says, else the device's own entry.
 
     Args:
@@ -115,7 +115,7 @@ def find_hardware(device: torch.device | None = None, wanted: str | None = None)
     """
     wanted = wanted or os.environ.get(VARIABLE)
     if wanted:
-        return _named(wanted)
+        return _named(str(wanted))
     kind = "cuda" if device is None or device.type == "meta" else device.type
     if kind == "cpu":
         return _scaled(TABLE["cpu"], torch.get_num_threads())

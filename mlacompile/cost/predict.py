@@ -16,8 +16,9 @@ from mlacompile.cost.hardware import Hardware
 from mlacompile.geometry import MLAGeometry
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-_EXPANDED_AT_ONCE = 1 << 30  # bytes of one chunk of expanded keys and values, at most
-CHUNKS = (256, 8192)  # tokens of a chunk, at least and at most
+#: Bytes of keys and values that may be expanded at a time, and tokens of one sequence, at least and at most.
+EXPANDED_AT_ONCE = 1 << 30
+CHUNKS = (256, 8192)
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Prediction:
         return f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB, {self.seconds * 1e6:.3g} µs"
 
 
-def chunk_tokens(geometry: MLAGeometry, batch: int, itemsize: int) -> int:
-    """How many tokens are expanded at a time: a power of two that keeps keys and values of a chunk below a GiB."""
-    fits = _EXPANDED_AT_ONCE // max(batch * geometry.expanded_width * itemsize, 1)
+def chunk_tokens(geometry: MLAGeometry, itemsize: int) -> int:
+    """How many tokens of a sequence are expanded at a time: a power of two that keeps a chunk below a GiB."""
+    fits = EXPANDED_AT_ONCE // (geometry.expanded_width * itemsize)
     return max(CHUNKS[0], min(CHUNKS[1], 1 << max(fits.bit_length() - 1, 0)))
 
 
@@ -63,11 +64,11 @@ def predict(
 
     Args:
         form: "absorbed", "expanded" or "chunked". queries, context: tokens; the queries are the last of the context.
-        dtype: of weights, cache and activations. masked: the expanded forms run under a mask in memory.
+        dtype: of weights, cache and activations. masked: every pair is computed, under a mask in memory.
         chunk: tokens expanded at a time; None: what ``chunk_tokens`` says.
     """
     g, size = geometry, _BYTES.get(dtype, 2)
-    chunk = chunk_tokens(g, batch, size) if chunk is None else chunk
+    chunk = chunk_tokens(g, size) if chunk is None else chunk
     sizes = (batch, queries, max(context, queries), g.heads, g.rank, g.nope, g.rope, g.v, size, size, size, chunk)
     found = forms.steps(form, masked=masked)
     rows = _compiled(form, masked)(*sizes)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from mlacompile.options import Options
 
@@ -31,9 +32,21 @@ def is_dynamic(example_inputs: Sequence[Any]) -> bool:
     )
 
 
-def cudagraph_patches(example_inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
+def replayable(gm: GraphModule) -> bool:
+    """Whether no op of a graph looks at data on the host, as a prefill does to learn how much of a cache is written.
+
+    Inductor could record around such an op, but a prompt takes far longer than its launches, and every recording keeps
+    its memory.
+    """
+    unsafe = torch.Tag.cudagraph_unsafe
+    return not any(unsafe in getattr(n.target, "tags", ()) for n in gm.graph.nodes if n.op == "call_function")
+
+
+def cudagraph_patches(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> dict[str, Any]:
     """Inductor settings for the ``cudagraphs`` option; automatic means: on CUDA, unless the mode says no."""
     wanted = options.cudagraphs
     if wanted is None:
         wanted = uses_cuda(example_inputs) and mode not in _WITHOUT
-    return {"triton.cudagraphs": wanted and not is_dynamic(example_inputs)}
+    return {"triton.cudagraphs": wanted and not is_dynamic(example_inputs) and replayable(gm)}

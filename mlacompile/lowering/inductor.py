@@ -20,9 +20,9 @@ def compile_rest(gm: GraphModule, example_inputs: Sequence[Any], options: Option
         return gm.forward  # type: ignore[return-value]
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=_patches(example_inputs, options, mode))  # type: ignore[return-value]
+    return compile_fx(gm, list(example_inputs), config_patches=_patches(gm, example_inputs, options, mode))  # type: ignore[return-value]
 
 
-def _patches(example_inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
+def _patches(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
     known = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}
-    return known | cudagraph_patches(example_inputs, options, mode)
+    return known | cudagraph_patches(gm, example_inputs, options, mode)

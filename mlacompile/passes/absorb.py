@@ -15,7 +15,7 @@ from torch.fx import Node
 
 import mlacompile.ops  # noqa: F401  (registers mla_decode)
 from mlacompile.options import Options
-from mlacompile.passes.axes import BATCH, Size
+from mlacompile.passes.axes import BATCH
 from mlacompile.passes.cone import Latent
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
@@ -25,32 +25,6 @@ from mlacompile.passes.views import View
 from mlacompile.passes.visibility import emit_arguments, understand
 
 aten = torch.ops.aten
-
-#: Up to this many query tokens are decoded on the latent when ``form="auto"``.
-DECODE_QUERIES = 8
-
-
-def choose_form(site: MLASite, options: Options) -> tuple[str, str]:
-    """ "absorbed" or "expanded" for a site, and why."""
-    queries: Size = site.attention.queries
-    if site.probe.absorbed_already:
-        return _already(options)
-    if options.form != "auto":
-        return options.form, f"form={options.form!r} was asked for"
-    if isinstance(queries, int) and queries <= DECODE_QUERIES:
-        return (
-            "absorbed",
-            f"{queries} query tokens: decoding on the latent reads {site.geometry.latent_width} values a token",
-        )
-    count = queries if isinstance(queries, int) else f"a varying number of ({queries})"
-    return "expanded", f"{count} query tokens: prefill keeps the expanded form, in which a score costs fewer operations"
-
-
-def _already(options: Options) -> tuple[str, str]:
-    """The form of a site whose graph attends to the latent itself: there is no other."""
-    if options.form == "expanded":
-        return "expanded", "form='expanded' was asked for, and the model's own code, which absorbs, stays as it is"
-    return "absorbed", "the model's own code attends to the latent already; the fused op takes it from there"
 
 
 def refuse(site: MLASite) -> str | None:
@@ -70,17 +44,17 @@ def absorb(site: MLASite, options: Options) -> Node:
     """Rewrite one site; returns the ``mla_decode`` node."""
     attention, found, emit = site.attention, site.probe, Emitter(site.attention.node)
     emit.known = {BATCH: emit.size(attention.q, 0)}
-    maps = _Maps(emit, site)
+    maps = Maps(emit, site)
     q_latent = _rows(emit, attention.q, found.k_rows)
     q_latent = _up(emit, q_latent, maps.of(found.w_uk, found.c_kv, found.k_rows), transposed=False)
-    q_latent = _scaled(emit, q_latent, found.w_uk)
+    q_latent = scaled(emit, q_latent, found.w_uk)
     q_pe, k_pe = None, None
     if site.k_pe is not None and found.k_pe is not None:
         q_pe = _rows(emit, attention.q, found.pe_rows)
         q_pe = _up(emit, q_pe, maps.of(found.w_pe, found.k_pe, found.pe_rows), transposed=False)
-        q_pe = _scaled(emit, q_pe, found.w_pe)
-        k_pe = _latent(emit, site, site.k_pe)
-    c_kv = _latent(emit, site, site.c_kv)
+        q_pe = scaled(emit, q_pe, found.w_pe)
+        k_pe = latent_of(emit, site, site.k_pe)
+    c_kv = latent_of(emit, site, site.c_kv)
     seen = emit_arguments(emit, understand(attention), attention.q)
     decode = emit(
         torch.ops.mlacompile.mla_decode.default,
@@ -91,25 +65,30 @@ def absorb(site: MLASite, options: Options) -> Node:
     )
     out = emit(operator.getitem, decode, 0)
     out = _up(emit, out, maps.of(found.w_uv, found.c_kv, found.v_rows), transposed=True)
-    out = _scaled(emit, out, found.w_uv)
+    out = scaled(emit, out, found.w_uv)
     if found.v_bias is not None:
-        out = _add_bias(emit, maps.v_bias(found.v_bias), found.v_bias, out)
+        out = add_bias(emit, maps.v_bias(found.v_bias), found.v_bias, out)
     if attention.sink is not None:
         lse = emit(aten.unsqueeze.default, emit(operator.getitem, decode, 1), -1)
         if found.k_bias:  # the latent knows nothing of it, and the sink has none
             shift = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, attention.q, maps.k_bias()), [-1], True)
             lse = emit(aten.add.Tensor, lse, emit(aten.mul.Tensor, shift, attention.scale))
         out = _beside_sink(emit, out, lse, attention.sink)
-    first, rows = found.v_rows
+    finish(emit, site, out)
+    return decode
+
+
+def finish(emit: Emitter, site: MLASite, out: Node) -> None:
+    """Put the output of a site, ``[B, H, S, V]``, in the place of its attention op's."""
+    first, rows = site.probe.v_rows
     if rows != site.v_size:
         out = emit(aten.constant_pad_nd.default, out, [first, site.v_size - first - rows])
     # What follows was traced on contiguous attention outputs, and views them; Inductor fuses this copy away.
     out = emit(aten.clone.default, out, memory_format=torch.contiguous_format)
-    attention.node.replace_all_uses_with(out)
-    return decode
+    site.attention.node.replace_all_uses_with(out)
 
 
-class _Maps:
+class Maps:
     """The up-projections of a site as nodes ``[H, rows, width]``: views of live weights where they are that, else what
     the cone makes of unit latents."""
 
@@ -175,7 +154,7 @@ def _first_tokens(emit: Emitter, x: Node, count: int | Node | None) -> Node:
     return x if count is None else emit(aten.slice.Tensor, x, 1, 0, count)
 
 
-def _latent(emit: Emitter, site: MLASite, latent: Latent) -> Node:
+def latent_of(emit: Emitter, site: MLASite, latent: Latent) -> Node:
     """``[B, T, width]``, of the tokens attended to."""
     node, dims = site.leaf(latent.node)
     whole = emit.narrow(emit.arrange(node, dims, "BTD"), 2, latent.start, latent.width)
@@ -186,7 +165,7 @@ def _rows(emit: Emitter, x: Node, rows: tuple[int, int], dim: int = 3) -> Node:
     return emit.narrow(x, dim, *rows)
 
 
-def _scaled(emit: Emitter, x: Node, found: UpProjection) -> Node:
+def scaled(emit: Emitter, x: Node, found: UpProjection) -> Node:
     factor = 1.0 if isinstance(found, Computed) else found.scale
     return x if factor == 1.0 else emit(aten.mul.Tensor, x, factor)
 
@@ -212,7 +191,7 @@ def _up(emit: Emitter, x: Node, weight: Node | None, *, transposed: bool) -> Nod
     return emit.permute(shaped, [1, 0, 2, 3])
 
 
-def _add_bias(emit: Emitter, bias: Node, found: WeightView | Computed, out: Node) -> Node:
-    bias = _scaled(emit, bias, found)  # [H, V, 1]
+def add_bias(emit: Emitter, bias: Node, found: WeightView | Computed, out: Node) -> Node:
+    bias = scaled(emit, bias, found)  # [H, V, 1]
     row = emit.permute(bias, [0, 2, 1])  # [H, 1, V]
     return emit(aten.add.Tensor, out, emit(aten.unsqueeze.default, row, 0))

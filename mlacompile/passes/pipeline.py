@@ -15,10 +15,11 @@ from torch.fx import GraphModule, Node
 from mlacompile.errors import RefusedSiteError
 from mlacompile.logs import dump_graph, log
 from mlacompile.options import Options
-from mlacompile.passes.absorb import absorb, choose_form, refuse
+from mlacompile.passes.absorb import refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import attention_nodes, canonicalize_softmax, opaque_attention, restore
 from mlacompile.passes.cone import dynamic_nodes
+from mlacompile.passes.forms import Choice, choose_form
 from mlacompile.passes.hoist import Hoisted, hoist
 from mlacompile.passes.quantize import Policy, quantize
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
@@ -123,13 +124,14 @@ class Pipeline:
             if reason is not None:
                 self._leave(site, reason)
                 continue
-            form, why = choose_form(site, self.options)
-            if form == "expanded":
-                self._leave(site, why, status="expanded")
+            with self.stage("choose forms"):
+                choice = choose_form(site, self.options)
+            if choice.rewrite is None:
+                self._leave(site, choice.why, choice.status, choice)
                 continue
             try:
                 with self.stage("validate"):
-                    verdict = self._validate(site, verdicts)
+                    verdict = self._validate(site, choice, verdicts)
             except Exception as error:
                 log.exception("attention at %s could not be validated", source_position(site.attention))
                 self._leave(site, internal_error(error))
@@ -143,10 +145,11 @@ class Pipeline:
                 )
                 continue
             with self.stage("absorb"):
-                decode = absorb(site, self.options)
+                node = choice.rewrite(site, self.options)
             self.rewritten += 1
-            self.decodes[decode] = len(self.sites)
-            self.sites.append(_absorbed(site, why))
+            if choice.form == "absorbed":
+                self.decodes[node] = len(self.sites)
+            self._note(_rewritten(site, choice))
 
     def _quantize(self, gm: GraphModule, weights: set[Node]) -> None:
         """FP8 where it is asked for, and out of the graph what depends on weights alone."""
@@ -160,22 +163,29 @@ class Pipeline:
         if self.options.fp8 != "off":
             dump_graph(self.options.dump, self.name, "5-quantized", gm)
 
-    def _validate(self, site: MLASite, known: dict[Any, Verdict]) -> Verdict | None:
-        if self.options.verify == "off":
+    def _validate(self, site: MLASite, choice: Choice, known: dict[Any, Verdict]) -> Verdict | None:
+        if self.options.verify == "off" or choice.rewrite is None or not choice.reads_probe:
             return None
         order = {n: i for i, n in enumerate(site.cone.order)}
-        key = (site.cone.signature(), order[site.attention.k], order[site.attention.v], site.attention.scale)
+        key = (
+            site.cone.signature(),
+            order[site.attention.k],
+            order[site.attention.v],
+            site.attention.scale,
+            choice.form,
+        )
         if key not in known:
-            known[key] = validate(site, self.options)
+            known[key] = validate(site, self.options, rewrite=choice.rewrite)
         return known[key]
 
-    def _leave(self, site: MLASite | Refusal, reason: str, status: str = "refused") -> None:
+    def _leave(
+        self, site: MLASite | Refusal, reason: str, status: str = "refused", choice: Choice | None = None
+    ) -> None:
         attention = site.attention
         geometry = site.geometry if isinstance(site, MLASite) else None
         source = source_position(attention)
-        self._note(
-            Site(status, reason, source, geometry, queries=str(attention.queries), context=str(attention.context))
-        )
+        lengths = {"queries": str(attention.queries), "context": str(attention.context)}
+        self._note(Site(status, reason, source, geometry, **lengths, **_predicted(choice)))  # type: ignore[arg-type]
         restore(attention.node)
 
     def _note(self, site: Site) -> None:
@@ -199,14 +209,28 @@ def _remove_dead(gm: GraphModule) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _absorbed(site: MLASite, why: str) -> Site:
+def _predicted(choice: Choice | None) -> dict[str, Any]:
+    """What the report says of a choice beyond its reason."""
+    if choice is None:
+        return {}
+    costs: dict[str, Any] = {"sees": choice.sees}
+    if choice.costs:
+        best, *others = choice.costs
+        costs |= {"flops": best.flops, "bytes": best.bytes, "seconds": best.seconds, "hardware": choice.hardware}
+        costs["instead"] = tuple((other.form, other.seconds) for other in others)
+    return costs
+
+
+def _rewritten(site: MLASite, choice: Choice) -> Site:
     return Site(
-        "absorbed",
-        why,
+        choice.status,
+        choice.why,
         source_position(site.attention),
         site.geometry,
-        form="absorbed",
+        form=choice.form,
+        kernel=choice.kernel,
         kv_layout=stored_layout(site),
         queries=str(site.attention.queries),
         context=str(site.attention.context),
+        **_predicted(choice),
     )

@@ -8,6 +8,7 @@ tolerance is the rounding bound of the two orders of summation, computed from th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Node
 
-from mlacompile.ops import mla_decode_reference
+from mlacompile.ops import mla_decode_reference, mla_prefill_reference
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb
 from mlacompile.passes.axes import BATCH, TOKEN, labels
@@ -71,23 +72,25 @@ class _StandIn:
         return cls(q, latents, weights, mask, sink, k, v)
 
 
-def validate(site: MLASite, options: Options, seed: int = 0) -> Verdict:
+def validate(
+    site: MLASite, options: Options, seed: int = 0, rewrite: Callable[[MLASite, Options], Node] = absorb
+) -> Verdict:
     """Compare a site with its rewrite on random data."""
     with unset_fake_temporarily(), torch.no_grad():
-        return _compare(site, options, _StandIn.of(site, seed))
+        return _compare(site, options, _StandIn.of(site, seed), rewrite)
 
 
-def _compare(site: MLASite, options: Options, data: _StandIn) -> Verdict:
+def _compare(site: MLASite, options: Options, data: _StandIn, rewrite: Callable[[MLASite, Options], Node]) -> Verdict:
     scores = data.q @ data.k.transpose(2, 3) * site.attention.scale
     scores = scores.masked_fill(~data.mask, float("-inf"))
     scores = scores if data.sink is None else torch.cat((scores, data.sink), -1)
     want = torch.softmax(scores, -1)[..., :TOKENS] @ data.v
-    got = _rewritten(site, options, data)
+    got = _rewritten(site, options, data, rewrite)
     return Verdict(float((got - want).abs().max()), _bound(site, data))
 
 
-def _rewritten(site: MLASite, options: Options, data: _StandIn) -> Tensor:
-    """Run the rewrite, emitted by ``absorb`` into a graph of its own, on the stand-in."""
+def _rewritten(site: MLASite, options: Options, data: _StandIn, rewrite: Callable[[MLASite, Options], Node]) -> Tensor:
+    """Run the rewrite, emitted into a graph of its own, on the stand-in."""
     graph = Graph()
     feeds: list[Tensor] = []
 
@@ -115,9 +118,10 @@ def _rewritten(site: MLASite, options: Options, data: _StandIn) -> Tensor:
     )
     graph.output(node)
     stand_in = replace(site, attention=replace(site_attention, node=node), leaves=leaves)
-    decode = absorb(stand_in, options)
-    decode.kwargs = {key: value for key, value in decode.kwargs.items() if key != "impl"}
-    decode.target = _reference
+    op = rewrite(stand_in, options)
+    op.kwargs = {key: value for key, value in op.kwargs.items() if key != "impl"}
+    prefill = op.target is torch.ops.mlacompile.mla_prefill.default
+    op.target = mla_prefill_reference if prefill else _reference
     graph.eliminate_dead_code()
     return GraphModule({}, graph)(*feeds)  # type: ignore[no-any-return]
 

@@ -112,9 +112,11 @@ def understand(attention: Attention) -> Visibility:
     """
     queries, tokens = attention.queries, attention.context
     bounds = (Bound(Affine(constant=1), True, True, attention.node),) if attention.causal else ()
-    mask = None if attention.mask is None else mask_without_heads(attention.mask)
-    if mask is None:
+    if attention.mask is None:
         return Visibility(queries, tokens, bounds)
+    mask = mask_without_heads(attention.mask)
+    if mask is None:
+        raise ValueError("a mask that differs from head to head: such a site is to be refused before")
     if mask.meta["val"].dtype is torch.bool:
         parts = conjunction(mask)
         return Visibility(queries, tokens, (*bounds, *parts.bounds), parts.rest)

@@ -124,8 +124,9 @@ def test_the_border_divides_what_is_cheaper(
 
 
 def test_chunks_are_powers_of_two_below_a_gibibyte() -> None:
-    for batch in (1, 3, 64, 1000):
-        chunk = chunk_tokens(V3, batch, 2)
+    for heads in (1, 7, 16, 128, 4000):
+        g = MLAGeometry(heads, 512, 128, 64, 128)
+        chunk = chunk_tokens(g, 2)
         assert chunk & (chunk - 1) == 0
-        assert chunk == 256 or chunk * batch * V3.expanded_width * 2 <= 1 << 30
+        assert chunk == 256 or chunk * g.expanded_width * 2 <= 1 << 30
         assert chunk <= 8192

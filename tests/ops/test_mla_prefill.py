@@ -162,6 +162,16 @@ def test_a_few_queries_are_attended_on_the_latent(case: Case, seed: int) -> None
 
 @given(CASES, st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
+def test_rows_may_be_too_many_to_expand_together(case: Case, seed: int) -> None:
+    from mlacompile.kernels.mla_prefill import chunked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "_rows_at_once", lambda call: 1)
+        check(mla_prefill_chunked, case, seed)
+
+
+@given(CASES, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
 def test_it_is_right_when_nothing_can_be_read(case: Case, seed: int) -> None:
     """As while a CUDA graph is captured."""
     from mlacompile.kernels.mla_prefill import chunked

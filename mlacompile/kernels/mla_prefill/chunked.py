@@ -27,6 +27,7 @@ from mlacompile.ops.mla_decode import visible_tokens
 
 #: out ``[B, H, S, V]`` and lse ``[B, H, S]``
 Part: TypeAlias = tuple[Tensor, Tensor]
+_EXPANDED_AT_ONCE = 1 << 30  # bytes of keys and values; longer chunks of fewer rows cost less to merge
 _MERGED_AT_ONCE = 64 << 20  # bytes of float32 copies that merging two results may need
 
 
@@ -102,14 +103,22 @@ def mla_prefill_chunked(
     if q.shape[2] <= absorb_up_to:
         return _absorbed(call, mask, start, length, causal)
     sees = _Sees(mask, start, length, causal)
-    windows = _windows(sees, q, c_kv.shape[1])
-    if windows is None:
-        return _joined(_masked(call, sees, (0, c_kv.shape[1])))
-    if len(windows) == 1:
-        return _joined(_rows(call, sees, windows[0]))
-    parts = [_joined(_rows(call.rows(batch), sees.rows(batch), window)) for batch, window in _alike(windows)]
-    out, lse = zip(*parts, strict=True)
-    return torch.cat(out), torch.cat(lse)
+    windows = _windows(sees, q, c_kv.shape[1]) or [_Window(0, c_kv.shape[1], True)]
+    groups = list(_alike(windows, q.shape[0], _rows_at_once(call)))
+    if len(groups) == 1:
+        return _joined(_rows(call, sees, groups[0][1]))
+    out = q.new_empty(*q.shape[:3], w_uv.shape[1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for batch, window in groups:
+        out[batch], lse[batch] = _joined(_rows(call.rows(batch), sees.rows(batch), window))
+    return out, lse
+
+
+def _rows_at_once(call: _Call) -> int:
+    """Batch rows whose chunks, expanded, fit into memory together."""
+    tokens, heads = min(call.chunk, call.c_kv.shape[1]), call.q.shape[1]
+    row = tokens * heads * (call.q.shape[3] + call.w_uv.shape[1]) * call.q.element_size()
+    return max(1, _EXPANDED_AT_ONCE // row)
 
 
 @dataclass(frozen=True)
@@ -182,14 +191,12 @@ def _windows(sees: _Sees, q: Tensor, tokens: int) -> list[_Window] | None:
     return found[:1] if len(set(found)) == 1 else found
 
 
-def _alike(windows: list[_Window]) -> Iterator[tuple[slice, _Window]]:
-    """Runs of batch rows that see the same."""
-    if len(windows) == 1:
-        yield slice(None), windows[0]
-        return
+def _alike(windows: list[_Window], rows: int, most: int) -> Iterator[tuple[slice, _Window]]:
+    """Runs of at most so many batch rows that see the same; a single window is that of all rows."""
+    windows = windows * rows if len(windows) == 1 else windows
     begin = 0
-    for i in range(1, len(windows) + 1):
-        if i == len(windows) or windows[i] != windows[begin]:
+    for i in range(1, rows + 1):
+        if i == rows or windows[i] != windows[begin] or i - begin == most:
             yield slice(begin, i), windows[begin]
             begin = i
 

@@ -115,8 +115,8 @@ def launches(
         "p_start": start, "p_length": length, "p_out": partial, "p_lse": partial_lse,
         "scale_log2": scale * math.log2(math.e), "H": h, "S": s, "T": c_kv.shape[1],
         "d_rows": _rows_apart(c_kv) if plan.tma else 0, "zero": 0,
-        **_strides("q", "bhsr", q_latent), **_strides("p", "bhsr", q_pe),
-        **_strides("c", "bt", c_kv), **_strides("k", "bt", k_pe), **_strides("m", "bst", mask),
+        **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
+        **strides("c", "bt", c_kv), **strides("k", "bt", k_pe), **strides("m", "bst", mask),
         "R": r, "P": shape.rope,
         "BLOCK_H": plan.block_h, "BLOCK_N": plan.block_n, "BLOCK_R": block_r, "BLOCK_P": block_p,
         "BLOCK_S": queries_in_tile(plan, shape), "SPLIT": plan.splits > 1,
@@ -157,7 +157,7 @@ def queries_in_tile(plan: Plan, shape: Shape) -> int:
     return planning.next_power_of_2(min(most, shape.queries))
 
 
-def _strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
+def strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
     """Strides by kernel argument name; 0 along a dimension of size 1, which is how a mask is broadcast."""
     if x is None:
         return {f"stride_{name}{dim}": 0 for dim in dims}

@@ -62,12 +62,12 @@ def compile_for(
     for i, param in enumerate(kernel.params):
         value = options[param.name] if param.name in options else arguments[param.name]
         kind = "constexpr" if param.name in constexprs or value is None else _type_of(value)
-        if kind == "i32" and value == 1:  # as a launch does
+        if kind == "i32" and value == 1 and not param.do_not_specialize:  # as a launch does
             kind = "constexpr"
         signature[param.name] = kind
         if kind == "constexpr":
             constants[(i,)] = value
-        elif kind[0] == "*" or (kind in ("i32", "i64") and value % 16 == 0):
+        elif kind[0] == "*" or (kind in ("i32", "i64") and value % 16 == 0 and not param.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     options = {key: value for key, value in options.items() if key != "launch_pdl"}

@@ -258,11 +258,43 @@ def _slot(part, skip):
 
 
 @gluon.jit
-def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, part, row, position, todo, overhead, T, apart_c, apart_pe,
-           n_pages, stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+def _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE: gl.constexpr):
+    """The page of a token, kept inside the cache whatever the table says; of a contiguous cache its batch row."""
+    if PAGE > 0:
+        column = gl.minimum(t // PAGE, n_columns - 1)
+        page = gl.load(p_table + row.to(gl.int64) * stride_table + column)
+        return gl.minimum(gl.maximum(page, 0), n_pages - 1)
+    else:
+        return row
+
+
+@gluon.jit
+def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_table, row, t, n_pages, stride_table, n_columns,
+          PAGE: gl.constexpr):  # fmt: skip
+    """Send for N panels of a block's columns. to: boxes of shared memory, those of panel k begin at (first + k) * SUB.
+
+    unit: the page or batch row of the block, where one is enough; smaller pages are looked up here.
+    """
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    SUB: gl.constexpr = BLOCK // BOX
+    for j in gl.static_range(SUB):
+        o_t = t + j * BOX
+        if SUB > 1:
+            unit = _unit(p_table, row, o_t, n_pages, stride_table, n_columns, PAGE)
+        if PAGE > 0:
+            o_t = o_t % PAGE
+        o_row = unit * apart + o_t
+        for k in gl.static_range(N):
+            o_c = column + k * desc.block_type.shape[1]
+            load_tile(desc, [o_row, o_c], full, to.index((first + k) * SUB + j))
+
+
+@gluon.jit
+def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, todo, overhead, T, apart_c, apart_pe, n_pages,
+           stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
            BLOCK_P: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time."""
-    BOX: gl.constexpr = BLOCK if PAGE == 0 or PAGE > BLOCK else PAGE
+    BOX: gl.constexpr = d_c.block_type.shape[0]
     SUB: gl.constexpr = BLOCK // BOX
     N_LEFT: gl.constexpr = LEFT // PANEL
     N_QUARTER: gl.constexpr = QUARTER // PANEL
@@ -275,61 +307,42 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, part, row, position, t
     g = 0
     while todo > overhead:
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        unit = _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE)
+        unit = row
+        if SUB == 1:
+            unit = _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE)
         for i in range(n):
             stage = g & 1
             free = ((g >> 1) & 1) ^ 1
-            ahead = gl.minimum(t + BLOCK, hi)
-            unit_ahead = _unit(p_table, row, ahead, n_pages, stride_table, n_columns, PAGE)  # read a block early
+            ahead = unit
+            if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
+                ahead = _unit(p_table, row, t + BLOCK, n_pages, stride_table, n_columns, PAGE)
 
             mbarrier.wait(bar.first_empty.index(stage), free)
             full = bar.first_full.index(stage)
             mbarrier.expect(full, BLOCK * (QUARTER + BLOCK_P) * 2)
-            for j in gl.static_range(SUB):
-                u = unit if j == 0 else _unit(p_table, row, t + j * BOX, n_pages, stride_table, n_columns, PAGE)
-                o_t = (t + j * BOX) % PAGE if PAGE > 0 else t
-                for k in gl.static_range(N_QUARTER):
-                    to = right.index((2 * stage * N_QUARTER + k) * SUB + j)
-                    load_tile(d_c, [u * apart_c + o_t, LEFT + k * PANEL], full, to)
-                if BLOCK_P > 0:
-                    load_tile(d_pe, [u * apart_pe + o_t, 0], full, pe.index(stage * SUB + j))
+            _copy(d_c, apart_c, LEFT, full, right, 2 * stage * N_QUARTER, N_QUARTER,
+                  unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
+            if BLOCK_P > 0:
+                _copy(d_pe, apart_pe, 0, full, pe, stage, 1,
+                      unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.left_empty.index(stage), free)
             full = bar.left_full.index(stage)
             mbarrier.expect(full, BLOCK * LEFT * 2)
-            for j in gl.static_range(SUB):
-                u = unit if j == 0 else _unit(p_table, row, t + j * BOX, n_pages, stride_table, n_columns, PAGE)
-                o_t = (t + j * BOX) % PAGE if PAGE > 0 else t
-                for k in gl.static_range(N_LEFT):
-                    to = left.index((stage * N_LEFT + k) * SUB + j)
-                    load_tile(d_c, [u * apart_c + o_t, k * PANEL], full, to)
+            _copy(d_c, apart_c, 0, full, left, stage * N_LEFT, N_LEFT,
+                  unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.last_empty.index(stage), free)
             full = bar.last_full.index(stage)
             mbarrier.expect(full, BLOCK * QUARTER * 2)
-            for j in gl.static_range(SUB):
-                u = unit if j == 0 else _unit(p_table, row, t + j * BOX, n_pages, stride_table, n_columns, PAGE)
-                o_t = (t + j * BOX) % PAGE if PAGE > 0 else t
-                for k in gl.static_range(N_QUARTER):
-                    to = right.index(((2 * stage + 1) * N_QUARTER + k) * SUB + j)
-                    load_tile(d_c, [u * apart_c + o_t, LEFT + QUARTER + k * PANEL], full, to)
-            unit = unit_ahead
+            _copy(d_c, apart_c, LEFT + QUARTER, full, right, (2 * stage + 1) * N_QUARTER, N_QUARTER,
+                  unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
+            unit = ahead
             t += BLOCK
             g += 1
         todo -= taken
         row += 1
         position = 0
-
-
-@gluon.jit
-def _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE: gl.constexpr):
-    """The page of a token, kept inside the cache whatever the table says; of a contiguous cache its batch row."""
-    if PAGE > 0:
-        column = gl.minimum(t // PAGE, n_columns - 1)
-        page = gl.load(p_table + row.to(gl.int64) * stride_table + column)
-        return gl.minimum(gl.maximum(page, 0), n_pages - 1)
-    else:
-        return row
 
 
 @gluon.jit
@@ -538,10 +551,10 @@ def _barriers(N: gl.constexpr):
         return bars.index(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share"])
 def _mla_decode_hopper_kernel(
     d_c, d_pe, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
-    scale_log2, B, H, S, T, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share,
+    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share,
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WORKER_REGS: gl.constexpr,
@@ -557,7 +570,6 @@ def _mla_decode_hopper_kernel(
     )
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
-    n_tiles = gl.num_programs(0)
     share, overhead, row, position, todo = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
 
     dtype: gl.constexpr = p_q.dtype.element_ty
@@ -590,9 +602,9 @@ def _mla_decode_hopper_kernel(
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, todo, overhead, i_tile,
                       n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
                       stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P)),
-            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, part, row, position, todo, overhead, T, apart_c,
-                      apart_pe, n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
+            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, todo, overhead, T, apart_c, apart_pe,
+                      n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
         ],
         [4, 1],
-        [WORKER_REGS, 24],
+        [WORKER_REGS, 32],
     )  # fmt: skip

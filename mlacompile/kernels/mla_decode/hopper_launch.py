@@ -108,7 +108,7 @@ def hopper_launches(
     arguments = {
         "d_c": d_c, "d_pe": d_pe, "p_q": q_latent, "p_qpe": q_pe, "p_start": start, "p_length": length,
         "p_table": block_table, "p_out": out, "p_lse": lse, "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts,
-        "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens,
+        "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
         "apart_c": apart_c, "apart_pe": apart_pe, "n_pages": c_kv.shape[0],
         "stride_table": 0 if block_table is None else block_table.stride(0),
         "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,

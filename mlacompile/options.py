@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "fp8": ("off", "weights", "absorb", "all"),
     "verify": ("off", "compile", "first-call"),
     "rest": ("inductor", "eager"),
-    "kernel": ("auto", "triton", "cpu", "reference"),
+    "kernel": ("auto", "gluon", "triton", "cpu", "reference"),
 }
 #: Modes of ``torch.compile`` that a caller such as ``generate()`` may pass along.
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")

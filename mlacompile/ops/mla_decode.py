@@ -29,6 +29,7 @@ def mla_decode_reference(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -38,6 +39,8 @@ def mla_decode_reference(
     Shapes as in :func:`mla_decode`. Lower precisions are computed in float32, float64 in float64.
     """
     b, h, s, r = q_latent.shape
+    if block_table is not None:
+        c_kv, k_pe = (None if x is None else gather_pages(x, block_table) for x in (c_kv, k_pe))
     t = c_kv.shape[1]
     compute = torch.promote_types(q_latent.dtype, torch.float32)
     visible = visible_tokens(mask, start, length, causal, queries=s, tokens=t, device=c_kv.device)
@@ -59,6 +62,12 @@ def mla_decode_reference(
     weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse))  # sees nothing: exp(-inf - 0) = 0, so out = 0
     out = torch.bmm(weights.view(b, h * s, t), values).view(b, h, s, r)
     return out.to(q_latent.dtype), lse.squeeze(-1).to(torch.float32)
+
+
+def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
+    """A paged cache [pages, page_size, D] as [B, N * page_size, D]; page numbers outside the cache mean the nearest page."""
+    pages = block_table.clamp(0, cache.shape[0] - 1)
+    return cache[pages].flatten(1, 2)
 
 
 def visible_tokens(
@@ -101,6 +110,7 @@ def mla_decode(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -111,10 +121,14 @@ def mla_decode(
     Args:
         q_latent: [B, H, S, R] absorbed queries, any strides.
         q_pe: [B, H, S, P] rotary queries, or None together with ``k_pe``.
-        c_kv: [B, T, R] latent cache; the last dimension contiguous, else it is copied.
-        k_pe: [B, T, P] rotary keys, likewise. Both may be slices of one [B, T, R+P] buffer.
+        c_kv: [B, T, R] latent cache; the last dimension contiguous, else it is copied. With a ``block_table``
+            [pages, page_size, R], shared by all rows.
+        k_pe: [B, T, P] or [pages, page_size, P] rotary keys, likewise. Both may be slices of one buffer.
         mask: [B, S, T], any of the three may be 1. Bool (True: attend) or additive (-inf: not visible).
-        start, length: int32 [B]: the row sees tokens start <= t < length. Default 0 and T.
+        start, length: int32 [B]: the row sees tokens start <= t < length. Default 0 and T; what lies beyond is cut off.
+        block_table: int32 [B, N]: token t of row b lies in page block_table[b, t // page_size]; T = N * page_size.
+            page_size is a power of two from 16. Entries of tokens that nobody sees may be anything; an entry
+            outside the cache means its nearest page, so that no table makes a kernel read foreign memory.
         scale: multiplies the scores, before an additive mask is added.
         causal: query s also sees only t <= length - S + s.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
@@ -124,11 +138,12 @@ def mla_decode(
         sees nothing gets 0 and -inf. A cache row that no query of its batch row sees never reaches a result, NaN or
         not; a NaN in a row that some query sees reaches that query and may reach others of its batch row.
     """
-    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, impl)
     c_kv = _last_dim_contiguous(c_kv)
     k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
     start, length = (None if x is None else x.contiguous() for x in (start, length))
-    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    block_table = None if block_table is None else _last_dim_contiguous(block_table)
+    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table)
     run = _implementation(impl, tensors, scale, causal)
     out, lse = run(*tensors, scale=scale, causal=causal)
     return out.contiguous(), lse.contiguous()  # the strides that graphs are compiled for
@@ -137,10 +152,9 @@ def mla_decode(
 def _implementation(impl: str, tensors: tuple[Tensor | None, ...], scale: float, causal: bool) -> Callable[..., Any]:
     """What computes a call: the named kernel, the best that supports it, or the reference."""
     if impl == "auto":
-        for candidate in registry.kernels("mla_decode"):
-            if not candidate.supports(*tensors, scale=scale, causal=causal):
-                return candidate.run
-    elif impl != "reference":
+        best, _ = registry.best("mla_decode", *tensors, scale=scale, causal=causal)
+        return mla_decode_reference if best is None else best.run
+    if impl != "reference":
         chosen = registry.find("mla_decode", impl)
         if reasons := chosen.supports(*tensors, scale=scale, causal=causal):
             raise UnsupportedInputError(
@@ -160,12 +174,13 @@ def _mla_decode_fake(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, impl)
     b, h, s, r = q_latent.shape
     return q_latent.new_empty(b, h, s, r), q_latent.new_empty(b, h, s, dtype=torch.float32)
 
@@ -182,6 +197,7 @@ def _check(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None,
     impl: str,
 ) -> None:
     """Raise UnsupportedInputError naming the argument, what it was, what it should be and what to do."""
@@ -191,8 +207,17 @@ def _check(
             "[B, T, R]. Give queries a head and a query dimension, and view a [B, 1, T, R] cache as [B, T, R]."
         )
     b, h, s, r = q_latent.shape
-    t = c_kv.shape[1]
-    _check_shape("c_kv", c_kv, (b, t, r), "batch and rank must be those of q_latent")
+    units, per_unit, t = (
+        b,
+        c_kv.shape[1],
+        c_kv.shape[1],
+    )  # a contiguous cache has one unit a batch row, a paged one pages
+    if block_table is None:
+        _check_shape("c_kv", c_kv, (b, t, r), "batch and rank must be those of q_latent")
+    else:
+        _check_block_table(block_table, c_kv, b)
+        units, t = c_kv.shape[0], block_table.shape[1] * per_unit
+        _check_shape("c_kv", c_kv, (units, per_unit, r), "the rank must be that of q_latent")
     if (q_pe is None) != (k_pe is None):
         raise UnsupportedInputError(
             f"mla_decode: got q_pe {_shape(q_pe)} with k_pe {_shape(k_pe)}; expected both or neither. "
@@ -201,7 +226,9 @@ def _check(
     if q_pe is not None and k_pe is not None:
         width = q_pe.shape[-1]
         _check_shape("q_pe", q_pe, (b, h, s, width), "batch, heads and queries must be those of q_latent")
-        _check_shape("k_pe", k_pe, (b, t, width), "batch and tokens must be those of c_kv, the width that of q_pe")
+        _check_shape(
+            "k_pe", k_pe, (units, per_unit, width), "rows and tokens must be those of c_kv, the width that of q_pe"
+        )
     for name, bound in (("start", start), ("length", length)):
         if bound is not None:
             _check_shape(name, bound, (b,), "one value a batch row")
@@ -214,6 +241,7 @@ def _check(
     if mask is not None:
         _check_mask(mask, (b, s, t))
     others = {"q_pe": q_pe, "c_kv": c_kv, "k_pe": k_pe, "mask": mask, "start": start, "length": length}
+    others["block_table"] = block_table
     for name, other in others.items():
         if other is not None and other.device != q_latent.device:
             raise UnsupportedInputError(
@@ -224,6 +252,25 @@ def _check(
     if impl not in names:
         raise UnsupportedInputError(
             f"mla_decode: got impl={impl!r}; expected one of {', '.join(names)}. 'auto' picks the best."
+        )
+
+
+def _check_block_table(block_table: Tensor, c_kv: Tensor, batch: int) -> None:
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise UnsupportedInputError(
+            f"mla_decode: got block_table {_shape(block_table)}; expected [B, N] with B = {batch}: the page numbers of "
+            "each batch row, in order. Pad rows to one length with any number."
+        )
+    if block_table.dtype != torch.int32:
+        raise UnsupportedInputError(
+            f"mla_decode: got block_table of {block_table.dtype}; expected torch.int32. "
+            "Convert with block_table.to(torch.int32)."
+        )
+    size = c_kv.shape[1]
+    if size < 16 or size & (size - 1):
+        raise UnsupportedInputError(
+            f"mla_decode: got c_kv {_shape(c_kv)} with a block_table, so pages of {size} tokens; expected a power of "
+            "two from 16. Make pages of 64 tokens, say."
         )
 
 

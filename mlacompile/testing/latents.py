@@ -81,6 +81,42 @@ def make_inputs(case: LatentCase, *, device: str | torch.device = "cpu", seed: i
     return inputs
 
 
+WILD = (2**31 - 1, -1, -(2**31), 1 << 20)  # page numbers that lie in no cache
+
+
+def paged(inputs: LatentInputs, page: int, *, seed: int = 0, shuffled: bool = True) -> LatentInputs:
+    """The same call on a cache of pages: in random order, among pages of NaN, with wild numbers where nobody looks.
+
+    ``length`` becomes explicit, as a row's last page reaches beyond its tokens. Fused caches stay fused.
+    """
+    q_latent, q_pe, c_kv, k_pe, mask, start, length = inputs.tensors
+    assert c_kv is not None
+    assert mask is None
+    b, t, r = c_kv.shape
+    n = -(-t // page)
+    gen = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(2 * b * n, generator=gen)[: b * n] if shuffled else torch.arange(b * n)
+    table = pages.to(torch.int32).view(b, n)
+    widths = [r] if k_pe is None else [r, k_pe.shape[2]]
+    fused = k_pe is not None and k_pe.stride(1) == r + k_pe.shape[2]
+    rows = torch.full((2 * b * n, page, sum(widths)), math.nan, dtype=c_kv.dtype)
+    tokens = torch.cat([x.cpu() for x in (c_kv, k_pe) if x is not None], -1)
+    rows[pages] = torch.nn.functional.pad(tokens, (0, 0, 0, n * page - t), value=math.nan).view(b * n, page, -1)
+    rows = rows.to(c_kv.device)
+    new_c, new_pe = rows[..., :r], rows[..., r:] if k_pe is not None else None
+    if not fused:
+        new_c, new_pe = new_c.contiguous(), None if new_pe is None else new_pe.contiguous()
+    if length is None:
+        length = torch.full((b,), t, dtype=torch.int32, device=c_kv.device)
+    for row in range(b):
+        first = 0 if start is None else max(int(start[row]), 0) // page
+        end = -(-max(min(int(length[row]), t), 0) // page)
+        for column in (*range(min(first, n)), *range(end, n)):
+            table[row, column] = WILD[(row + column) % len(WILD)]
+    moved = table.to(c_kv.device)
+    return LatentInputs((q_latent, q_pe, new_c, new_pe, None, start, length, moved), dict(inputs.keywords))
+
+
 def _mask(case: LatentCase, gen: torch.Generator) -> Tensor | None:
     if case.mask is None:
         return None

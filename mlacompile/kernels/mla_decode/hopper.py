@@ -123,7 +123,7 @@ def _add(a, b):
 
 @gluon.jit
 def _plan(p_start, p_length, B, T, part, n_parts, min_share):
-    """share, overhead, and where a part begins: row, position in that row's blocks, and how many there are to do.
+    """How much each part does, and where this one begins: share, overhead, row, position in that row's blocks.
 
     Positions count ``overhead`` imaginary blocks before a row's first, so that many short rows weigh more than one long.
     """
@@ -150,7 +150,6 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
         if (even.to(gl.float32) <= share.to(gl.float32) * SNAP) & (padding < even):
             share = even
             overhead = padding
-    total += overhead * B
 
     begin = part * share
     row = 0
@@ -165,7 +164,7 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
         row += gl.sum(done.to(gl.int32), 0)
         before = gl.maximum(before, gl.max(gl.where(done, ends, 0), 0))
         seen += gl.sum(blocks, 0)
-    return share, overhead, row, begin - before, gl.minimum(share, total - begin)
+    return share, overhead, row, begin - before
 
 
 @gluon.jit
@@ -290,7 +289,7 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_table, 
 
 
 @gluon.jit
-def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, todo, overhead, T, apart_c, apart_pe, n_pages,
+def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe, n_pages,
            stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
            BLOCK_P: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time."""
@@ -305,7 +304,8 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, todo, o
     if BLOCK_P > 0:
         pe = x.pe._reinterpret(dtype, [2 * SUB, BOX, BLOCK_P], d_pe.layout)
     g = 0
-    while todo > overhead:
+    todo = share
+    while (row < B) & (todo > overhead):
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         unit = row
         if SUB == 1:
@@ -346,8 +346,8 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, todo, o
 
 
 @gluon.jit
-def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, todo, share,
-          overhead, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
+def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, share,
+          overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
           CAUSAL: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block, and the left columns of the output."""
@@ -362,7 +362,8 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, s_layout)
     g = 0
     item = 0
-    while todo > overhead:
+    todo = share
+    while (row < B) & (todo > overhead):
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         sure = hi
         limit = gl.full((ROWS,), 0, gl.int32, s_row)
@@ -476,7 +477,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
 
 
 @gluon.jit
-def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, todo, overhead, i_tile, n_tiles,
+def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile, n_tiles,
            H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
            BLOCK_P: gl.constexpr):  # fmt: skip
@@ -487,7 +488,8 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
     o_row: gl.constexpr = gl.SliceLayout(1, layout)
     g = 0
     item = 0
-    while todo > overhead:
+    todo = share
+    while (row < B) & (todo > overhead):
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
         p = p_q + row.to(gl.int64) * stride_qb
@@ -570,7 +572,7 @@ def _mla_decode_hopper_kernel(
     )
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
-    share, overhead, row, position, todo = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
+    share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
 
     dtype: gl.constexpr = p_q.dtype.element_ty
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=2)
@@ -597,12 +599,12 @@ def _mla_decode_hopper_kernel(
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
-                     todo, share, overhead, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
+                     share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
                      stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL)),
-            (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, todo, overhead, i_tile,
+            (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
                       n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
                       stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P)),
-            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, todo, overhead, T, apart_c, apart_pe,
+            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe,
                       n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
         ],
         [4, 1],

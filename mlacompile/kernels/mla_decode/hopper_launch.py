@@ -35,6 +35,9 @@ def mla_decode_hopper(
     plan: HopperPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
+    # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
+    c_kv, k_pe = (x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (c_kv, k_pe))
+    assert c_kv is not None
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table)
     if plan is None:
         plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))

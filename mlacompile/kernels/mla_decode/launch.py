@@ -38,6 +38,7 @@ def mla_decode_portable(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,

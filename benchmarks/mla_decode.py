@@ -1,13 +1,13 @@
-"""Times the kernels of ``mla_decode`` side by side on a GPU: cold L2, CUDA-graph replay, parity checked in the same run.
+"""Times the kernels of ``mla_decode`` side by side on a GPU: cold L2, CUDA graphs, parity checked in the same run.
 
-    python benchmarks/mla_decode.py --out results.json              every kernel, over the table of shapes
+    python benchmarks/mla_decode.py --out results.json                      every kernel, over the table of shapes
     python benchmarks/mla_decode.py --kernels "triton;gluon" --rows 128x128x8192,16x1x8192
-    python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33;gluon@parts=33,min_share=4"
+    python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33,min_share=4"
 
-A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to twice the
-context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order. Every call of a replay reads
-another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the larger floor, bytes over the
-bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
+A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to
+about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order. Every call of
+a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the larger
+floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Row:
     @classmethod
     def parse(cls, text: str) -> Row:
         """``[ragged]HxBxT[xS]``."""
-        return cls(*map(int, text.removeprefix("ragged").split("x")), ragged=text.startswith("ragged"))  # type: ignore[misc]
+        heads, batch, context, *rest = map(int, text.removeprefix("ragged").split("x"))
+        return cls(heads, batch, context, rest[0] if rest else 1, text.startswith("ragged"))
 
     def __str__(self) -> str:
         return f"{'ragged' if self.ragged else ''}{self.heads}x{self.batch}x{self.context}x{self.queries}"
@@ -120,7 +121,9 @@ def make_call(row: Row, tokens: Tensor, paged: bool) -> Call:
         cache = tokens.view(row.batch, -1, RANK + ROPE)
         return Call(cache[..., :RANK], cache[..., RANK:], length, None, cache[0])
     cache = tokens.view(-1, PAGE, RANK + ROPE)
-    order = torch.randperm(cache.shape[0], dtype=torch.int32, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    order = torch.randperm(
+        cache.shape[0], dtype=torch.int32, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
     counts = [-(-n // PAGE) for n in lengths]
     table = torch.zeros(row.batch, max(counts), dtype=torch.int32, device="cuda")
     for i, pages in enumerate(order.split(counts)):
@@ -221,7 +224,10 @@ def compile_one(row: Row, contender: Contender) -> None:
 
 def precompile(work: list[tuple[Row, Contender]], workers: int) -> None:
     # What reaches the code: divisibility of the heads by 16, the number of queries, and whether a batch is small.
-    kinds = {(row.heads % 16, row.heads > 16, row.queries, row.batch == 1, c.name.partition("@")[0]): (row, c) for row, c in work}
+    kinds = {
+        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, c.name.partition("@")[0]): (row, c)
+        for row, c in work
+    }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(kinds)), mp_context=context) as executor:
         futures = {executor.submit(compile_one, *pair): pair for pair in kinds.values()}
@@ -267,7 +273,7 @@ def main() -> None:
     pool = Pool(int(1.1 * max(max(row.bytes for row in rows), COLD_BYTES * 2)) // 2)
     info = {**environment(), "copy TB/s": bandwidth / 1e12, "bf16 product TFLOP/s": flops / 1e12}
     print(", ".join(f"{key} {value}" for key, value in info.items()))
-    print("                 row  kernel                 plan                            us TFLOP/s   TB/s  share     error")
+    print(f"{'row':>20s}  {'kernel':22s} {'plan':24s} {'us':>9s} TFLOP/s   TB/s  share     error")
     records = []
     for row, contender in work:
         floor = max(row.bytes / bandwidth, row.flops / flops) * 1e6
@@ -282,7 +288,7 @@ def main() -> None:
             arguments.out.write_text(json.dumps({"environment": info, "records": records}, indent=1))
     wrong = [r for r in records if not r["error"] <= LIMIT]
     if wrong:
-        sys.exit("wrong: " + "; ".join(f"{r['name']} {r['heads']}x{r['batch']}x{r['context']} {r['error']:.1e}" for r in wrong))
+        sys.exit("wrong: " + "; ".join(line(r, r["floor_us"]) for r in wrong))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ class Kernel:
 
     supports: called like the op; the human reasons why this kernel cannot take these inputs, empty when it can.
     run: called like the op, only after ``supports`` found no reason; same results as the op's reference.
-    slower: called like the op; why, by measurements, a later kernel is faster here. Such a kernel serves where no other can,
-        and when it is asked for by name.
+    slower: called like the op; why, by measurements, a later kernel is faster here. Such a kernel serves where no
+        other can, and when it is asked for by name.
     """
 
     name: str

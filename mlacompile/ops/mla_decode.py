@@ -40,7 +40,8 @@ def mla_decode_reference(
     """
     b, h, s, r = q_latent.shape
     if block_table is not None:
-        c_kv, k_pe = (None if x is None else gather_pages(x, block_table) for x in (c_kv, k_pe))
+        c_kv = gather_pages(c_kv, block_table)
+        k_pe = None if k_pe is None else gather_pages(k_pe, block_table)
     t = c_kv.shape[1]
     compute = torch.promote_types(q_latent.dtype, torch.float32)
     visible = visible_tokens(mask, start, length, causal, queries=s, tokens=t, device=c_kv.device)
@@ -65,7 +66,7 @@ def mla_decode_reference(
 
 
 def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
-    """A paged cache [pages, page_size, D] as [B, N * page_size, D]; page numbers outside the cache mean the nearest page."""
+    """A paged cache [pages, page_size, D] as [B, N * page_size, D]; a page number outside it means the nearest page."""
     pages = block_table.clamp(0, cache.shape[0] - 1)
     return cache[pages].flatten(1, 2)
 

@@ -67,7 +67,7 @@ def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor) -> None:
 HOPPER_CASES = [
     case for case in CASES if case.dtype != torch.float32 and case.mask is None and case.rank % 8 == case.rope % 8 == 0
 ] + [
-    *(variant(heads=heads, queries=queries, causal=True, **RAGGED) for heads, queries in ((1, 8), (7, 8), (16, 4), (40, 2))),
+    *(variant(heads=h, queries=s, causal=True, **RAGGED) for h, s in ((1, 8), (7, 8), (16, 4), (40, 2))),
     variant(rank=128, rope=64, fused=True, **RAGGED),
     variant(rank=384, rope=32, heads=128, dtype=torch.float16, **RAGGED),
     variant(batch=300, tokens=130, heads=130, **RAGGED),

@@ -7,18 +7,18 @@ two groups of four warps share it, and one more warp fetches the cache:
     _left    all scores, the softmax, and output columns [0, LEFT) with P from registers
     _right   the other columns, as two quarters, with P from shared memory
 
-A block of 64 tokens is loaded once and serves as key and as value. The parts of a stage have barriers of their own, in the
-order in which they fall free: the first quarter with the rotary keys, the left half, the last quarter. ``_left`` issues
-the product with V of block n before the scores of block n + 1, so that reloading hides behind both; ``_right`` multiplies its
-last quarter while ``_left`` computes the softmax. Barriers whose two sides can be two blocks apart are double.
+A block of 64 tokens is loaded once and serves as key and as value. The parts of a stage have barriers of their own, in
+the order in which they fall free: the first quarter with the rotary keys, the left half, the last quarter. ``_left``
+issues the product with V of block n before the scores of block n + 1, so that reloading hides behind both; ``_right``
+multiplies its last quarter while ``_left`` computes the softmax. Barriers whose two sides can be two blocks apart are
+double.
 
-Work is planned on the device from ``start`` and ``length``: the blocks of all rows form one line, and every program takes an
-equal stretch of it. A row that ends up in several programs leaves normalized float32 partials, which ``merge.py`` combines.
-Every row has at least one block, be it empty, so no program ever waits for a load that nobody issues.
+Work is planned on the device from ``start`` and ``length``: the blocks of all rows form one line, and every program
+takes an equal stretch of it. A row that ends up in several programs leaves normalized float32 partials, which
+``merge.py`` combines. Every row has at least one block, be it empty, so no program waits for a load that nobody issues.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: UP037
 # No "from __future__ import annotations": the fields of an aggregate are types, not strings.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -103,17 +103,26 @@ def _bound(p, i_b, m_b):
 
 @gluon.jit
 def _window(p_start, p_length, i_b, m_b, T):
-    """lo, hi, end, first, blocks of batch rows i_b (scalar or vector): live tokens [lo, hi), ``length``, first block."""
+    """The live tokens [lo, hi) of batch rows i_b, a scalar or a vector, and their ``length`` as it was given."""
     lo = i_b * 0
     end = i_b * 0 + T
     if p_start is not None:
         lo = gl.minimum(gl.maximum(_bound(p_start, i_b, m_b), 0), T)
     if p_length is not None:
         end = _bound(p_length, i_b, m_b)
-    hi = gl.minimum(gl.maximum(end, 0), T)
-    first = lo // BLOCK
-    blocks = gl.maximum((hi + BLOCK - 1) // BLOCK - first, 1)
-    return lo, hi, end, first, blocks
+    return lo, gl.minimum(gl.maximum(end, 0), T), end
+
+
+@gluon.jit
+def _blocks(lo, hi):
+    """How many blocks cover [lo, hi), counted from the one that holds lo; at least one."""
+    return gl.maximum((hi + BLOCK - 1) // BLOCK - lo // BLOCK, 1)
+
+
+@gluon.jit
+def _blocks_of(p_start, p_length, i_b, m_b, T):
+    lo, hi, _end = _window(p_start, p_length, i_b, m_b, T)
+    return _blocks(lo, hi)
 
 
 @gluon.jit
@@ -125,7 +134,7 @@ def _add(a, b):
 def _plan(p_start, p_length, B, T, part, n_parts, min_share):
     """How much each part does, and where this one begins: share, overhead, row, position in that row's blocks.
 
-    Positions count ``overhead`` imaginary blocks before a row's first, so that many short rows weigh more than one long.
+    Positions count ``overhead`` imaginary blocks before a row's first: many short rows weigh more than one long one.
     """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     o_b = gl.arange(0, CHUNK, layout)
@@ -134,7 +143,7 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
     least = 0x7FFFFFFF
     for b in range(0, B, CHUNK):
         m_b = b + o_b < B
-        lo, hi, end, first, blocks = _window(p_start, p_length, b + o_b, m_b, T)
+        blocks = _blocks_of(p_start, p_length, b + o_b, m_b, T)
         total += gl.sum(gl.where(m_b, blocks, 0), 0)
         most = gl.maximum(most, gl.max(gl.where(m_b, blocks, 0), 0))
         least = gl.minimum(least, gl.min(gl.where(m_b, blocks, 0x7FFFFFFF), 0))
@@ -157,8 +166,7 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
     seen = 0
     for b in range(0, B, CHUNK):
         m_b = b + o_b < B
-        lo, hi, end, first, blocks = _window(p_start, p_length, b + o_b, m_b, T)
-        blocks = gl.where(m_b, blocks + overhead, 0)
+        blocks = gl.where(m_b, _blocks_of(p_start, p_length, b + o_b, m_b, T) + overhead, 0)
         ends = seen + gl.associative_scan(blocks, 0, _add)
         done = m_b & (ends <= begin)
         row += gl.sum(done.to(gl.int32), 0)
@@ -169,15 +177,16 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
 
 @gluon.jit
 def _item(p_start, p_length, row, position, todo, overhead, T):
-    """The next stretch of one row: its bounds, its first token, its number of blocks, and what it takes off ``todo``.
+    """The next stretch of one row: lo, hi and end, its first token, its number of blocks, and what it is of ``todo``.
 
-    skip: blocks of the row that earlier parts do. left: blocks that later parts do.
+    skip: blocks of the row that earlier parts do. rest: blocks that later parts do.
     """
-    lo, hi, end, first, blocks = _window(p_start, p_length, row, None, T)
+    lo, hi, end = _window(p_start, p_length, row, None, T)
+    blocks = _blocks(lo, hi)
     taken = gl.minimum(blocks + overhead - position, todo)
     skip = gl.maximum(position - overhead, 0)
     n = position + taken - overhead - skip
-    return lo, hi, end, (first + skip) * BLOCK, n, skip, blocks - skip - n, taken
+    return lo, hi, end, (lo // BLOCK + skip) * BLOCK, n, skip, blocks - skip - n, taken
 
 
 # ---- pieces of the partitions --------------------------------------------------------------------------------------
@@ -249,7 +258,7 @@ def _store_columns(o, total, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H
 
 @gluon.jit
 def _slot(part, skip):
-    """Where an item's partial goes: a part ends at most one row that an earlier part began, and leaves at most one open."""
+    """Where an item's partial goes: a part continues at most one row of earlier parts, and leaves at most one open."""
     return 2 * part + gl.where(skip == 0, 1, 0)
 
 
@@ -268,8 +277,8 @@ def _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE: gl.constexpr)
 
 
 @gluon.jit
-def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_table, row, t, n_pages, stride_table, n_columns,
-          PAGE: gl.constexpr):  # fmt: skip
+def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_table, row, t, n_pages, stride_table,
+          n_columns, PAGE: gl.constexpr):  # fmt: skip
     """Send for N panels of a block's columns. to: boxes of shared memory, those of panel k begin at (first + k) * SUB.
 
     unit: the page or batch row of the block, where one is enough; smaller pages are looked up here.
@@ -289,8 +298,8 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_table, 
 
 
 @gluon.jit
-def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe, n_pages,
-           stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe,
+           n_pages, stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
            BLOCK_P: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time."""
     BOX: gl.constexpr = d_c.block_type.shape[0]
@@ -306,11 +315,11 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, 
     g = 0
     todo = share
     while (row < B) & (todo > overhead):
-        lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         unit = row
         if SUB == 1:
             unit = _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE)
-        for i in range(n):
+        for _ in range(n):
             stage = g & 1
             free = ((g >> 1) & 1) ^ 1
             ahead = unit
@@ -368,7 +377,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         sure = hi
         limit = gl.full((ROWS,), 0, gl.int32, s_row)
         if CAUSAL:
-            r_row, r_h, r_s = _rows(i_tile, H, s_row)
+            _r_row, _r_h, r_s = _rows(i_tile, H, s_row)
             limit = gl.minimum(end - S + r_s + 1, T)
             sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
 
@@ -397,14 +406,14 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         x.alpha.index(stage).store(alpha)
         mbarrier.arrive(bar.alpha.index(stage), count=1)
         e = gl.exp2(s * scale_log2 - m[:, None])
-        l = gl.sum(e, 1)
+        total = gl.sum(e, 1)
         b_p = e.to(dtype)
         x.p.store(b_p)
         fence_async_shared()
         mbarrier.arrive(bar.p_full, count=1)
         a_p = gl.convert_layout(b_p, p_layout)
 
-        for i in range(n - 1):
+        for _ in range(n - 1):
             stage = g & 1
             other = stage ^ 1
             phase = ((g + 1) >> 1) & 1
@@ -440,7 +449,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             # From here on _right works too.
             o = o * gl.convert_layout(alpha, o_row)[:, None]
             a_p = gl.convert_layout(b_p, p_layout)
-            l = l * alpha + gl.sum(e, 1)
+            total = total * alpha + gl.sum(e, 1)
             g += 1
 
         # The last block: no scores follow.
@@ -449,17 +458,17 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         if (t < lo) | (t + BLOCK > hi):
             _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
         o = warpgroup_mma(a_p, x.left.index(stage), o, is_async=True)
-        x.total.store(l)
+        x.total.store(total)
         mbarrier.arrive(bar.total, count=1)
         o = warpgroup_mma_wait(0, deps=(o,))
         mbarrier.arrive(bar.left_empty.index(stage), count=1)
 
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
-        l_o = gl.convert_layout(l, o_row)
-        _store_columns(o, l_o, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, LEFT, R, o_layout)
+        total_o = gl.convert_layout(total, o_row)
+        _store_columns(o, total_o, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, LEFT, R, o_layout)
         r_row, r_h, r_s = _rows(i_tile, H, s_row)
-        lse = gl.where(l == 0, float("-inf"), m + gl.log2(l))
+        lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
         if whole:
             o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
             gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
@@ -477,8 +486,8 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
 
 
 @gluon.jit
-def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile, n_tiles,
-           H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
+           n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
            BLOCK_P: gl.constexpr):  # fmt: skip
     """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed."""
@@ -490,7 +499,7 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
     item = 0
     todo = share
     while (row < B) & (todo > overhead):
-        lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
         p = p_q + row.to(gl.int64) * stride_qb
         for k in gl.static_range(2):
@@ -504,7 +513,7 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
 
         o1 = gl.zeros((ROWS, QUARTER), gl.float32, layout)
         o2 = gl.zeros((ROWS, QUARTER), gl.float32, layout)
-        for i in range(n):
+        for _ in range(n):
             stage = g & 1
             phase = (g >> 1) & 1
             mbarrier.wait(bar.alpha.index(stage), phase)
@@ -562,10 +571,10 @@ def _mla_decode_hopper_kernel(
     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WORKER_REGS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (row tiles, parts). d_c, d_pe: descriptors of the cache as [rows, R] and [rows, P], in boxes of PANEL columns.
+    """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
 
-    apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R], p_part_lse
-    likewise. p_parts: [B, 2], the first part of a batch row and how many have one.
+    apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R],
+    p_part_lse likewise. p_parts: [B, 2], the first part of a batch row and how many parts it has.
     """
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -601,11 +610,11 @@ def _mla_decode_hopper_kernel(
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
                      stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL)),
-            (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
-                      n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
-                      stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P)),
-            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe,
-                      n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
+            (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
+                      i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P)),
+            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c,
+                      apart_pe, n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
         ],
         [4, 1],
         [WORKER_REGS, 32],

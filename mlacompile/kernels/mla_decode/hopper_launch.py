@@ -1,4 +1,4 @@
-"""Launches the Hopper kernel: sizes of tiles, descriptors of the cache and the workspace of partials, with no host sync."""
+"""Launches the Hopper kernel: tiles, descriptors of the cache and room for partials, with no host sync."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def mla_decode_hopper(
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
     # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    c_kv, k_pe = (x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (c_kv, k_pe))
-    assert c_kv is not None
+    c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
+    k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table)
     if plan is None:
         plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
@@ -110,7 +110,8 @@ def hopper_launches(
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
         "d_c": d_c, "d_pe": d_pe, "p_q": q_latent, "p_qpe": q_pe, "p_start": start, "p_length": length,
-        "p_table": block_table, "p_out": out, "p_lse": lse, "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts,
+        "p_table": block_table, "p_out": out, "p_lse": lse, "p_part": partial, "p_part_lse": partial_lse,
+        "p_parts": parts,
         "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
         "apart_c": apart_c, "apart_pe": apart_pe, "n_pages": c_kv.shape[0],
         "stride_table": 0 if block_table is None else block_table.stride(0),

@@ -41,9 +41,8 @@ def _mla_merge_kernel(
             o_in = slot.to(tl.int64)[:, None] * n_rows_padded + o_row[None, :]
             mask = (o_part < count)[:, None] & m_row[None, :]
             lse = tl.load(p_part_lse + o_in, mask=mask, other=float("-inf"))
-            part = tl.load(
-                p_part + o_in[:, :, None] * R + o_c[None, None, :], mask=mask[:, :, None] & (o_c < R)[None, None, :], other=0.0
-            )  # fmt: skip
+            p = p_part + o_in[:, :, None] * R + o_c[None, None, :]
+            part = tl.load(p, mask=mask[:, :, None] & (o_c < R)[None, None, :], other=0.0)
             higher = tl.maximum(peak, tl.max(lse, 0))
             use = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
             weight = tl.exp2(lse - use[None, :])

@@ -153,10 +153,9 @@ def hopper_shape_reasons(
     tokens = c_kv.shape[1] if block_table is None else c_kv.shape[1] * block_table.shape[1]
     if q_latent.shape[0] * (tokens // 64 + 4) >= _INT32 or tokens >= _INT32:
         reasons.append(f"{q_latent.shape[0]} rows of {tokens} tokens are more blocks than 32 bits count")
-    if q_latent.shape[1] * q_latent.shape[2] > 8 * MAX_BATCH:
-        reasons.append(
-            f"{q_latent.shape[1] * q_latent.shape[2]} rows of queries, the merge takes at most {8 * MAX_BATCH}"
-        )
+    rows = q_latent.shape[1] * q_latent.shape[2]
+    if rows > 8 * MAX_BATCH:
+        reasons.append(f"heads times queries is {rows}, the merge takes at most {8 * MAX_BATCH}")
     return reasons
 
 

@@ -5,9 +5,9 @@
     python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33,min_share=4"
 
 A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to
-about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order. Every call of
-a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the larger
-floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
+about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order. Every
+call of a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the
+larger floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
 """
 
 from __future__ import annotations

@@ -266,31 +266,31 @@ def _slot(part, skip):
 
 
 @gluon.jit
-def _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE: gl.constexpr):
+def _unit(p_pages, row, t, n_pages, n_columns, PAGE: gl.constexpr):
     """The page of a token, kept inside the cache whatever the table says; of a contiguous cache its batch row."""
     if PAGE > 0:
-        column = gl.minimum(t // PAGE, n_columns - 1)
-        page = gl.load(p_table + row.to(gl.int64) * stride_table + column)
+        column = gl.minimum(t.to(gl.uint32) // PAGE, n_columns.to(gl.uint32) - 1)
+        page = gl.load(p_pages + column)
         return gl.minimum(gl.maximum(page, 0), n_pages - 1)
     else:
         return row
 
 
 @gluon.jit
-def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_table, row, t, n_pages, stride_table,
-          n_columns, PAGE: gl.constexpr):  # fmt: skip
+def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, t, n_pages, n_columns,
+          PAGE: gl.constexpr):  # fmt: skip
     """Send for N panels of a block's columns. to: boxes of shared memory, those of panel k begin at (first + k) * SUB.
 
     unit: the page or batch row of the block, where one is enough; smaller pages are looked up here.
     """
     BOX: gl.constexpr = desc.block_type.shape[0]
     SUB: gl.constexpr = BLOCK // BOX
-    for j in gl.static_range(SUB):
+    for j in range(SUB):  # not unrolled: this partition has 32 registers
         o_t = t + j * BOX
         if SUB > 1:
-            unit = _unit(p_table, row, o_t, n_pages, stride_table, n_columns, PAGE)
+            unit = _unit(p_pages, unit, o_t, n_pages, n_columns, PAGE)
         if PAGE > 0:
-            o_t = o_t % PAGE
+            o_t = o_t & (PAGE - 1)
         o_row = unit * apart + o_t
         for k in gl.static_range(N):
             o_c = column + k * desc.block_type.shape[1]
@@ -316,39 +316,42 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, 
     todo = share
     while (row < B) & (todo > overhead):
         _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages += row.to(gl.int64) * stride_table
         unit = row
         if SUB == 1:
-            unit = _unit(p_table, row, t, n_pages, stride_table, n_columns, PAGE)
-        for _ in range(n):
-            stage = g & 1
-            free = ((g >> 1) & 1) ^ 1
+            unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
+        for i in range(g, g + n):
+            stage = i & 1
+            free = ((i >> 1) & 1) ^ 1
             ahead = unit
             if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
-                ahead = _unit(p_table, row, t + BLOCK, n_pages, stride_table, n_columns, PAGE)
+                ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
 
             mbarrier.wait(bar.first_empty.index(stage), free)
             full = bar.first_full.index(stage)
             mbarrier.expect(full, BLOCK * (QUARTER + BLOCK_P) * 2)
             _copy(d_c, apart_c, LEFT, full, right, 2 * stage * N_QUARTER, N_QUARTER,
-                  unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
+                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             if BLOCK_P > 0:
                 _copy(d_pe, apart_pe, 0, full, pe, stage, 1,
-                      unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
+                      unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.left_empty.index(stage), free)
             full = bar.left_full.index(stage)
             mbarrier.expect(full, BLOCK * LEFT * 2)
             _copy(d_c, apart_c, 0, full, left, stage * N_LEFT, N_LEFT,
-                  unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
+                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.last_empty.index(stage), free)
             full = bar.last_full.index(stage)
             mbarrier.expect(full, BLOCK * QUARTER * 2)
             _copy(d_c, apart_c, LEFT + QUARTER, full, right, (2 * stage + 1) * N_QUARTER, N_QUARTER,
-                  unit, p_table, row, t, n_pages, stride_table, n_columns, PAGE)  # fmt: skip
+                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             unit = ahead
             t += BLOCK
-            g += 1
+        g += n
         todo -= taken
         row += 1
         position = 0

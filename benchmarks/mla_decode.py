@@ -159,7 +159,7 @@ class Contender:
             tensors = (q_latent, q_pe, call.c_kv, call.k_pe, None, None, call.block_table)
             chosen = hopper_plan(hopper_shape(tensors), device)
         else:
-            chosen = choose_plan(shape_of(q_latent, q_pe, call.c_kv, call.k_pe, None), device)
+            chosen = choose_plan(shape_of(q_latent, q_pe, call.c_kv, call.k_pe, None, call.block_table), device)
         return replace(chosen, **{key: int(value) for key, value in (c.split("=") for c in changes.split(",") if c)})
 
     def runner(self, row: Row, q: tuple[Tensor, Tensor], plan: Any) -> Callable[[Call], Tensor]:

@@ -1,6 +1,7 @@
 """Runs cases through the portable kernel in Triton's interpreter; a process of its own, as the mode is set at import.
 
-Usage: python interpreted.py CASES, a Python list of (LatentCase arguments, Plan arguments). Prints one line a failure.
+Usage: python interpreted.py CASES, a Python list of (LatentCase arguments, Plan arguments); the former may hold a
+``page`` besides. Prints one line a failure.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from triton.runtime import interpreter
 from mlacompile.kernels.mla_decode.launch import mla_decode_portable
 from mlacompile.kernels.mla_decode.plan import Plan
 from mlacompile.kernels.mla_decode.supports import portable_reasons
-from mlacompile.testing.latents import LatentCase, exact, make_inputs, worst
+from mlacompile.testing.latents import LatentCase, exact, make_inputs, paged, worst
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -30,11 +31,12 @@ def _patch_tensor_for_numpy(tensor: object, scope: interpreter._LangPatchScope) 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 
 
-def failure(case: LatentCase, plan: Plan) -> str:
+def failure(case: LatentCase, plan: Plan, page: int = 0) -> str:
     inputs = make_inputs(case)
-    if reasons := portable_reasons(*inputs.tensors, **inputs.keywords):  # type: ignore[arg-type]
+    given = paged(inputs, page) if page else inputs
+    if reasons := portable_reasons(*given.tensors, **given.keywords):  # type: ignore[arg-type]
         return f"{case} {plan}: unsupported: {reasons}"
-    out, lse = mla_decode_portable(*inputs.tensors, **inputs.keywords, plan=plan)  # type: ignore[arg-type]
+    out, lse = mla_decode_portable(*given.tensors, **given.keywords, plan=plan)  # type: ignore[arg-type]
     want = exact(inputs, unit=2**-23)
     wrong = worst(out, want.out, want.out_bound) or worst(
         lse, want.lse, want.lse_bound + 2**-23 * want.lse.abs().nan_to_num(posinf=0.0)
@@ -45,5 +47,6 @@ def failure(case: LatentCase, plan: Plan) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for case, plan in eval(sys.argv[1]):
-        if wrong := failure(LatentCase(**case), Plan(**plan)):
+        page = case.pop("page", 0)
+        if wrong := failure(LatentCase(**case), Plan(**plan), page):
             print(wrong)

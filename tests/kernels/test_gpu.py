@@ -21,12 +21,12 @@ UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0.0}
 #: What DeepSeek's kernels and ours reach on random bf16 inputs, as a bound on the norm of the error.
 NORM = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 
-DEEPSEEK = LatentCase(batch=3, heads=16, tokens=1000, rank=512, rope=64, dtype=torch.bfloat16)
-
-
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
+IMPLS = ["triton", pytest.param("gluon", marks=hopper)]
+
+DEEPSEEK = LatentCase(batch=3, heads=16, tokens=1000, rank=512, rope=64, dtype=torch.bfloat16)
 
 
 def variant(**changes: object) -> LatentCase:
@@ -104,20 +104,20 @@ def test_hopper_parity(case: LatentCase) -> None:
     check(inputs, *reproduces(inputs, "gluon"))
 
 
-@hopper
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("case", "page"), PAGED_CASES, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
-def test_hopper_parity_on_pages(case: LatentCase, page: int) -> None:
+def test_parity_on_pages(case: LatentCase, page: int, impl: str) -> None:
     inputs = make_inputs(case, device="cuda")
-    check(inputs, *reproduces(paged(inputs, page), "gluon"))
+    check(inputs, *reproduces(paged(inputs, page), impl))
 
 
-@hopper
-def test_wild_page_numbers_of_live_tokens_read_the_nearest_page() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_wild_page_numbers_of_live_tokens_read_the_nearest_page(impl: str) -> None:
     inputs = paged(make_inputs(variant(batch=2, tokens=256), device="cuda"), 64, shuffled=False)
     table = inputs.tensors[7]
     assert table is not None
     table[0, 1], table[1, 0] = 2**31 - 1, -5
-    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, impl="gluon")
+    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
     want, want_lse = mla_decode(*inputs.tensors, **inputs.keywords, impl="reference")
     torch.cuda.synchronize()
     # Page 15, the last, is one of NaN; page 0 is not.
@@ -127,16 +127,13 @@ def test_wild_page_numbers_of_live_tokens_read_the_nearest_page() -> None:
     torch.testing.assert_close(lse[1], want_lse[1], rtol=1e-3, atol=1e-3)
 
 
-@hopper
-def test_lengths_outside_the_cache_are_cut() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lengths_outside_the_cache_are_cut(impl: str) -> None:
     inputs = make_inputs(variant(batch=4, tokens=200, heads=20), device="cuda")
     length = torch.tensor([-3, 0, 201, 2**31 - 1], dtype=torch.int32, device="cuda")
     start = torch.tensor([-7, 5, 199, 2**31 - 1], dtype=torch.int32, device="cuda")
     inputs.tensors = (*inputs.tensors[:5], start, length)
-    check(inputs, *reproduces(inputs, "gluon"))
-
-
-IMPLS = ["triton", pytest.param("gluon", marks=hopper)]
+    check(inputs, *reproduces(inputs, impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

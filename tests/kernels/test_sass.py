@@ -28,7 +28,7 @@ def build(plan: Plan, capability: int = 90, dtype: torch.dtype = torch.bfloat16)
 
     b, h, s, t, r, p = SHAPE.batch, SHAPE.heads, SHAPE.queries, SHAPE.tokens, SHAPE.rank, SHAPE.rope
     cache, length = meta(b, t, r + p), meta(b, dtype=torch.int32)
-    tensors = (meta(b, h, s, r), meta(b, h, s, p), cache[..., :r], cache[..., r:], None, None, length)
+    tensors = (meta(b, h, s, r), meta(b, h, s, p), cache[..., :r], cache[..., r:], None, None, length, None)
     out, lse = meta(b, h, s, r), meta(b, h, s, dtype=torch.float32)
     launch = launches(tensors, out, lse, plan, scale=0.1, causal=False)[0]
     name = f"{plan} {str(dtype).removeprefix('torch.')} sm_{capability}"

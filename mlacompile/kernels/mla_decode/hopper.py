@@ -14,8 +14,9 @@ multiplies its last quarter while ``_left`` computes the softmax. Barriers whose
 double.
 
 Work is planned on the device from ``start`` and ``length``: the blocks of all rows form one line, and every program
-takes an equal stretch of it. A row that ends up in several programs leaves normalized float32 partials, which
-``merge.py`` combines. Every row has at least one block, be it empty, so no program waits for a load that nobody issues.
+takes an equal stretch of it. A row that ends up in several programs leaves normalized partials in the dtype of the
+cache (they are averages of it, so they fit), which ``merge.py`` combines. Every row has at least one block, be it
+empty, so no program waits for a load that nobody issues.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -136,12 +137,15 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
 
     Positions count ``overhead`` imaginary blocks before a row's first: many short rows weigh more than one long one.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    # Every warp holds all rows of a chunk, so sums and maxima need no shared memory.
+    layout: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [gl.num_warps()], [0])
     o_b = gl.arange(0, CHUNK, layout)
-    total = 0
-    most = 0
-    least = 0x7FFFFFFF
-    for b in range(0, B, CHUNK):
+    m_b = o_b < B
+    chunk = _blocks_of(p_start, p_length, o_b, m_b, T)
+    total = gl.sum(gl.where(m_b, chunk, 0), 0)
+    most = gl.max(gl.where(m_b, chunk, 0), 0)
+    least = gl.min(gl.where(m_b, chunk, 0x7FFFFFFF), 0)
+    for b in range(CHUNK, B, CHUNK):
         m_b = b + o_b < B
         blocks = _blocks_of(p_start, p_length, b + o_b, m_b, T)
         total += gl.sum(gl.where(m_b, blocks, 0), 0)
@@ -161,17 +165,20 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
             overhead = padding
 
     begin = part * share
-    row = 0
-    before = 0
-    seen = 0
-    for b in range(0, B, CHUNK):
+    m_b = o_b < B
+    ends = gl.associative_scan(gl.where(m_b, chunk + overhead, 0), 0, _add)
+    done = m_b & (ends <= begin)
+    row = gl.sum(done.to(gl.int32), 0)
+    before = gl.max(gl.where(done, ends, 0), 0)
+    seen = gl.max(ends, 0)
+    for b in range(CHUNK, B, CHUNK):
         m_b = b + o_b < B
         blocks = gl.where(m_b, _blocks_of(p_start, p_length, b + o_b, m_b, T) + overhead, 0)
         ends = seen + gl.associative_scan(blocks, 0, _add)
         done = m_b & (ends <= begin)
         row += gl.sum(done.to(gl.int32), 0)
         before = gl.maximum(before, gl.max(gl.where(done, ends, 0), 0))
-        seen += gl.sum(blocks, 0)
+        seen = gl.max(ends, 0)
     return share, overhead, row, begin - before
 
 
@@ -253,7 +260,7 @@ def _store_columns(o, total, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H
         gl.store(p_out + o_out[:, None] * R + o_c[None, :], o.to(p_out.dtype.element_ty), mask=mask)
     else:
         o_part = (slot * n_tiles).to(gl.int64) * ROWS + o_row
-        gl.store(p_part + o_part[:, None] * R + o_c[None, :], o, mask=mask)
+        gl.store(p_part + o_part[:, None] * R + o_c[None, :], o.to(p_part.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -582,6 +589,7 @@ def _mla_decode_hopper_kernel(
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)

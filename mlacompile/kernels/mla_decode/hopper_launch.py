@@ -18,6 +18,8 @@ from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, n
 TILE_ROWS = 64
 BLOCK = 64  # tokens
 WORKER_REGISTERS = 216
+MERGE_ELEMENTS = 4096
+MERGE_PROGRAMS = 2048
 
 
 def mla_decode_hopper(
@@ -105,7 +107,7 @@ def hopper_launches(
     block_p = max(next_power_of_2(shape.rope), 16) if shape.rope else 0
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, block_p)
     slots = 2 * plan.parts if plan.parts > 1 else 1
-    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1, dtype=torch.float32)
+    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1)
     partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
@@ -120,7 +122,9 @@ def hopper_launches(
         "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
         "BLOCK_P": block_p, "PAGE": page, "CAUSAL": causal and s > 1, "WORKER_REGS": WORKER_REGISTERS,
     }  # fmt: skip
-    result = [Launch(_mla_decode_hopper_kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4})]
+    result = [
+        Launch(_mla_decode_hopper_kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})
+    ]
     if plan.parts > 1:
         result.append(_merge(partial, partial_lse, parts, out, lse, plan, shape))
     return result
@@ -129,14 +133,19 @@ def hopper_launches(
 def _merge(
     partial: Tensor, partial_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor, plan: HopperPlan, shape: Shape
 ) -> Launch:
-    """Few rows have many partials each and want many programs; many rows are mostly whole and want few."""
-    few = shape.batch * shape.rows <= 512
-    rows, block_c, at_once = (1, 128, 32) if few else (8, 256, 2)
-    block_c = min(block_c, next_power_of_2(shape.rank))
+    """Each program takes about 4096 elements of partials at once, which hides the latency of L2.
+
+    One row in many parts is cut along its columns; many rows, most of which are whole, get few programs each.
+    """
+    width = next_power_of_2(shape.rank)
+    slots = min(max(next_power_of_2(plan.parts // shape.batch + 1) // 2, 2), 64)  # about as many as a row has
+    block_c = min(width, max(MERGE_ELEMENTS // slots, 32))
+    rows = min(max(MERGE_ELEMENTS // (slots * block_c), 1), next_power_of_2(shape.rows))
+    chunks = -(-shape.rank // block_c)
+    groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))
     arguments = {
         "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts, "p_out": out, "p_lse": lse, "H": shape.heads,
         "S": shape.queries, "n_rows_padded": partial.shape[1], "R": shape.rank, "ROWS": rows, "BLOCK_C": block_c,
-        "SLOTS": min(at_once, next_power_of_2(plan.parts)), "PDL": True,
+        "SLOTS": slots, "PDL": True,
     }  # fmt: skip
-    grid = (shape.batch, -(-shape.rows // rows), -(-shape.rank // block_c))
-    return Launch(_mla_merge_kernel, grid, arguments, {"num_warps": 4, "launch_pdl": True})
+    return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": 4, "launch_pdl": True})

@@ -67,8 +67,6 @@ def portable_reasons(
         reasons.append(f"rank is {rank}, the kernel holds at most {MAX_RANK} in registers")
     if rope > MAX_ROPE:
         reasons.append(f"rope width is {rope}, the kernel takes at most {MAX_ROPE}")
-    if block_table is not None:
-        reasons.append("the cache is paged")
     for name, x in (("c_kv", c_kv), ("k_pe", k_pe)):
         if x is not None and x.shape[-1] > 1 and x.stride(-1) != 1:
             reasons.append(f"the last dimension of {name} has stride {x.stride(-1)}, the kernel needs 1")
@@ -153,9 +151,6 @@ def hopper_shape_reasons(
     tokens = c_kv.shape[1] if block_table is None else c_kv.shape[1] * block_table.shape[1]
     if q_latent.shape[0] * (tokens // 64 + 4) >= _INT32 or tokens >= _INT32:
         reasons.append(f"{q_latent.shape[0]} rows of {tokens} tokens are more blocks than 32 bits count")
-    rows = q_latent.shape[1] * q_latent.shape[2]
-    if rows > 8 * MAX_BATCH:
-        reasons.append(f"heads times queries is {rows}, the merge takes at most {8 * MAX_BATCH}")
     return reasons
 
 

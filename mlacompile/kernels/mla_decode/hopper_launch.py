@@ -120,7 +120,8 @@ def hopper_launches(
         "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,
         **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
         "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
-        "BLOCK_P": block_p, "PAGE": page, "CAUSAL": causal and s > 1, "WORKER_REGS": WORKER_REGISTERS,
+        "BLOCK_P": block_p, "PAGE": page, "CAUSAL": causal and s > 1,
+        "ONE_QUERY": s == 1, "WORKER_REGS": WORKER_REGISTERS,
     }  # fmt: skip
     result = [
         Launch(_mla_decode_hopper_kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from mlacompile.kernels import registry
 from mlacompile.ops import mla_decode_reference
 
-_DECODE_ARGS = 8
+_DECODE_ARGS = 9
 
 
 def decode_nodes(gm: GraphModule) -> list[Node]:
@@ -27,9 +27,6 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
     "inductor" stands for the reference body compiled in place.
     """
     values: list[Any] = [a.meta["val"] if isinstance(a, Node) else a for a in node.args[:_DECODE_ARGS]]
-    if "block_table" in node.kwargs:
-        table = node.kwargs["block_table"]
-        values.append(table.meta["val"] if isinstance(table, Node) else table)
     device = values[0].device.type
     if device == "meta":
         return "chosen on the device", []

@@ -28,7 +28,7 @@ def build(plan: Plan, capability: int = 90, dtype: torch.dtype = torch.bfloat16)
 
     b, h, s, t, r, p = SHAPE.batch, SHAPE.heads, SHAPE.queries, SHAPE.tokens, SHAPE.rank, SHAPE.rope
     cache, length = meta(b, t, r + p), meta(b, dtype=torch.int32)
-    tensors = (meta(b, h, s, r), meta(b, h, s, p), cache[..., :r], cache[..., r:], None, None, length, None)
+    tensors = (meta(b, h, s, r), meta(b, h, s, p), cache[..., :r], cache[..., r:], None, None, length, None, None)
     out, lse = meta(b, h, s, r), meta(b, h, s, dtype=torch.float32)
     launch = launches(tensors, out, lse, plan, scale=0.1, causal=False)[0]
     name = f"{plan} {str(dtype).removeprefix('torch.')} sm_{capability}"
@@ -95,7 +95,7 @@ def build_hopper(heads: int, queries: int, rank: int, rope: int, page: int, dtyp
     q_latent, q_pe = meta(batch, heads, queries, rank), meta(batch, heads, queries, rope) if rope else None
     k_pe, length = cache[..., rank:] if rope else None, meta(batch, dtype=torch.int32)
     tensors = (q_latent, q_pe, cache[..., :rank], k_pe, None, length, table)
-    assert not hopper_shape_reasons(q_latent, q_pe, cache[..., :rank], k_pe, None, table, 0.1)
+    assert not hopper_shape_reasons(q_latent, q_pe, cache[..., :rank], k_pe, None, table, None, 0.1)
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
     plan = hopper_plan(hopper_shape(tensors), Device())
     built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)

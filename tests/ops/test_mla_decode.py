@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.ops import mla_decode, mla_decode_reference
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, worst
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized, worst
 
 cases = st.builds(
     LatentCase,
@@ -73,9 +73,30 @@ def test_pages_change_nothing(case: LatentCase, page: int, seed: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases,
+    per=st.sampled_from(["token", "block"]),
+    dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
+    rope=st.booleans(),
+    page=st.sampled_from([0, 16]),
+    rank=st.sampled_from([24, 200]),
+)
+def test_an_fp8_cache_means_its_values_times_their_factors(
+    case: LatentCase, per: str, dtype: torch.dtype, rope: bool, page: int, rank: int
+) -> None:
+    case = dataclasses.replace(case, rank=rank, mask=None if page else case.mask, dtype=torch.float32)
+    stored, said = quantized(make_inputs(case), per=per, dtype=dtype, rope=rope)
+    stored = paged(stored, page) if page else stored
+    for got, want in zip(
+        mla_decode(*stored.tensors, **stored.keywords), mla_decode(*said.tensors, **said.keywords), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_page_number_outside_the_cache_means_the_nearest_page() -> None:
     inputs = paged(make_inputs(LatentCase(batch=2, tokens=64)), 16, shuffled=False)
-    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length", "block_table")
+    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length", "block_table", "descale")
     arguments = dict(zip(names, inputs.tensors, strict=True))
     wild, tame = arguments["block_table"].clone(), arguments["block_table"].clone()  # type: ignore[union-attr]
     wild[0, 1], wild[1, 2] = -(2**31), 2**31 - 1
@@ -131,9 +152,9 @@ def test_cache_with_a_strided_last_dimension_is_copied() -> None:
 
 def bad(**changes: Any) -> None:
     """Call the op on good inputs with some of them replaced."""
-    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length", "block_table")
+    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length", "block_table", "descale")
     inputs = make_inputs(LatentCase(batch=2, heads=3, queries=2, tokens=7, rank=16, rope=4))
-    arguments = dict(zip(names, (*inputs.tensors, None), strict=True)) | inputs.keywords | changes
+    arguments = dict(zip(names, (*inputs.tensors, None, None), strict=True)) | inputs.keywords | changes
     tensors = [arguments.pop(name) for name in names]
     mla_decode(*tensors, **arguments)
 
@@ -159,6 +180,12 @@ def bad(**changes: Any) -> None:
         (
             {"block_table": torch.zeros(2, 1, dtype=torch.int32), "c_kv": torch.zeros(3, 16, 16)},
             r"k_pe of shape \[2, 7, 4\]; expected \[3, 16, 4\]",
+        ),
+        ({"c_kv": torch.zeros(2, 7, 16, dtype=torch.float8_e4m3fn)}, "c_kv of torch.float8_e4m3fn without descale"),
+        ({"descale": torch.ones(2, 7, 1)}, "descale with c_kv of torch.float32; expected an FP8 cache"),
+        (
+            {"c_kv": torch.zeros(2, 7, 16, dtype=torch.float8_e5m2), "descale": torch.ones(2, 7, 3)},
+            r"descale of torch.float32 \[2, 7, 3\]; expected float32 \[2, 7, G\] with G = 1 or 1",
         ),
         ({"impl": "fastest"}, "expected one of auto, reference, gluon, triton"),
         ({"impl": "triton"}, "cannot take these inputs: .*CUDA"),

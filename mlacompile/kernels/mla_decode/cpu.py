@@ -34,6 +34,7 @@ def cpu_reasons(
     start: Tensor | None,
     length: Tensor | None,
     block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -44,6 +45,8 @@ def cpu_reasons(
         reasons.append(f"inputs are on {q_latent.device}, the kernel needs a CPU")
     if block_table is not None:
         reasons.append("the cache is paged")
+    if descale is not None:
+        reasons.append("the cache is in FP8")
     if interpreted():
         reasons.append("TRITON_INTERPRET=1 asks for Triton's interpreter")
     if not hasattr(torch.ops.aten, _FLASH):
@@ -73,6 +76,7 @@ def mla_decode_cpu(
     start: Tensor | None,
     length: Tensor | None,
     block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,

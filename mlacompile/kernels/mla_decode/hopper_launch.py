@@ -31,6 +31,7 @@ def mla_decode_hopper(
     start: Tensor | None,
     length: Tensor | None,
     block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,

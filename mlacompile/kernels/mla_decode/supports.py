@@ -53,6 +53,7 @@ def portable_reasons(
     start: Tensor | None,
     length: Tensor | None,
     block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -62,6 +63,8 @@ def portable_reasons(
     dtypes = (torch.float32,) if interpreted() else (torch.float32, torch.bfloat16, torch.float16)
     if q_latent.dtype not in dtypes:
         reasons.append(f"dtype is {q_latent.dtype}, the kernel takes {', '.join(map(str, dtypes))}")
+    if descale is not None:
+        reasons += _fp8_reasons(c_kv, k_pe, q_latent.device)
     rank, rope = q_latent.shape[3], 0 if q_pe is None else q_pe.shape[3]
     if rank > MAX_RANK:
         reasons.append(f"rank is {rank}, the kernel holds at most {MAX_RANK} in registers")
@@ -81,6 +84,17 @@ def portable_reasons(
     if q_latent.numel() == 0 or c_kv.numel() == 0:
         reasons.append("an input is empty")
     return reasons
+
+
+def _fp8_reasons(c_kv: Tensor, k_pe: Tensor | None, device: torch.device) -> list[str]:
+    """Why the portable kernel cannot read an FP8 cache."""
+    if interpreted():
+        return []
+    e4m3 = any(x is not None and x.dtype == torch.float8_e4m3fn for x in (c_kv, k_pe))
+    if not e4m3 or device.type != "cuda" or not torch.cuda.is_available():
+        return []
+    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    return ["e4m3 needs compute capability 8.9"] if capability < (8, 9) else []
 
 
 @cache
@@ -108,13 +122,14 @@ def hopper_reasons(
     start: Tensor | None,
     length: Tensor | None,
     block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
 ) -> list[str]:
     """Why the Hopper kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
     return hopper_device_reasons(q_latent.device) + hopper_shape_reasons(
-        q_latent, q_pe, c_kv, k_pe, mask, block_table, scale
+        q_latent, q_pe, c_kv, k_pe, mask, block_table, descale, scale
     )
 
 
@@ -125,6 +140,7 @@ def hopper_shape_reasons(
     k_pe: Tensor | None,
     mask: Tensor | None,
     block_table: Tensor | None,
+    descale: Tensor | None,
     scale: float,
 ) -> list[str]:
     """The same, whatever the device."""
@@ -135,6 +151,8 @@ def hopper_shape_reasons(
         reasons.append(f"dtype is {q_latent.dtype}, the kernel takes torch.bfloat16 and torch.float16")
     if mask is not None:
         reasons.append("there is a mask")
+    if descale is not None:
+        reasons.append("the cache is in FP8")
     if not scale > 0:
         reasons.append(f"scale is {scale}, the kernel needs a positive one")
     rank, rope = q_latent.shape[3], 0 if q_pe is None else q_pe.shape[3]
@@ -181,6 +199,7 @@ def hopper_slower(
     start: Tensor | None,
     length: Tensor | None,
     block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,

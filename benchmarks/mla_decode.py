@@ -1,11 +1,13 @@
-"""Times ``mla_decode`` on a GPU: cold L2, CUDA-graph replay, parity checked in the same run.
+"""Times the kernels of ``mla_decode`` side by side on a GPU: cold L2, CUDA graphs, parity checked in the same run.
 
-    python benchmarks/mla_decode.py --out results.json              the chosen plans, over the table of shapes
-    python benchmarks/mla_decode.py --variants tma-wide,tma,ptr     given tiles, splits as chosen
-    python benchmarks/mla_decode.py --sweep --out sweep.json        tiles and splits over a few shapes
+    python benchmarks/mla_decode.py --out results.json                      every kernel, over the table of shapes
+    python benchmarks/mla_decode.py --kernels "triton;gluon" --rows 128x128x8192,16x1x8192
+    python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33,min_share=4"
 
-Every call of a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of
-the larger floor, bytes over --bandwidth or FLOPs over --flops, in the time measured.
+A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to
+about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order. Every
+call of a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the
+larger floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
 """
 
 from __future__ import annotations
@@ -14,26 +16,27 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlacompile.kernels.mla_decode.hopper_launch import hopper_shape, mla_decode_hopper
 from mlacompile.kernels.mla_decode.launch import device_of, mla_decode_portable, shape_of
-from mlacompile.kernels.mla_decode.plan import Plan, choose_plan, choose_splits, shared_memory
+from mlacompile.kernels.mla_decode.plan import choose_plan, hopper_plan
 from mlacompile.ops import mla_decode_reference
+from mlacompile.testing.timing import environment
 
-RANK, ROPE = 512, 64
+RANK, ROPE, PAGE = 512, 64, 64
 SCALE = 192**-0.5
 COLD_BYTES = 256 << 20  # one replay reads at least this much, several times any L2
+LIMIT = 3e-3  # of the relative error
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class Row:
     batch: int
     context: int
     queries: int = 1
+    ragged: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """``[ragged]HxBxT[xS]``."""
+        heads, batch, context, *rest = map(int, text.removeprefix("ragged").split("x"))
+        return cls(heads, batch, context, rest[0] if rest else 1, text.startswith("ragged"))
+
+    def __str__(self) -> str:
+        return f"{'ragged' if self.ragged else ''}{self.heads}x{self.batch}x{self.context}x{self.queries}"
 
     @property
     def bytes(self) -> int:
@@ -53,6 +66,15 @@ class Row:
     def flops(self) -> int:
         return 2 * self.batch * self.heads * self.queries * self.context * (2 * RANK + ROPE)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each batch row: all alike, or from 1 to some multiple of ``context`` with that mean."""
+        if not self.ragged:
+            return [self.context] * self.batch
+        gen = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self.batch, generator=gen) ** 3  # most rows short, a few long
+        lengths = (drawn / drawn.mean() * self.context).to(torch.int64).clamp(min=1)
+        return lengths.tolist()
+
 
 TABLE = [
     *(Row(16, b, t) for b, t in ((1, 1024), (1, 8192), (1, 32768), (16, 8192), (64, 8192), (128, 4096))),
@@ -60,28 +82,9 @@ TABLE = [
     *(Row(64, b, 8192) for b in (1, 64, 128)),
     *(Row(128, b, t) for b, t in ((1, 1024), (1, 8192), (1, 32768), (16, 8192), (64, 4096), (64, 8192))),
     *(Row(128, b, t) for b, t in ((128, 8192), (128, 32768))),
-    *(Row(128, 64, 8192, 2), Row(16, 64, 8192, 4)),
+    *(Row(128, 64, 8192, 2), Row(16, 64, 8192, 2), Row(16, 64, 8192, 4), Row(20, 64, 8192), Row(40, 64, 8192)),
+    Row(128, 64, 8192, ragged=True),
 ]
-SWEEP = [
-    *(Row(16, b, t) for b, t in ((1, 1024), (1, 8192), (1, 32768), (16, 8192), (64, 8192), (128, 8192))),
-    *(Row(128, b, t) for b, t in ((1, 1024), (1, 8192), (16, 8192), (64, 8192))),
-]
-TILES = {
-    "tma-wide": Plan(64, 64, 8, 2, tma=True, wide=True),
-    "tma": Plan(64, 64, 8, 2, tma=True),
-    "ptr-wide": Plan(64, 64, 8, 2, wide=True),
-    "ptr": Plan(64, 64, 8, 2),
-    "tma-wide-n32s4": Plan(64, 32, 8, 4, tma=True, wide=True),
-    "tma-wide-n32s3": Plan(64, 32, 8, 3, tma=True, wide=True),
-    "tma-n32s4": Plan(64, 32, 8, 4, tma=True),
-    "tma-n32s3": Plan(64, 32, 8, 3, tma=True),
-    "ptr-wide-n32s4": Plan(64, 32, 8, 4, wide=True),
-    "h32n32s4": Plan(32, 32, 8, 4),
-    "h16n64s3": Plan(16, 64, 4, 3),
-    "h16n32s4": Plan(16, 32, 4, 4),
-    "h16n32s3": Plan(16, 32, 4, 3),
-    "h16n64s3w8": Plan(16, 64, 8, 3),
-}
 
 
 class Pool:
@@ -92,19 +95,41 @@ class Pool:
         for chunk in self.data.split(1 << 28):
             chunk.normal_()
 
-    def caches(self, row: Row, fused: bool) -> list[tuple[Tensor, Tensor]]:
-        """Disjoint (c_kv, k_pe) of that size, enough of them that a cycle outgrows L2."""
-        tokens = row.batch * row.context
-        count = max(1, min(-(-COLD_BYTES // row.bytes), self.data.numel() // (tokens * (RANK + ROPE))))
-        result = []
-        for flat in self.data[: count * tokens * (RANK + ROPE)].view(count, -1):
-            if fused:
-                cache = flat.view(row.batch, row.context, RANK + ROPE)
-                result.append((cache[..., :RANK], cache[..., RANK:]))
-            else:
-                c_kv, k_pe = flat.split([tokens * RANK, tokens * ROPE])
-                result.append((c_kv.view(row.batch, -1, RANK), k_pe.view(row.batch, -1, ROPE)))
-        return result
+    def slices(self, row: Row) -> list[Tensor]:
+        """Disjoint [tokens, R+P], enough of them that a cycle outgrows L2."""
+        pages = sum(-(-n // PAGE) for n in row.lengths())
+        width = PAGE * (RANK + ROPE)
+        count = max(1, min(-(-COLD_BYTES // (2 * pages * width)), self.data.numel() // (pages * width)))
+        return list(self.data[: count * pages * width].view(count, -1, RANK + ROPE))
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call, beside the queries, and the cache of its first batch row as plain tokens."""
+
+    c_kv: Tensor
+    k_pe: Tensor
+    length: Tensor
+    block_table: Tensor | None
+    first_row: Tensor
+
+
+def make_call(row: Row, tokens: Tensor, paged: bool) -> Call:
+    lengths = row.lengths()
+    length = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    if not paged:
+        cache = tokens.view(row.batch, -1, RANK + ROPE)
+        return Call(cache[..., :RANK], cache[..., RANK:], length, None, cache[0])
+    cache = tokens.view(-1, PAGE, RANK + ROPE)
+    order = torch.randperm(
+        cache.shape[0], dtype=torch.int32, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
+    counts = [-(-n // PAGE) for n in lengths]
+    table = torch.zeros(row.batch, max(counts), dtype=torch.int32, device="cuda")
+    for i, pages in enumerate(order.split(counts)):
+        table[i, : counts[i]] = pages
+    first_row = cache[table[0, : counts[0]].long()].flatten(0, 1)
+    return Call(cache[..., :RANK], cache[..., RANK:], length, table, first_row)
 
 
 def queries(row: Row) -> tuple[Tensor, Tensor]:
@@ -112,6 +137,39 @@ def queries(row: Row) -> tuple[Tensor, Tensor]:
     made = torch.randn(row.batch, row.queries, row.heads, RANK + ROPE, device="cuda", generator=gen).bfloat16()
     q_latent, q_pe = made.transpose(1, 2).split([RANK, ROPE], dim=-1)
     return q_latent, q_pe
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A kernel: ``gluon``, ``gluon-paged`` or ``triton``, with single values of its plan after an @."""
+
+    name: str
+
+    @property
+    def paged(self) -> bool:
+        return "-paged" in self.name
+
+    def plan(self, row: Row, call: Call) -> Any:
+        kernel, _, changes = self.name.partition("@")
+        device = device_of(torch.device("cuda", torch.cuda.current_device()))
+        meta = torch.empty(row.batch, row.heads, row.queries, RANK + ROPE, dtype=torch.bfloat16, device="meta")
+        q_latent, q_pe = meta.split([RANK, ROPE], -1)
+        chosen: Any
+        if kernel.startswith("gluon"):
+            tensors = (q_latent, q_pe, call.c_kv, call.k_pe, None, None, call.block_table)
+            chosen = hopper_plan(hopper_shape(tensors), device)
+        else:
+            chosen = choose_plan(shape_of(q_latent, q_pe, call.c_kv, call.k_pe, None, call.block_table), device)
+        return replace(chosen, **{key: int(value) for key, value in (c.split("=") for c in changes.split(",") if c)})
+
+    def runner(self, row: Row, q: tuple[Tensor, Tensor], plan: Any) -> Callable[[Call], Tensor]:
+        keywords: dict[str, Any] = {"scale": SCALE, "causal": row.queries > 1, "plan": plan}
+        run: Any = mla_decode_hopper if self.name.startswith("gluon") else mla_decode_portable
+
+        def call(c: Call) -> Tensor:
+            return run(*q, c.c_kv, c.k_pe, None, None, c.length, c.block_table, **keywords)[0]
+
+        return call
 
 
 def time_replay(calls: list[Callable[[], object]], repeats: int) -> float:
@@ -134,151 +192,103 @@ def time_replay(calls: list[Callable[[], object]], repeats: int) -> float:
     return statistics.median(times)
 
 
-def error(row: Row, q: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], length: Tensor, out: Tensor) -> float:
-    """Relative error in norm against float32, on up to three batch rows."""
-    picked = torch.tensor(sorted({0, row.batch // 2, row.batch - 1}), device="cuda")
-    q_latent, q_pe, c_kv, k_pe = (x[picked].float() for x in (*q, *cache))
-    causal = row.queries > 1
-    want, _ = mla_decode_reference(q_latent, q_pe, c_kv, k_pe, None, None, length[picked], scale=SCALE, causal=causal)
-    return float((out[picked].float() - want).norm() / want.norm())
+def error(row: Row, q: tuple[Tensor, Tensor], call: Call, out: Tensor) -> float:
+    """Relative error of the first batch row against float32 (sums of a few thousand terms: about 1e-6)."""
+    n = row.lengths()[0]
+    first = call.first_row[None, :n].float()
+    pair = (q[0][:1].float(), q[1][:1].float())
+    want = mla_decode_reference(
+        *pair, first[..., :RANK], first[..., RANK:], None, None, None, scale=SCALE, causal=row.queries > 1
+    )[0]
+    return float((out[:1].float() - want).norm() / want.norm())
 
 
-def measure(row: Row, plan: Plan, pool: Pool, *, fused: bool, repeats: int, name: str) -> dict[str, Any]:
-    """Time and error of one plan on one shape, as a record for the table and the file."""
-    q, caches = queries(row), pool.caches(row, fused)
-    length = torch.full((row.batch,), row.context, dtype=torch.int32, device="cuda")
-    keywords: dict[str, Any] = {"scale": SCALE, "causal": row.queries > 1, "plan": plan}
-
-    def call(cache: tuple[Tensor, Tensor]) -> Tensor:
-        return mla_decode_portable(*q, *cache, None, None, length, **keywords)[0]
-
-    wrong = error(row, q, caches[0], length, call(caches[0]))
-    microseconds = time_replay([partial(call, cache) for cache in caches], repeats)
-    return {**asdict(row), "name": name, "plan": str(plan), "us": microseconds, "error": wrong}
-
-
-def chosen(row: Row, tiles: Plan | None) -> Plan:
-    """The plan the op would take, or given tiles with the number of splits it would take."""
-    meta = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    cache = (meta.new_empty(row.batch, row.context, RANK), meta.new_empty(row.batch, row.context, ROPE))
-    q = (
-        meta.new_empty(row.batch, row.heads, row.queries, RANK),
-        meta.new_empty(row.batch, row.heads, row.queries, ROPE),
-    )
-    shape, device = shape_of(*q, *cache, None), device_of(torch.device("cuda", torch.cuda.current_device()))
-    if tiles is None:
-        return choose_plan(shape, device)
-    if shared_memory(tiles, shape) > device.smem:
-        raise ValueError(f"{tiles} needs {shared_memory(tiles, shape)} bytes of shared memory, there are {device.smem}")
-    return replace(tiles, splits=choose_splits(tiles, shape, device), pdl=device.capability >= (9, 0))
+def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[str, Any]:
+    calls = [make_call(row, tokens, contender.paged) for tokens in pool.slices(row)]
+    q = queries(row)
+    plan = contender.plan(row, calls[0])
+    run = contender.runner(row, q, plan)
+    out = run(calls[0])
+    wrong = error(row, q, calls[0], out)
+    if not all(torch.equal(out, run(calls[0])) for _ in range(3)):
+        wrong = float("nan")  # a result that changes between runs is a race
+    microseconds = time_replay([partial(run, call) for call in calls], repeats)
+    return {**asdict(row), "name": contender.name, "plan": str(plan), "us": microseconds, "error": wrong}
 
 
-def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, Row, Plan]]:
-    if arguments.sweep:
-        for row, (name, tiles) in product(SWEEP, TILES.items()):
-            if tiles.block_h < 64 and row.heads > 16 and row.batch > 1:
-                continue  # would read the cache once for every few heads
-            base = chosen(row, tiles)
-            fill = {1, 2, 4, 8} if row.batch > 1 else {4, 8, 16, 32, 64}
-            for splits in sorted(
-                s for s in fill | {base.splits} if s * tiles.block_n <= row.context and s * row.batch <= 512
-            ):
-                yield name, row, replace(base, splits=splits, pdl=base.pdl)
-        for row in SWEEP[:2]:
-            yield "no-pdl", row, replace(chosen(row, None), pdl=False)
-        return
-    for row, name in product(TABLE, arguments.variants.split(",")):
-        yield name, row, chosen(row, None if name == "auto" else TILES[name])
+def compile_one(row: Row, contender: Contender) -> None:
+    """Run once on a short cache, in a worker: the binaries go to Triton's cache on disk."""
+    short = replace(row, batch=min(row.batch, 8), context=512, ragged=False)
+    measure(short, contender, Pool(2 * short.bytes), 1)
 
 
-def compile_one(plan: Plan, heads: int, causal: bool, fused: bool) -> None:
-    """Run a plan once on a small cache, in a worker: its binaries go to Triton's cache on disk."""
-    row = Row(heads, 2, 1024, 2 if causal else 1)
-    pool = Pool(row.batch * row.context * (RANK + ROPE))
-    measure(row, plan, pool, fused=fused, repeats=1, name="")
-
-
-def precompile(work: list[tuple[str, Row, Plan]], fused: bool, workers: int) -> None:
-    # Heads reach the code only through the number of queries that share a tile.
-    plans = {
-        (replace(plan, splits=min(plan.splits, 2)), row.heads if row.queries > 1 else 16, row.queries > 1)
-        for _, row, plan in work
+def precompile(work: list[tuple[Row, Contender]], workers: int) -> None:
+    # What reaches the code: divisibility of the heads by 16, the number of queries, and whether a batch is small.
+    kinds = {
+        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, c.name.partition("@")[0]): (row, c)
+        for row, c in work
     }
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(plans)), mp_context=context) as executor:
-        futures = {executor.submit(compile_one, *key, fused): key for key in plans}
+    with ProcessPoolExecutor(min(workers, len(kinds)), mp_context=context) as executor:
+        futures = {executor.submit(compile_one, *pair): pair for pair in kinds.values()}
         for done in as_completed(futures):
             if failed := done.exception():
                 print(f"{futures[done]}: {type(failed).__name__}: {str(failed)[:200]}", file=sys.stderr)
 
 
-def environment() -> dict[str, str]:
-    import triton
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": git.stdout.strip() or "unknown",
-    }
+def ceilings() -> tuple[float, float]:
+    """Bytes/s that a large copy moves, reads and writes together, and FLOP/s of a large bf16 product."""
+    source = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = time_replay([lambda: target.copy_(source)] * 2, 5)
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    product = time_replay([lambda: a @ b] * 8, 5)
+    return 2 * source.numel() * 4 / copy * 1e6, 2 * 8192**3 / product * 1e6
 
 
 def line(record: dict[str, Any], floor: float) -> str:
-    row = Row(*(record[key] for key in ("heads", "batch", "context", "queries")))
+    row = Row(*(record[key] for key in ("heads", "batch", "context", "queries", "ragged")))
     us = record["us"]
     return (
-        f"{row.heads:4d} {row.batch:4d} {row.context:6d} {row.queries:2d}  {record['name']:15s} {record['plan']:30s} "
-        f"{us:9.1f} {row.flops / us / 1e6:7.1f} {row.bytes / us / 1e6:6.2f} {floor / us:6.1%} {record['error']:9.1e}"
+        f"{row!s:>20s}  {record['name']:22s} {record['plan']:24s} {us:9.1f} {row.flops / us / 1e6:7.1f} "
+        f"{row.bytes / us / 1e6:6.2f} {floor / us:6.1%} {record['error']:9.1e}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="auto", help=f"comma separated: auto, {', '.join(TILES)}")
-    parser.add_argument("--sweep", action="store_true", help="tiles and splits over a few shapes")
-    parser.add_argument("--separate", action="store_true", help="c_kv and k_pe in buffers of their own, not fused")
-    parser.add_argument("--repeats", type=int, default=0, help="replays per measurement (default 9; sweep 5)")
+    parser.add_argument("--kernels", default="triton;gluon;gluon-paged", help="separated by semicolons")
+    parser.add_argument("--rows", default="", help="comma separated; default: the whole table")
+    parser.add_argument("--repeats", type=int, default=9, help="replays per measurement")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead; 0: none")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of the memory floor")
-    parser.add_argument("--flops", type=float, default=790, help="TFLOP/s of the compute floor")
     parser.add_argument("--out", type=Path, help="write all records as JSON")
     arguments = parser.parse_args()
-    repeats, fused = arguments.repeats or (5 if arguments.sweep else 9), not arguments.separate
-    work = list(jobs(arguments))
+    rows = [Row.parse(text) for text in arguments.rows.split(",")] if arguments.rows else TABLE
+    work = [(row, Contender(name)) for row in rows for name in arguments.kernels.split(";")]
+    work = [(row, c) for row, c in work if c.paged or not row.ragged]  # a contiguous cache cannot hold more than T
     if arguments.workers:
-        precompile(work, fused, arguments.workers)
-    pool = Pool(max(max(row.bytes, COLD_BYTES * 2) for _, row, _ in work) // 2)
-    info = environment()
-    print(f"{info['gpu']}, torch {info['torch']}, triton {info['triton']}, {info['commit'][:10]}")
-    print(
-        "head bat. contxt  q  variant         plan                                  us  TFLOP/s   TB/s  share     error"
-    )
+        precompile(work, arguments.workers)
+    bandwidth, flops = ceilings()
+    torch.cuda.empty_cache()
+    pool = Pool(int(1.1 * max(max(row.bytes for row in rows), COLD_BYTES * 2)) // 2)
+    info = {**environment(), "copy TB/s": bandwidth / 1e12, "bf16 product TFLOP/s": flops / 1e12}
+    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    print(f"{'row':>20s}  {'kernel':22s} {'plan':24s} {'us':>9s} TFLOP/s   TB/s  share     error")
     records = []
-    for name, row, plan in work:
-        floor = max(row.bytes / arguments.bandwidth, row.flops / arguments.flops) / 1e6
+    for row, contender in work:
+        floor = max(row.bytes / bandwidth, row.flops / flops) * 1e6
         try:
-            record = measure(row, plan, pool, fused=fused, repeats=repeats, name=name)
-        except Exception as failed:  # a plan that does not launch must not cost the others their run
-            print(f"{row} {name} {plan}: {type(failed).__name__}: {str(failed)[:150]}")
+            record = measure(row, contender, pool, arguments.repeats)
+        except Exception as failed:  # a kernel that does not launch must not cost the others their run
+            print(f"{row} {contender.name}: {type(failed).__name__}: {str(failed)[:150]}", flush=True)
             continue
         records.append({**record, "floor_us": floor})
-        if not arguments.sweep:
-            print(line(record, floor), flush=True)
-    if arguments.sweep:
-        for row in SWEEP:
-            mine = sorted((r for r in records if Row(*(r[k] for k in ("heads", "batch", "context", "queries"))) == row),
-                          key=lambda r: r["us"])  # fmt: skip
-            for record in mine[:6]:
-                print(line(record, record["floor_us"]))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"environment": info, "records": records}, indent=1))
-    wrong = [r for r in records if not r["error"] <= 3e-3]
+        print(line(record, floor), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({"environment": info, "records": records}, indent=1))
+    wrong = [r for r in records if not r["error"] <= LIMIT]
     if wrong:
-        sys.exit(
-            "wrong: "
-            + "; ".join(f"{r['heads']}x{r['batch']}x{r['context']} {r['plan']} {r['error']:.1e}" for r in wrong)
-        )
+        sys.exit("wrong: " + "; ".join(line(r, r["floor_us"]) for r in wrong))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("auto", "absorbed", "expanded"),
     "verify": ("off", "compile", "first-call"),
     "rest": ("inductor", "eager"),
-    "kernel": ("auto", "triton", "cpu", "reference"),
+    "kernel": ("auto", "gluon", "triton", "cpu", "reference"),
 }
 FP8_MODES = ("off", "weights")
 #: Modes of ``torch.compile`` that a caller such as ``generate()`` may pass along.

@@ -26,12 +26,15 @@ class Kernel:
 
     supports: called like the op; the human reasons why this kernel cannot take these inputs, empty when it can.
     run: called like the op, only after ``supports`` found no reason; same results as the op's reference.
+    slower: called like the op; why, by measurements, a later kernel is faster here. Such a kernel serves where no
+        other can, and when it is asked for by name.
     """
 
     name: str
     op: str
     supports: Callable[..., list[str]]
     run: Callable[..., Any]
+    slower: Callable[..., list[str]] = lambda *args, **kwargs: []
 
 
 @cache
@@ -52,3 +55,21 @@ def find(op: str, name: str) -> Kernel:
         if kernel.name == name:
             return kernel
     raise KeyError(f"op {op!r} has no kernel {name!r}; it has {', '.join(names(op)) or 'none'}")
+
+
+def best(op: str, *args: Any, **kwargs: Any) -> tuple[Kernel | None, dict[str, list[str]]]:
+    """The kernel that should serve these inputs, None when none can, and for each that stands before it the reasons."""
+    passed: dict[str, list[str]] = {}
+    able: list[Kernel] = []
+    for kernel in kernels(op):
+        reasons = kernel.supports(*args, **kwargs)
+        if not reasons:
+            able.append(kernel)
+            reasons = kernel.slower(*args, **kwargs)
+            if not reasons:
+                return kernel, passed
+        passed[kernel.name] = reasons
+    if not able:
+        return None, passed
+    passed.pop(able[0].name)
+    return able[0], passed

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from mlacompile.kernels import registry
 from mlacompile.ops import mla_decode_reference
 
-_DECODE_ARGS = 7
+_DECODE_ARGS = 9
 
 
 def decode_nodes(gm: GraphModule) -> list[Node]:
@@ -33,16 +33,13 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
     if wanted == "reference":
         return "inductor", []
     settings: dict[str, Any] = {"scale": node.kwargs["scale"], "causal": node.kwargs.get("causal", False)}
-    passed: list[str] = []
-    for kernel in registry.kernels("mla_decode"):
-        if wanted not in ("auto", kernel.name):
-            continue
-        reasons = kernel.supports(*values, **settings)
-        if not reasons:
-            return kernel.name, passed
-        if device != "cpu" or wanted == kernel.name:  # that a GPU kernel needs a GPU is no news
-            passed.append(f"{kernel.name}: {'; '.join(reasons)}")
-    return "inductor", passed
+    if wanted != "auto":
+        reasons = registry.find("mla_decode", wanted).supports(*values, **settings)
+        return ("inductor", [f"{wanted}: {'; '.join(reasons)}"]) if reasons else (wanted, [])
+    best, passed = registry.best("mla_decode", *values, **settings)
+    # On a CPU, that a GPU kernel needs a GPU is no news.
+    lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in passed.items() if device != "cpu"]
+    return ("inductor" if best is None else best.name), lines
 
 
 def slower_in_fp8(x: torch.Tensor, weight: torch.Tensor) -> str | None:

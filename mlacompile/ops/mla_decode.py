@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
+from mlacompile.geometry import SCALE_GROUP, scale_groups
 from mlacompile.kernels import registry
+from mlacompile.ops.fp8_quantize import FP8_DTYPES, fp8_dequantize_reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +31,8 @@ def mla_decode_reference(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -38,6 +42,11 @@ def mla_decode_reference(
     Shapes as in :func:`mla_decode`. Lower precisions are computed in float32, float64 in float64.
     """
     b, h, s, r = q_latent.shape
+    if descale is not None:
+        c_kv, k_pe = dequantize_cache(c_kv, k_pe, descale, torch.promote_types(q_latent.dtype, torch.float32))
+    if block_table is not None:
+        c_kv = gather_pages(c_kv, block_table)
+        k_pe = None if k_pe is None else gather_pages(k_pe, block_table)
     t = c_kv.shape[1]
     compute = torch.promote_types(q_latent.dtype, torch.float32)
     visible = visible_tokens(mask, start, length, causal, queries=s, tokens=t, device=c_kv.device)
@@ -59,6 +68,29 @@ def mla_decode_reference(
     weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse))  # sees nothing: exp(-inf - 0) = 0, so out = 0
     out = torch.bmm(weights.view(b, h * s, t), values).view(b, h, s, r)
     return out.to(q_latent.dtype), lse.squeeze(-1).to(torch.float32)
+
+
+def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
+    """A paged cache [pages, page_size, D] as [B, N * page_size, D]; a page number outside it means the nearest page."""
+    pages = block_table.clamp(0, cache.shape[0] - 1)
+    return cache[pages].flatten(1, 2)
+
+
+def dequantize_cache(
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The values of an FP8 cache; shapes as in :func:`mla_decode`."""
+    rank = c_kv.shape[-1]
+    groups = latent_scales(k_pe, descale)
+    values = fp8_dequantize_reference(c_kv, descale[..., :groups], rank if groups == 1 else SCALE_GROUP, dtype)
+    if k_pe is None or k_pe.dtype not in FP8_DTYPES:
+        return values, None if k_pe is None else k_pe.to(dtype)
+    return values, fp8_dequantize_reference(k_pe, descale[..., groups:], k_pe.shape[-1], dtype)
+
+
+def latent_scales(k_pe: Tensor | None, descale: Tensor) -> int:
+    """How many of a token's scales are its latent's: all, but for one where the rotary key is FP8 too."""
+    return descale.shape[-1] - (k_pe is not None and k_pe.dtype in FP8_DTYPES)
 
 
 def visible_tokens(
@@ -101,6 +133,8 @@ def mla_decode(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -111,10 +145,17 @@ def mla_decode(
     Args:
         q_latent: [B, H, S, R] absorbed queries, any strides.
         q_pe: [B, H, S, P] rotary queries, or None together with ``k_pe``.
-        c_kv: [B, T, R] latent cache; the last dimension contiguous, else it is copied.
-        k_pe: [B, T, P] rotary keys, likewise. Both may be slices of one [B, T, R+P] buffer.
+        c_kv: [B, T, R] latent cache; the last dimension contiguous, else it is copied. With a ``block_table``
+            [pages, page_size, R], shared by all rows.
+        k_pe: [B, T, P] or [pages, page_size, P] rotary keys, likewise. Both may be slices of one buffer.
         mask: [B, S, T], any of the three may be 1. Bool (True: attend) or additive (-inf: not visible).
-        start, length: int32 [B]: the row sees tokens start <= t < length. Default 0 and T.
+        start, length: int32 [B]: the row sees tokens start <= t < length. Default 0 and T; what lies beyond is cut off.
+        block_table: int32 [B, N]: token t of row b lies in page block_table[b, t // page_size]; T = N * page_size.
+            page_size is a power of two from 16. Entries of tokens that nobody sees may be anything; an entry
+            outside the cache means its nearest page, so that no table makes a kernel read foreign memory.
+        descale: float32, with a ``c_kv`` in FP8 (e4m3 or e5m2): [B, T, G] or [pages, page_size, G] factors of the
+            latent, G = 1 for one a token, or one for every 128 values. ``k_pe`` then is in the dtype of the queries, or
+            in FP8 too, with its factor in one more column. Views of one run of bytes will do.
         scale: multiplies the scores, before an additive mask is added.
         causal: query s also sees only t <= length - S + s.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
@@ -124,11 +165,13 @@ def mla_decode(
         sees nothing gets 0 and -inf. A cache row that no query of its batch row sees never reaches a result, NaN or
         not; a NaN in a row that some query sees reaches that query and may reach others of its batch row.
     """
-    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale, impl)
     c_kv = _last_dim_contiguous(c_kv)
     k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
     start, length = (None if x is None else x.contiguous() for x in (start, length))
-    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    block_table = None if block_table is None else _last_dim_contiguous(block_table)
+    descale = None if descale is None else _last_dim_contiguous(descale)
+    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale)
     run = _implementation(impl, tensors, scale, causal)
     out, lse = run(*tensors, scale=scale, causal=causal)
     return out.contiguous(), lse.contiguous()  # the strides that graphs are compiled for
@@ -137,10 +180,9 @@ def mla_decode(
 def _implementation(impl: str, tensors: tuple[Tensor | None, ...], scale: float, causal: bool) -> Callable[..., Any]:
     """What computes a call: the named kernel, the best that supports it, or the reference."""
     if impl == "auto":
-        for candidate in registry.kernels("mla_decode"):
-            if not candidate.supports(*tensors, scale=scale, causal=causal):
-                return candidate.run
-    elif impl != "reference":
+        best, _ = registry.best("mla_decode", *tensors, scale=scale, causal=causal)
+        return mla_decode_reference if best is None else best.run
+    if impl != "reference":
         chosen = registry.find("mla_decode", impl)
         if reasons := chosen.supports(*tensors, scale=scale, causal=causal):
             raise UnsupportedInputError(
@@ -160,12 +202,14 @@ def _mla_decode_fake(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, impl)
+    _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale, impl)
     b, h, s, r = q_latent.shape
     return q_latent.new_empty(b, h, s, r), q_latent.new_empty(b, h, s, dtype=torch.float32)
 
@@ -182,6 +226,8 @@ def _check(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None,
+    descale: Tensor | None,
     impl: str,
 ) -> None:
     """Raise UnsupportedInputError naming the argument, what it was, what it should be and what to do."""
@@ -191,8 +237,17 @@ def _check(
             "[B, T, R]. Give queries a head and a query dimension, and view a [B, 1, T, R] cache as [B, T, R]."
         )
     b, h, s, r = q_latent.shape
-    t = c_kv.shape[1]
-    _check_shape("c_kv", c_kv, (b, t, r), "batch and rank must be those of q_latent")
+    units, per_unit, t = (
+        b,
+        c_kv.shape[1],
+        c_kv.shape[1],
+    )  # a contiguous cache has one unit a batch row, a paged one pages
+    if block_table is None:
+        _check_shape("c_kv", c_kv, (b, t, r), "batch and rank must be those of q_latent")
+    else:
+        _check_block_table(block_table, c_kv, b)
+        units, t = c_kv.shape[0], block_table.shape[1] * per_unit
+        _check_shape("c_kv", c_kv, (units, per_unit, r), "the rank must be that of q_latent")
     if (q_pe is None) != (k_pe is None):
         raise UnsupportedInputError(
             f"mla_decode: got q_pe {_shape(q_pe)} with k_pe {_shape(k_pe)}; expected both or neither. "
@@ -201,7 +256,9 @@ def _check(
     if q_pe is not None and k_pe is not None:
         width = q_pe.shape[-1]
         _check_shape("q_pe", q_pe, (b, h, s, width), "batch, heads and queries must be those of q_latent")
-        _check_shape("k_pe", k_pe, (b, t, width), "batch and tokens must be those of c_kv, the width that of q_pe")
+        _check_shape(
+            "k_pe", k_pe, (units, per_unit, width), "rows and tokens must be those of c_kv, the width that of q_pe"
+        )
     for name, bound in (("start", start), ("length", length)):
         if bound is not None:
             _check_shape(name, bound, (b,), "one value a batch row")
@@ -210,10 +267,13 @@ def _check(
                     f"mla_decode: got {name} of {bound.dtype}; expected torch.int32. "
                     f"Convert with {name}.to(torch.int32)."
                 )
-    _check_dtypes(q_latent, q_pe, c_kv, k_pe)
+    _check_dtypes(q_latent, q_pe, c_kv, k_pe, descale)
+    if descale is not None:
+        _check_descale(descale, c_kv, k_pe)
     if mask is not None:
         _check_mask(mask, (b, s, t))
     others = {"q_pe": q_pe, "c_kv": c_kv, "k_pe": k_pe, "mask": mask, "start": start, "length": length}
+    others |= {"block_table": block_table, "descale": descale}
     for name, other in others.items():
         if other is not None and other.device != q_latent.device:
             raise UnsupportedInputError(
@@ -227,17 +287,63 @@ def _check(
         )
 
 
-def _check_dtypes(q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None) -> None:
+def _check_block_table(block_table: Tensor, c_kv: Tensor, batch: int) -> None:
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise UnsupportedInputError(
+            f"mla_decode: got block_table {_shape(block_table)}; expected [B, N] with B = {batch}: the page numbers of "
+            "each batch row, in order. Pad rows to one length with any number."
+        )
+    if block_table.dtype != torch.int32:
+        raise UnsupportedInputError(
+            f"mla_decode: got block_table of {block_table.dtype}; expected torch.int32. "
+            "Convert with block_table.to(torch.int32)."
+        )
+    size = c_kv.shape[1]
+    if size < 16 or size & (size - 1):
+        raise UnsupportedInputError(
+            f"mla_decode: got c_kv {_shape(c_kv)} with a block_table, so pages of {size} tokens; expected a power of "
+            "two from 16. Make pages of 64 tokens, say."
+        )
+
+
+def _check_dtypes(
+    q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, descale: Tensor | None
+) -> None:
     if q_latent.dtype not in _FLOATS:
         raise UnsupportedInputError(
             f"mla_decode: got q_latent of {q_latent.dtype}; expected float32, bfloat16 or float16. Dequantize it first."
         )
     for name, x in (("q_pe", q_pe), ("c_kv", c_kv), ("k_pe", k_pe)):
-        if x is not None and x.dtype != q_latent.dtype:
-            raise UnsupportedInputError(
-                f"mla_decode: got {name} of {x.dtype} with q_latent of {q_latent.dtype}; expected one dtype for "
-                "all four. Convert the queries to the dtype of the cache."
-            )
+        if x is None or x.dtype == q_latent.dtype:
+            continue
+        if x is not q_pe and x.dtype in FP8_DTYPES:
+            if descale is None:
+                raise UnsupportedInputError(
+                    f"mla_decode: got {name} of {x.dtype} without descale; expected float32 factors that multiply it "
+                    "on read. Pass those that fp8_quantize returned."
+                )
+            continue
+        raise UnsupportedInputError(
+            f"mla_decode: got {name} of {x.dtype} with q_latent of {q_latent.dtype}; expected one dtype for "
+            "all four. Convert the queries to the dtype of the cache."
+        )
+
+
+def _check_descale(descale: Tensor, c_kv: Tensor, k_pe: Tensor | None) -> None:
+    if c_kv.dtype not in FP8_DTYPES:
+        raise UnsupportedInputError(
+            f"mla_decode: got descale with c_kv of {c_kv.dtype}; expected an FP8 cache. Leave descale out."
+        )
+    rank = c_kv.shape[-1]
+    want = f"float32 [{c_kv.shape[0]}, {c_kv.shape[1]}, G] with G = 1 or {scale_groups(rank)}"
+    if k_pe is not None and k_pe.dtype in FP8_DTYPES:
+        want += ", and one column more for k_pe"
+    fits = descale.dim() == 3 and descale.shape[:2] == c_kv.shape[:2] and descale.dtype == torch.float32
+    if not fits or latent_scales(k_pe, descale) not in (1, scale_groups(rank)):
+        raise UnsupportedInputError(
+            f"mla_decode: got descale of {descale.dtype} {list(descale.shape)}; expected {want}. "
+            "It multiplies on read: pass 1 / scale if yours divides."
+        )
 
 
 def _check_mask(mask: Tensor, full: tuple[int, int, int]) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlacompile.geometry import SCALE_GROUP
+from mlacompile.ops.fp8_quantize import fp8_dequantize_reference, fp8_quantize_reference
+
 
 @dataclass(frozen=True)
 class LatentCase:
@@ -81,6 +84,75 @@ def make_inputs(case: LatentCase, *, device: str | torch.device = "cpu", seed: i
     return inputs
 
 
+WILD = (2**31 - 1, -1, -(2**31), 1 << 20)  # page numbers that lie in no cache
+
+
+def paged(inputs: LatentInputs, page: int, *, seed: int = 0, shuffled: bool = True) -> LatentInputs:
+    """The same call on a cache of pages: in random order, among pages of NaN, with wild numbers where nobody looks.
+
+    ``length`` becomes explicit, as a row's last page reaches beyond its tokens. Fused caches stay fused.
+    """
+    q_latent, q_pe, c_kv, k_pe, mask, start, length, *_ = inputs.tensors
+    descale = inputs.tensors[8] if len(inputs.tensors) > 8 else None
+    assert c_kv is not None
+    assert mask is None
+    b, t, r = c_kv.shape
+    n = -(-t // page)
+    gen = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(2 * b * n, generator=gen)[: b * n] if shuffled else torch.arange(b * n)
+
+    def to_pages(x: Tensor) -> Tensor:
+        """[B, T, D] as pages; every byte of the others is 255, which is NaN in all dtypes."""
+        raw = x.cpu().contiguous().view(torch.uint8)
+        rows = torch.full((2 * b * n, page, raw.shape[2]), 255, dtype=torch.uint8)
+        rows[pages] = torch.nn.functional.pad(raw, (0, 0, 0, n * page - t), value=255).view(b * n, page, -1)
+        return rows.to(x.device).view(x.dtype)
+
+    if descale is None and k_pe is not None and k_pe.stride(1) == r + k_pe.shape[2]:
+        both = to_pages(torch.cat((c_kv, k_pe), -1))
+        c_kv, k_pe = both[..., :r], both[..., r:]
+    else:
+        c_kv, k_pe = to_pages(c_kv), None if k_pe is None else to_pages(k_pe)
+    descale = None if descale is None else to_pages(descale)
+    if length is None:
+        length = torch.full((b,), t, dtype=torch.int32, device=c_kv.device)
+    table = pages.to(torch.int32).view(b, n)
+    for row in range(b):
+        first = 0 if start is None else max(int(start[row]), 0) // page
+        end = -(-max(min(int(length[row]), t), 0) // page)
+        for column in (*range(min(first, n)), *range(end, n)):
+            table[row, column] = WILD[(row + column) % len(WILD)]
+    tensors = (q_latent, q_pe, c_kv, k_pe, None, start, length, table.to(c_kv.device), descale)
+    return LatentInputs(tensors, dict(inputs.keywords))
+
+
+def quantized(
+    inputs: LatentInputs, *, per: str = "token", dtype: torch.dtype = torch.float8_e4m3fn, rope: bool = False
+) -> tuple[LatentInputs, LatentInputs]:
+    """The same call on an FP8 cache, and the call on what that cache says, which is what a kernel should compute.
+
+    per: "token", or "block": a factor for every 128 values, and then the values are rounded to the dtype of the
+    queries, as a product of them needs. rope: the rotary keys are FP8 as well.
+    """
+    c_kv, k_pe = inputs.tensors[2], inputs.tensors[3]
+    assert c_kv is not None
+    rank = c_kv.shape[2]
+    group = rank if per == "token" else min(SCALE_GROUP, rank)
+    q, descale = fp8_quantize_reference(c_kv, group, dtype)
+    rounding = torch.float32 if descale.shape[2] == 1 else c_kv.dtype
+    said = fp8_dequantize_reference(q, descale, group, rounding)
+    new_pe = said_pe = k_pe
+    if rope and k_pe is not None:
+        new_pe, pe_descale = fp8_quantize_reference(k_pe, k_pe.shape[2], dtype)
+        said_pe = fp8_dequantize_reference(new_pe, pe_descale, k_pe.shape[2], k_pe.dtype)
+        descale = torch.cat((descale, pe_descale), -1)
+    head, tail = inputs.tensors[:2], inputs.tensors[4:7]
+    return (
+        LatentInputs((*head, q, new_pe, *tail, None, descale), dict(inputs.keywords)),
+        LatentInputs((*head, said, said_pe, *tail), dict(inputs.keywords)),
+    )
+
+
 def _mask(case: LatentCase, gen: torch.Generator) -> Tensor | None:
     if case.mask is None:
         return None
@@ -93,7 +165,7 @@ def _mask(case: LatentCase, gen: torch.Generator) -> Tensor | None:
 
 def seen_tokens(inputs: LatentInputs, row: int, query: int) -> Tensor:
     """Indices of the tokens that one query sees, straight from the contract's wording."""
-    q_latent, _, c_kv, _, mask, start, length = inputs.tensors
+    q_latent, _, c_kv, _, mask, start, length, *_ = inputs.tensors
     assert q_latent is not None
     assert c_kv is not None
     queries, tokens = q_latent.shape[2], c_kv.shape[1]
@@ -144,7 +216,7 @@ def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0
     sum|q||k|, which a softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit.
     Tensor cores truncate where they align addends, so 2^-22 describes them; 2^-23 describes float32 on a CPU.
     """
-    q_latent, q_pe, c_kv, k_pe, mask, _, _ = inputs.tensors
+    q_latent, q_pe, c_kv, k_pe, mask, *_ = inputs.tensors
     assert q_latent is not None
     assert c_kv is not None
     scale = inputs.keywords["scale"]

@@ -20,6 +20,8 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "FFMA")
@@ -58,16 +60,16 @@ def compile_for(
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, param in enumerate(kernel.params):
-        value = arguments[param.name]
+        value = options[param.name] if param.name in options else arguments[param.name]
         kind = "constexpr" if param.name in constexprs or value is None else _type_of(value)
-        if kind == "i32" and value == 1:  # as a launch does
+        if kind == "i32" and value == 1 and not param.do_not_specialize:  # as a launch does
             kind = "constexpr"
         signature[param.name] = kind
         if kind == "constexpr":
             constants[(i,)] = value
-        elif kind[0] == "*" or (kind in ("i32", "i64") and value % 16 == 0):
+        elif kind[0] == "*" or (kind in ("i32", "i64") and value % 16 == 0 and not param.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     options = {key: value for key, value in options.items() if key != "launch_pdl"}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _inspect(built, capability, name or kernel.__name__)
@@ -78,6 +80,8 @@ def _type_of(value: Any) -> str:
         return "*" + _TYPES[value.dtype]
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, GluonTensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from mlacompile.kernels import registry
 from mlacompile.ops import mla_decode
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, worst
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, worst
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +20,11 @@ pytestmark = [
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0.0}
 #: What DeepSeek's kernels and ours reach on random bf16 inputs, as a bound on the norm of the error.
 NORM = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+IMPLS = ["triton", pytest.param("gluon", marks=hopper)]
 
 DEEPSEEK = LatentCase(batch=3, heads=16, tokens=1000, rank=512, rope=64, dtype=torch.bfloat16)
 
@@ -57,32 +63,97 @@ def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor) -> None:
         assert (out.double() - want.out).norm() / want.out.norm() <= NORM[dtype]
 
 
+#: What the Hopper kernel takes of these: 16 bits, no mask, tokens 16 bytes apart.
+HOPPER_CASES = [
+    case for case in CASES if case.dtype != torch.float32 and case.mask is None and case.rank % 8 == case.rope % 8 == 0
+] + [
+    *(variant(heads=h, queries=s, causal=True, **RAGGED) for h, s in ((1, 8), (7, 8), (16, 4), (40, 2))),
+    variant(rank=128, rope=64, fused=True, **RAGGED),
+    variant(rank=384, rope=32, heads=128, dtype=torch.float16, **RAGGED),
+    variant(batch=300, tokens=130, heads=130, **RAGGED),
+    variant(batch=5, tokens=9000, heads=64, **RAGGED),
+]  # fmt: skip
+PAGED_CASES = [
+    *((variant(fused=True, heads=128, **RAGGED), page) for page in (16, 32, 64, 256)),
+    *((variant(queries=4, causal=True, heads=16, **RAGGED), page) for page in (16, 64)),
+    (variant(batch=1, tokens=20_000, heads=16), 64),
+    (variant(batch=9, tokens=70, heads=20, rank=256, rope=32, **RAGGED), 128),
+    (variant(batch=40, tokens=3000, heads=128, rope=0, **RAGGED), 64),
+]
+
+
+def reproduces(inputs: LatentInputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
+    for _ in range(3):
+        again, lse_again = mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
+        assert torch.equal(out, again), "a result that changes between runs is a race"
+        assert torch.equal(lse, lse_again)
+    return out, lse
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case: LatentCase) -> None:
     inputs = make_inputs(case, device="cuda")
-    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")
-    check(inputs, out, lse)
-    again, lse_again = mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")
-    assert torch.equal(out, again), "a result that changes between runs is a race"
-    assert torch.equal(lse, lse_again)
+    check(inputs, *reproduces(inputs, "triton"))
 
 
-def test_static_cache_longer_than_its_rows() -> None:
+@hopper
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_parity(case: LatentCase) -> None:
+    inputs = make_inputs(case, device="cuda")
+    check(inputs, *reproduces(inputs, "gluon"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("case", "page"), PAGED_CASES, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
+def test_parity_on_pages(case: LatentCase, page: int, impl: str) -> None:
+    inputs = make_inputs(case, device="cuda")
+    check(inputs, *reproduces(paged(inputs, page), impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_wild_page_numbers_of_live_tokens_read_the_nearest_page(impl: str) -> None:
+    inputs = paged(make_inputs(variant(batch=2, tokens=256), device="cuda"), 64, shuffled=False)
+    table = inputs.tensors[7]
+    assert table is not None
+    table[0, 1], table[1, 0] = 2**31 - 1, -5
+    out, lse = mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
+    want, want_lse = mla_decode(*inputs.tensors, **inputs.keywords, impl="reference")
+    torch.cuda.synchronize()
+    # Page 15, the last, is one of NaN; page 0 is not.
+    assert out[0].isnan().all()
+    assert want[0].isnan().all()
+    torch.testing.assert_close(out[1], want[1], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse[1], want_lse[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lengths_outside_the_cache_are_cut(impl: str) -> None:
+    inputs = make_inputs(variant(batch=4, tokens=200, heads=20), device="cuda")
+    length = torch.tensor([-3, 0, 201, 2**31 - 1], dtype=torch.int32, device="cuda")
+    start = torch.tensor([-7, 5, 199, 2**31 - 1], dtype=torch.int32, device="cuda")
+    inputs.tensors = (*inputs.tensors[:5], start, length)
+    check(inputs, *reproduces(inputs, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_static_cache_longer_than_its_rows(impl: str) -> None:
     """A slice of a larger cache: batch rows lie further apart than T tokens."""
     inputs = make_inputs(variant(tokens=500, fused=True), device="cuda")
     q, q_pe, c_kv, k_pe, *rest = inputs.tensors
     inputs.tensors = (q, q_pe, c_kv[:, :300], k_pe[:, :300], *rest)  # type: ignore[index]
-    check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, impl="triton"))
+    check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, impl=impl))
 
 
-def test_replays_from_a_graph_with_new_lengths() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_replays_from_a_graph_with_new_lengths(impl: str) -> None:
     """Bounds are read on the device: a captured launch follows them, however short or long a row becomes."""
     inputs = make_inputs(variant(batch=4, heads=16, length=True), device="cuda")
     length = inputs.tensors[6]
     assert length is not None
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
-        return mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")
+        return mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
 
     call()
     torch.cuda.synchronize()
@@ -98,7 +169,8 @@ def test_replays_from_a_graph_with_new_lengths() -> None:
         check(inputs, out, lse)
 
 
-def test_cache_beyond_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cache_beyond_two_to_the_31_elements(impl: str) -> None:
     """Offsets of batch rows are 64-bit; only the last rows are compared."""
     b, t, r, p = 64, 65_536, 512, 64
     if torch.cuda.mem_get_info()[0] < 2.5 * b * t * (r + p):
@@ -112,7 +184,7 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
     length = torch.zeros(b, dtype=torch.int32, device="cuda")
     length[-1] = t
     scale = (r + p) ** -0.5
-    out, lse = mla_decode(q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, impl="triton")
+    out, lse = mla_decode(q, q_pe, cache[..., :r], cache[..., r:], None, None, length, scale=scale, impl=impl)
     last = LatentInputs((q[-1:], q_pe[-1:], cache[-1:, :, :r], cache[-1:, :, r:], None, None, None), {"scale": scale})
     check(last, out[-1:], lse[-1:])
     assert torch.equal(out[:-1], torch.zeros_like(out[:-1]))
@@ -121,5 +193,7 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
 
 def test_auto_takes_the_kernel() -> None:
     inputs = make_inputs(DEEPSEEK, device="cuda")
-    forced = mla_decode(*inputs.tensors, **inputs.keywords, impl="triton")[0]
+    best, _ = registry.best("mla_decode", *inputs.tensors, **inputs.keywords)
+    assert best is not None
+    forced = mla_decode(*inputs.tensors, **inputs.keywords, impl=best.name)[0]
     assert torch.equal(mla_decode(*inputs.tensors, **inputs.keywords)[0], forced)

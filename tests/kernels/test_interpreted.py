@@ -30,6 +30,18 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"queries": 3, "causal": True, **RAGGED},
         {"queries": 5, "causal": True, "heads": 5, "length": True, "tokens": 40},
     ],
+    "paged": [
+        {"page": 16, **RAGGED},
+        {"page": 32, "fused": True, "tokens": 90, **RAGGED},
+        {"page": 16, "queries": 3, "causal": True, "heads": 20, "length": True, "poison": True},
+        {"page": 64, "rope": 0},
+    ],
+    "fp8": [
+        {"fp8": {"per": "token"}, **RAGGED},
+        {"fp8": {"per": "block"}, "rank": 200, "heads": 20, **RAGGED},
+        {"fp8": {"per": "block", "rope": True}, "rank": 128, "page": 16, **RAGGED},
+        {"fp8": {"per": "token", "rope": True}, "queries": 3, "causal": True, **RAGGED},
+    ],
     "masked": [
         {"mask": "bool", "poison": True},
         {"mask": "bool", "queries": 4, **RAGGED},
@@ -45,7 +57,7 @@ TMA_PLANS: list[dict[str, Any]] = [{**TILE, "tma": True}, {**TILE, "tma": True, 
 
 @pytest.mark.parametrize("family", CASES)
 def test_kernel_logic(family: str) -> None:
-    plans = PLANS if family == "masked" else [*PLANS, *TMA_PLANS]
+    plans = PLANS if family in ("masked", "paged", "fp8") else [*PLANS, *TMA_PLANS]
     script = Path(__file__).with_name("interpreted.py")
     runs = [(case, plan) for case in CASES[family] for plan in plans]
     done = subprocess.run([sys.executable, script, repr(runs)], capture_output=True, text=True, timeout=600)

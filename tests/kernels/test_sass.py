@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from mlacompile.kernels.mla_decode.hopper_launch import Columns, hopper_launches, hopper_shape
 from mlacompile.kernels.mla_decode.launch import launches
-from mlacompile.kernels.mla_decode.plan import Device, Plan, Shape, choose_plan
+from mlacompile.kernels.mla_decode.plan import Device, Plan, Shape, choose_plan, hopper_plan
+from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons
 from mlacompile.testing.sass import Compiled, compile_for, table
 
 SHAPE = Shape(batch=4, heads=128, queries=1, tokens=8192, rank=512, rope=64)
@@ -24,7 +28,7 @@ def build(plan: Plan, capability: int = 90, dtype: torch.dtype = torch.bfloat16)
 
     b, h, s, t, r, p = SHAPE.batch, SHAPE.heads, SHAPE.queries, SHAPE.tokens, SHAPE.rank, SHAPE.rope
     cache, length = meta(b, t, r + p), meta(b, dtype=torch.int32)
-    tensors = (meta(b, h, s, r), meta(b, h, s, p), cache[..., :r], cache[..., r:], None, None, length)
+    tensors = (meta(b, h, s, r), meta(b, h, s, p), cache[..., :r], cache[..., r:], None, None, length, None, None)
     out, lse = meta(b, h, s, r), meta(b, h, s, dtype=torch.float32)
     launch = launches(tensors, out, lse, plan, scale=0.1, causal=False)[0]
     name = f"{plan} {str(dtype).removeprefix('torch.')} sm_{capability}"
@@ -64,3 +68,56 @@ def test_ampere() -> None:
     assert built.counts["HMMA"] > 0
     assert built.local_memory == 0
     assert built.smem <= ampere.smem
+
+
+#: (heads, queries, rank, rope, page, dtype): every division of the columns, page size class, rope width and dtype.
+HOPPER_VARIANTS = [
+    (128, 1, 512, 64, 0, torch.bfloat16),
+    (128, 1, 512, 64, 64, torch.bfloat16),
+    (16, 4, 512, 64, 64, torch.bfloat16),
+    (16, 1, 512, 64, 16, torch.float16),
+    (128, 2, 384, 32, 0, torch.float16),
+    (40, 1, 256, 32, 128, torch.bfloat16),
+    (128, 1, 128, 0, 0, torch.bfloat16),
+]
+
+
+@cache
+def build_hopper(heads: int, queries: int, rank: int, rope: int, page: int, dtype: torch.dtype) -> list[Compiled]:
+    """The Hopper kernel and its merge, with lengths, on one fused cache, as they would be launched."""
+
+    def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    batch, tokens = 4, 8192
+    cache = meta(1000, page, rank + rope) if page else meta(batch, tokens, rank + rope)
+    table = meta(batch, tokens // page, dtype=torch.int32) if page else None
+    q_latent, q_pe = meta(batch, heads, queries, rank), meta(batch, heads, queries, rope) if rope else None
+    k_pe, length = cache[..., rank:] if rope else None, meta(batch, dtype=torch.int32)
+    tensors = (q_latent, q_pe, cache[..., :rank], k_pe, None, length, table)
+    assert not hopper_shape_reasons(q_latent, q_pe, cache[..., :rank], k_pe, None, table, None, 0.1)
+    out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
+    plan = hopper_plan(hopper_shape(tensors), Device())
+    built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)
+    kind = f"h{heads}s{queries}r{rank}p{rope}page{page} {str(dtype).removeprefix('torch.')}"
+    return [compile_for(x.kernel, x.arguments, x.options, name=f"{x.kernel.__name__[5:-7]} {kind}") for x in built]
+
+
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
+def test_hopper(variant: tuple[int, int, int, int, int, torch.dtype]) -> None:
+    main, merge = build_hopper(*variant)
+    print(table([main, merge]))
+    _, _, rank, rope, page, _ = variant
+    columns = Columns.of(rank)
+    assert main.counts["HMMA"] == 0
+    products = 4 + 3 * (columns.left + 2 * columns.quarter + rope) // 16  # at least one product a panel
+    assert main.counts["HGMMA"] >= products // 3
+    copies = -(-64 // page) if 0 < page < 64 else 1
+    panels = (columns.left + 2 * columns.quarter) // columns.panel + (1 if rope else 0)
+    assert main.counts["UTMALDG"] == panels * copies, "every part of the cache should come by TMA, and nothing twice"
+    assert main.counts["LDGSTS"] == 0
+    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.local_memory == main.spill_bytes == 0
+    assert main.registers <= 168, "12 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM
+    assert merge.local_memory == 0

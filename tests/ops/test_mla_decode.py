@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.ops import mla_decode, mla_decode_reference
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, worst
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized, worst
 
 cases = st.builds(
     LatentCase,
@@ -60,6 +61,68 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype, unit: float) -
     )
 
 
+@settings(max_examples=60, deadline=None)
+@given(case=cases, page=st.sampled_from([16, 32, 64]), seed=st.integers(0, 9))
+def test_pages_change_nothing(case: LatentCase, page: int, seed: int) -> None:
+    """Pages in any order, NaN in the others and behind the last token, wild numbers where nobody looks."""
+    inputs = make_inputs(dataclasses.replace(case, mask=None), seed=seed)
+    on_pages = paged(inputs, page, seed=seed)
+    for got, want in zip(
+        mla_decode(*on_pages.tensors, **on_pages.keywords), mla_decode(*inputs.tensors, **inputs.keywords), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases,
+    per=st.sampled_from(["token", "block"]),
+    dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
+    rope=st.booleans(),
+    page=st.sampled_from([0, 16]),
+    rank=st.sampled_from([24, 200]),
+)
+def test_an_fp8_cache_means_its_values_times_their_factors(
+    case: LatentCase, per: str, dtype: torch.dtype, rope: bool, page: int, rank: int
+) -> None:
+    case = dataclasses.replace(case, rank=rank, mask=None if page else case.mask, dtype=torch.float32)
+    stored, said = quantized(make_inputs(case), per=per, dtype=dtype, rope=rope)
+    stored = paged(stored, page) if page else stored
+    for got, want in zip(
+        mla_decode(*stored.tensors, **stored.keywords), mla_decode(*said.tensors, **said.keywords), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_page_number_outside_the_cache_means_the_nearest_page() -> None:
+    inputs = paged(make_inputs(LatentCase(batch=2, tokens=64)), 16, shuffled=False)
+    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length", "block_table", "descale")
+    arguments = dict(zip(names, inputs.tensors, strict=True))
+    wild, tame = arguments["block_table"].clone(), arguments["block_table"].clone()  # type: ignore[union-attr]
+    wild[0, 1], wild[1, 2] = -(2**31), 2**31 - 1
+    tame[0, 1], tame[1, 2] = 0, arguments["c_kv"].shape[0] - 1  # type: ignore[union-attr]
+    got = mla_decode(**{**arguments, "block_table": wild}, **inputs.keywords)[0]
+    want = mla_decode(**{**arguments, "block_table": tame}, **inputs.keywords)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert not got[0].isnan().any()
+
+
+def test_length_beyond_the_table_ends_with_the_table() -> None:
+    inputs = paged(make_inputs(LatentCase(batch=2, tokens=64)), 16)
+    beyond = torch.tensor([2**31 - 1, 65], dtype=torch.int32)
+    got = mla_decode(*inputs.tensors[:6], beyond, inputs.tensors[7], **inputs.keywords)[0]
+    torch.testing.assert_close(got, mla_decode(*inputs.tensors, **inputs.keywords)[0])
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_an_empty_batch_or_cache_gives_an_empty_or_zero_result(batch: int, tokens: int) -> None:
+    q, cache = torch.randn(batch, 3, 1, 16), torch.randn(batch, tokens, 16)
+    out, lse = mla_decode(q, None, cache, None, None, None, None, scale=1.0)
+    assert out.shape == q.shape
+    assert tokens > 0 or (torch.equal(out, torch.zeros_like(out)) and bool((lse == -math.inf).all()))
+
+
 def test_query_that_sees_nothing_gets_zero_and_minus_infinity() -> None:
     inputs = make_inputs(LatentCase(batch=2, queries=3, causal=True))
     length = torch.tensor([2, 0], dtype=torch.int32)  # of three causal queries over two tokens, the first sees none
@@ -89,9 +152,9 @@ def test_cache_with_a_strided_last_dimension_is_copied() -> None:
 
 def bad(**changes: Any) -> None:
     """Call the op on good inputs with some of them replaced."""
-    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length")
+    names = ("q_latent", "q_pe", "c_kv", "k_pe", "mask", "start", "length", "block_table", "descale")
     inputs = make_inputs(LatentCase(batch=2, heads=3, queries=2, tokens=7, rank=16, rope=4))
-    arguments = dict(zip(names, inputs.tensors, strict=True)) | inputs.keywords | changes
+    arguments = dict(zip(names, (*inputs.tensors, None, None), strict=True)) | inputs.keywords | changes
     tensors = [arguments.pop(name) for name in names]
     mla_decode(*tensors, **arguments)
 
@@ -111,7 +174,20 @@ def bad(**changes: Any) -> None:
         ({"length": torch.tensor([1, 2])}, "length.to"),
         ({"start": torch.tensor([1], dtype=torch.int32)}, "one value a batch row"),
         ({"mask": torch.ones(2, 2, 7, dtype=torch.bool, device="meta")}, "expected one device"),
-        ({"impl": "fastest"}, "expected one of auto, reference, triton"),
+        ({"block_table": torch.zeros(2, dtype=torch.int32)}, r"block_table of shape \[2\]; expected \[B, N\]"),
+        ({"block_table": torch.zeros(2, 1)}, r"block_table.to\(torch.int32\)"),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, "pages of 7 tokens; expected a power of two from 16"),
+        (
+            {"block_table": torch.zeros(2, 1, dtype=torch.int32), "c_kv": torch.zeros(3, 16, 16)},
+            r"k_pe of shape \[2, 7, 4\]; expected \[3, 16, 4\]",
+        ),
+        ({"c_kv": torch.zeros(2, 7, 16, dtype=torch.float8_e4m3fn)}, "c_kv of torch.float8_e4m3fn without descale"),
+        ({"descale": torch.ones(2, 7, 1)}, "descale with c_kv of torch.float32; expected an FP8 cache"),
+        (
+            {"c_kv": torch.zeros(2, 7, 16, dtype=torch.float8_e5m2), "descale": torch.ones(2, 7, 3)},
+            r"descale of torch.float32 \[2, 7, 3\]; expected float32 \[2, 7, G\] with G = 1 or 1",
+        ),
+        ({"impl": "fastest"}, "expected one of auto, reference, gluon, triton"),
         ({"impl": "triton"}, "cannot take these inputs: .*CUDA"),
     ],
 )
@@ -131,6 +207,11 @@ def test_bad_input_says_what_to_do(changes: dict[str, Any], message: str) -> Non
 )
 def test_opcheck(case: LatentCase) -> None:
     inputs = make_inputs(case)
+    torch.library.opcheck(mla_decode, inputs.tensors, {**inputs.keywords, "impl": "reference"})
+
+
+def test_opcheck_on_pages() -> None:
+    inputs = paged(make_inputs(LatentCase(length=True)), 16)
     torch.library.opcheck(mla_decode, inputs.tensors, {**inputs.keywords, "impl": "reference"})
 
 

@@ -33,6 +33,8 @@ def cpu_reasons(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -41,6 +43,10 @@ def cpu_reasons(
     reasons = []
     if q_latent.device.type != "cpu":
         reasons.append(f"inputs are on {q_latent.device}, the kernel needs a CPU")
+    if block_table is not None:
+        reasons.append("the cache is paged")
+    if descale is not None:
+        reasons.append("the cache is in FP8")
     if interpreted():
         reasons.append("TRITON_INTERPRET=1 asks for Triton's interpreter")
     if not hasattr(torch.ops.aten, _FLASH):
@@ -69,6 +75,8 @@ def mla_decode_cpu(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,

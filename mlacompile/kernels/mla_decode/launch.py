@@ -38,15 +38,18 @@ def mla_decode_portable(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the portable kernels, for inputs that ``portable_reasons`` has nothing against."""
-    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale)
     if plan is None:
-        plan = planning.choose_plan(shape_of(q_latent, q_pe, c_kv, k_pe, mask), device_of(q_latent.device))
+        shape = shape_of(q_latent, q_pe, c_kv, k_pe, mask, block_table, descale)
+        plan = planning.choose_plan(shape, device_of(q_latent.device))
     b, h, s, r = q_latent.shape
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
@@ -55,14 +58,23 @@ def mla_decode_portable(
     return out, lse
 
 
-def shape_of(q_latent: Tensor, q_pe: Tensor | None, c_kv: Tensor, k_pe: Tensor | None, mask: Tensor | None) -> Shape:
+def shape_of(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
+) -> Shape:
     """What the plan may depend on."""
     b, h, s, r = q_latent.shape
-    described = mask is None and _describable(c_kv)
+    described = mask is None and block_table is None and descale is None and _describable(c_kv)
     if k_pe is not None:  # one row number serves both
         described = described and _describable(k_pe) and _rows_apart(k_pe) == _rows_apart(c_kv)
     rope = 0 if q_pe is None else q_pe.shape[3]
-    return Shape(b, h, s, c_kv.shape[1], r, rope, q_latent.element_size(), described)
+    tokens = c_kv.shape[1] if block_table is None else c_kv.shape[1] * block_table.shape[1]
+    return Shape(b, h, s, tokens, r, rope, q_latent.element_size(), described)
 
 
 @cache
@@ -95,10 +107,10 @@ def launches(
     tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor, plan: Plan, *, scale: float, causal: bool
 ) -> list[Launch]:
     """The main kernel and, with several splits, the combine. Meta tensors do, to compile without a GPU."""
-    q_latent, q_pe, c_kv, k_pe, mask, start, length = tensors
+    q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale = tensors
     assert q_latent is not None
     assert c_kv is not None
-    shape = shape_of(q_latent, q_pe, c_kv, k_pe, mask)
+    shape = shape_of(q_latent, q_pe, c_kv, k_pe, mask, block_table, descale)
     b, h, s, r = q_latent.shape
     block_r, block_p = planning.block_rank(shape), planning.block_rope(shape)
     if plan.splits > 1:
@@ -106,22 +118,28 @@ def launches(
         partial_lse = q_latent.new_empty(plan.splits, b, shape.rows, dtype=torch.float32)
     else:
         partial, partial_lse = out, lse
+    rope_scaled = descale is not None and k_pe is not None and k_pe.dtype.itemsize == 1
     pdl = plan.pdl and plan.splits > 1 and not interpreted()
     arguments = {
         "p_q": q_latent, "p_qpe": q_pe, "p_c": c_kv, "p_pe": k_pe,
         "d_c": _descriptor(c_kv, [plan.block_n, block_r]) if plan.tma else None,
         "d_pe": _descriptor(k_pe, [plan.block_n, block_p]) if plan.tma and k_pe is not None else None,
+        "p_table": block_table, "p_scale": descale,
         "p_mask": mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask,
         "p_start": start, "p_length": length, "p_out": partial, "p_lse": partial_lse,
-        "scale_log2": scale * math.log2(math.e), "H": h, "S": s, "T": c_kv.shape[1],
+        "scale_log2": scale * math.log2(math.e), "H": h, "S": s, "T": shape.tokens,
+        "n_pages": c_kv.shape[0],
         "d_rows": _rows_apart(c_kv) if plan.tma else 0, "zero": 0,
-        **_strides("q", "bhsr", q_latent), **_strides("p", "bhsr", q_pe),
-        **_strides("c", "bt", c_kv), **_strides("k", "bt", k_pe), **_strides("m", "bst", mask),
+        **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
+        **strides("c", "bt", c_kv), **strides("k", "bt", k_pe), **strides("m", "bst", mask),
+        **strides("f", "bt", descale), "stride_tb": 0 if block_table is None else block_table.stride(0),
         "R": r, "P": shape.rope,
         "BLOCK_H": plan.block_h, "BLOCK_N": plan.block_n, "BLOCK_R": block_r, "BLOCK_P": block_p,
         "BLOCK_S": queries_in_tile(plan, shape), "SPLIT": plan.splits > 1,
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        "CAUSAL": causal and s > 1, "TMA": plan.tma, "WIDE": plan.wide, "STAGES": plan.num_stages, "PDL": pdl,
+        "CAUSAL": causal and s > 1, "PAGE": 0 if block_table is None else c_kv.shape[1],
+        "GROUPS": 0 if descale is None else descale.shape[2] - rope_scaled, "ROPE_SCALED": rope_scaled,
+        "TMA": plan.tma, "WIDE": plan.wide and descale is None, "STAGES": plan.num_stages, "PDL": pdl,
     }  # fmt: skip
     grid = (planning.row_tiles(plan, shape), plan.splits, b)
     result = [Launch(_mla_decode_kernel, grid, arguments, {"num_warps": plan.num_warps, "num_stages": plan.num_stages})]
@@ -157,7 +175,7 @@ def queries_in_tile(plan: Plan, shape: Shape) -> int:
     return planning.next_power_of_2(min(most, shape.queries))
 
 
-def _strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
+def strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
     """Strides by kernel argument name; 0 along a dimension of size 1, which is how a mask is broadcast."""
     if x is None:
         return {f"stride_{name}{dim}": 0 for dim in dims}

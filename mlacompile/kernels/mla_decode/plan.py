@@ -132,3 +132,25 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
         return waves * (START_US + -(-n_tiles // splits) * TILE_US) + combine
 
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
+
+
+@dataclass(frozen=True)
+class HopperPlan:
+    """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
+
+    min_share: blocks of 64 tokens; fewer are not worth a program and its partial.
+    """
+
+    parts: int
+    min_share: int = 2
+
+    def __str__(self) -> str:
+        return f"x{self.parts}-min{self.min_share}"
+
+
+def hopper_plan(shape: Shape, device: Device) -> HopperPlan:
+    """As many parts as fill the chip, and no more than there is work for."""
+    tiles = -(-shape.rows // 64)
+    min_share = 2
+    blocks = shape.batch * -(-shape.tokens // 64)
+    return HopperPlan(max(min(device.sm_count // tiles, -(-blocks // min_share)), 1), min_share)

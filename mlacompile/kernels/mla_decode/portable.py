@@ -62,12 +62,31 @@ def _trim(p_mask, o_s, lo, hi, stride_ms, stride_mt, S, MASK: tl.constexpr, CHUN
 
 
 @triton.jit
+def _dequantize(b_c, p_scale, dtype: tl.constexpr, GROUPS: tl.constexpr):
+    """An FP8 tile in 16 (or 32) bits, and one factor a token that is still to be applied (1 when none is).
+
+    One factor a token is exact and free as a factor of scores and weights; one a group has to go into the values.
+    """
+    GROUP: tl.constexpr = 128
+    if GROUPS == 1:
+        return b_c.to(dtype), tl.load(p_scale)
+    else:
+        N: tl.constexpr = b_c.shape[0]
+        WIDTH: tl.constexpr = b_c.shape[1] // GROUP
+        o_g = tl.arange(0, WIDTH)
+        b_scale = tl.load(p_scale[:, None] + o_g[None, :], mask=(o_g < GROUPS)[None, :], other=0.0)
+        b_v = tl.reshape(b_c.to(tl.float32), (N, WIDTH, GROUP)) * b_scale[:, :, None]
+        return tl.reshape(b_v.to(dtype), (N, WIDTH * GROUP)), 1.0
+
+
+@triton.jit
 def _fold_tile(
-    acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
+    acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_scale, p_table, p_mask,
     o_s, o_row_s, m_row, limit, t, t_seen, hi, scale_log2, zero,
-    stride_ct, stride_pt, stride_ms, stride_mt, S,
+    stride_cb, stride_ct, stride_kb, stride_kt, stride_fb, stride_ft, stride_ms, stride_mt, S, n_pages,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
+    ROPE_SCALED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Fold the tokens [t, min(t + BLOCK_N, hi)) into (acc, m, l). t_seen is any token that is seen.
 
@@ -86,20 +105,34 @@ def _fold_tile(
         if MASK != 0:
             live = live & _visible_rows(p_mask, o_s, o_t, live, stride_ms, stride_mt, S, MASK)
         o_load = tl.where(live, o_t, t_seen)
+        if PAGE > 0:  # a page number outside the cache means the nearest page
+            page = tl.minimum(tl.maximum(tl.load(p_table + o_load // PAGE), 0), n_pages - 1).to(tl.int64)
+            o_load = o_load % PAGE
+            p_c += (page * stride_cb)[:, None]
+            if GROUPS > 0:
+                p_scale += page * stride_fb
         p = p_c + o_load[:, None] * stride_ct + o_r[None, :]
         if BLOCK_R == R:
             b_c = tl.load(p)
         else:
             b_c = tl.load(p, mask=(o_r < R)[None, :], other=0.0)
+    b_scale = p_scale
+    if GROUPS > 0:
+        p_scale += o_load * stride_ft
+        b_c, b_scale = _dequantize(b_c, p_scale, b_q.dtype, GROUPS)
     b_pe = b_c
     if P > 0:
         o_p = tl.arange(0, BLOCK_P)
+        if PAGE > 0:
+            p_pe += (page * stride_kb)[:, None]
         if TMA:
             b_pe = d_pe.load([d_row + t_load, 0])
         elif BLOCK_P == P:
-            b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :])
+            b_pe = tl.load(p_pe + o_load[:, None] * stride_kt + o_p[None, :])
         else:
-            b_pe = tl.load(p_pe + o_load[:, None] * stride_pt + o_p[None, :], mask=(o_p < P)[None, :], other=0.0)
+            b_pe = tl.load(p_pe + o_load[:, None] * stride_kt + o_p[None, :], mask=(o_p < P)[None, :], other=0.0)
+    if ROPE_SCALED:
+        b_pe = (b_pe.to(tl.float32) * tl.load(p_scale + GROUPS)[:, None]).to(b_q.dtype)
     # Triton gives a product that feeds another one all warps along its rows, so that two warpgroups would compute
     # the same 64. It does not look for the second product across a branch, so the branch spreads them over columns.
     s = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
@@ -113,6 +146,10 @@ def _fold_tile(
             s = tl.dot(b_q, tl.trans(b_c), s, input_precision="ieee")
         else:
             s = tl.dot(b_q, tl.trans(b_c), s + 1.0, input_precision="ieee")
+    elif GROUPS == 1:
+        s = tl.dot(b_q, tl.trans(b_c), s, input_precision="ieee") * b_scale[None, :]
+        if P > 0:
+            s = tl.dot(b_qpe, tl.trans(b_pe), s, input_precision="ieee")
     else:
         if P > 0:
             s = tl.dot(b_qpe, tl.trans(b_pe), s, input_precision="ieee")
@@ -145,6 +182,8 @@ def _fold_tile(
     else:
         alpha = tl.exp2(m_i - m_use)
         l_i = l_i * alpha + tl.sum(b_p, 1)
+        if GROUPS == 1:
+            b_p = b_p * b_scale[None, :]
         b_p = b_p.to(b_c.dtype)
     acc = tl.dot(b_p, b_c, acc * alpha[:, None], input_precision="ieee")
     m_i = m_new
@@ -153,19 +192,22 @@ def _fold_tile(
 
 @triton.jit
 def _mla_decode_kernel(
-    p_q, p_qpe, p_c, p_pe, d_c, d_pe, p_mask, p_start, p_length, p_out, p_lse,
-    scale_log2, H, S, T, d_rows, zero,
+    p_q, p_qpe, p_c, p_pe, d_c, d_pe, p_scale, p_table, p_mask, p_start, p_length, p_out, p_lse,
+    scale_log2, H, S, T, n_pages, d_rows, zero,
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
-    stride_cb, stride_ct, stride_kb, stride_kt, stride_mb, stride_ms, stride_mt,
+    stride_cb, stride_ct, stride_kb, stride_kt, stride_fb, stride_ft, stride_tb, stride_mb, stride_ms, stride_mt,
     R: tl.constexpr, P: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLIT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
+    ROPE_SCALED: tl.constexpr, TMA: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one batch row over one split of its context.
 
     Grid: (row tiles, splits, batch): tiles that read the same tokens run together and share L2.
-    MASK: 0 none, 1 bool, 2 additive. TMA: d_c, d_pe describe [rows, R] and [rows, P], d_rows rows a batch row.
+    MASK: 0 none, 1 bool, 2 additive. PAGE: tokens a page, 0 for a contiguous cache; then b counts pages in stride_cb,
+    stride_kb and stride_fb. GROUPS: factors of an FP8 latent, 0 for a cache that has none; ROPE_SCALED: one more for
+    the rotary key. TMA: d_c, d_pe describe [rows, R] and [rows, P], d_rows rows a batch row.
     zero: 0, which the compiler must not know.
     """
     i_tile = tl.program_id(0)
@@ -214,8 +256,14 @@ def _mla_decode_kernel(
         o_p = tl.arange(0, BLOCK_P)
         p = p_qpe + i_b * stride_pb + (o_h * stride_ph + o_row_s * stride_ps)[:, None] + o_p[None, :] * stride_pr
         b_qpe = tl.load(p, mask=m_row[:, None] & (o_p < P)[None, :], other=0.0)
-        p_pe += i_b * stride_kb
-    p_c += i_b * stride_cb
+        if PAGE == 0:
+            p_pe += i_b * stride_kb
+    if PAGE == 0:
+        p_c += i_b * stride_cb
+        if GROUPS > 0:
+            p_scale += i_b * stride_fb
+    else:
+        p_table += i_b * stride_tb
     d_row = (i_b * d_rows).to(tl.int32)
 
     acc = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
@@ -225,18 +273,18 @@ def _mla_decode_kernel(
     if TMA and n_seen < BLOCK_N:  # fewer tokens than TMA copies at once: pointers name rows one by one
         if lo < hi:
             acc, m_i, l_i = _fold_tile(
-                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
+                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_scale, p_table, p_mask,
                 o_s, o_row_s, m_row, limit, lo, lo, hi, scale_log2, zero,
-                stride_ct, stride_kt, stride_ms, stride_mt, S,
-                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, False, WIDE16,
+                stride_cb, stride_ct, stride_kb, stride_kt, stride_fb, stride_ft, stride_ms, stride_mt, S, n_pages,
+                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, PAGE, GROUPS, ROPE_SCALED, False, WIDE16,
             )  # fmt: skip
     else:
         for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
             acc, m_i, l_i = _fold_tile(
-                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_mask,
+                acc, m_i, l_i, b_q, b_qpe, p_c, p_pe, d_c, d_pe, d_row, p_scale, p_table, p_mask,
                 o_s, o_row_s, m_row, limit, t, lo, hi, scale_log2, zero,
-                stride_ct, stride_kt, stride_ms, stride_mt, S,
-                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, TMA, WIDE,
+                stride_cb, stride_ct, stride_kb, stride_kt, stride_fb, stride_ft, stride_ms, stride_mt, S, n_pages,
+                R, P, BLOCK_R, BLOCK_P, BLOCK_H, BLOCK_N, MASK, CAUSAL, PAGE, GROUPS, ROPE_SCALED, TMA, WIDE,
             )  # fmt: skip
 
     out = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]

@@ -1,4 +1,4 @@
-"""What the portable Triton kernel cannot take, in words. Needs no Triton, so that asking is always possible."""
+"""What the GPU kernels cannot take, in words. Needs no Triton, so that asking is always possible."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 MAX_RANK = 512  # the float32 output tile of 64 rows then fills half of an SM's registers
 MAX_ROPE = 128
 MAX_BATCH = 65_535
+HOPPER_MAX_ROPE = 64  # two stages of rope keys and the queries' share of shared memory
 _INT32 = 2**31
 
 
@@ -51,6 +52,8 @@ def portable_reasons(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -60,6 +63,8 @@ def portable_reasons(
     dtypes = (torch.float32,) if interpreted() else (torch.float32, torch.bfloat16, torch.float16)
     if q_latent.dtype not in dtypes:
         reasons.append(f"dtype is {q_latent.dtype}, the kernel takes {', '.join(map(str, dtypes))}")
+    if descale is not None:
+        reasons += _fp8_reasons(c_kv, k_pe, q_latent.device)
     rank, rope = q_latent.shape[3], 0 if q_pe is None else q_pe.shape[3]
     if rank > MAX_RANK:
         reasons.append(f"rank is {rank}, the kernel holds at most {MAX_RANK} in registers")
@@ -79,3 +84,128 @@ def portable_reasons(
     if q_latent.numel() == 0 or c_kv.numel() == 0:
         reasons.append("an input is empty")
     return reasons
+
+
+def _fp8_reasons(c_kv: Tensor, k_pe: Tensor | None, device: torch.device) -> list[str]:
+    """Why the portable kernel cannot read an FP8 cache."""
+    if interpreted():
+        return []
+    e4m3 = any(x is not None and x.dtype == torch.float8_e4m3fn for x in (c_kv, k_pe))
+    if not e4m3 or device.type != "cuda" or not torch.cuda.is_available():
+        return []
+    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    return ["e4m3 needs compute capability 8.9"] if capability < (8, 9) else []
+
+
+@cache
+def _gluon_installed() -> bool:
+    return _triton_installed() and importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+
+
+def hopper_device_reasons(device: torch.device) -> list[str]:
+    if interpreted():
+        return ["TRITON_INTERPRET=1: Gluon cannot be interpreted"]
+    if reasons := device_reasons(device):
+        return reasons
+    if not _gluon_installed():
+        return ["this triton has no Gluon for Hopper (pip install 'triton>=3.6')"]
+    major, minor = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    return [] if major == 9 else [f"compute capability {major}.{minor}, the kernel needs 9.0"]
+
+
+def hopper_reasons(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> list[str]:
+    """Why the Hopper kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
+    return hopper_device_reasons(q_latent.device) + hopper_shape_reasons(
+        q_latent, q_pe, c_kv, k_pe, mask, block_table, descale, scale
+    )
+
+
+def hopper_shape_reasons(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    block_table: Tensor | None,
+    descale: Tensor | None,
+    scale: float,
+) -> list[str]:
+    """The same, whatever the device."""
+    if q_latent.numel() == 0 or c_kv.numel() == 0 or (block_table is not None and block_table.numel() == 0):
+        return ["an input is empty"]
+    reasons = []
+    if q_latent.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"dtype is {q_latent.dtype}, the kernel takes torch.bfloat16 and torch.float16")
+    if mask is not None:
+        reasons.append("there is a mask")
+    if descale is not None:
+        reasons.append("the cache is in FP8")
+    if not scale > 0:
+        reasons.append(f"scale is {scale}, the kernel needs a positive one")
+    rank, rope = q_latent.shape[3], 0 if q_pe is None else q_pe.shape[3]
+    if rank > MAX_RANK:
+        reasons.append(f"rank is {rank}, the kernel holds at most {MAX_RANK} in registers")
+    if rope > HOPPER_MAX_ROPE:
+        reasons.append(f"rope width is {rope}, the kernel takes at most {HOPPER_MAX_ROPE}")
+    for name, x in (("c_kv", c_kv), ("k_pe", k_pe)):
+        if x is not None:
+            reasons += [f"{name} {reason}" for reason in _copy_reasons(x)]
+    for name, x in (("q_latent", q_latent), ("q_pe", q_pe)):
+        if x is not None and sum((n - 1) * abs(st) for n, st in zip(x.shape[1:], x.stride()[1:])) >= _INT32:
+            reasons.append(f"one batch row of {name} spans 2^31 elements or more")
+    tokens = c_kv.shape[1] if block_table is None else c_kv.shape[1] * block_table.shape[1]
+    if q_latent.shape[0] * (tokens // 64 + 4) >= _INT32 or tokens >= _INT32:
+        reasons.append(f"{q_latent.shape[0]} rows of {tokens} tokens are more blocks than 32 bits count")
+    return reasons
+
+
+def _copy_reasons(x: Tensor) -> list[str]:
+    """Why TMA cannot copy boxes of a [units, tokens, D] cache, seen as one table of rows."""
+    reasons = []
+    units, tokens, columns = x.shape
+    unit, token, column = x.stride()
+    if columns > 1 and column != 1:
+        reasons.append(f"has stride {column} in the last dimension, the kernel needs 1")
+    if token <= 0 or token * x.element_size() % 16 != 0:
+        reasons.append(f"has tokens {token * x.element_size()} bytes apart, the kernel needs a multiple of 16")
+    elif x.storage_offset() * x.element_size() % 16 != 0:
+        reasons.append("does not begin at a multiple of 16 bytes")
+    elif units > 1 and (unit < 0 or unit % token != 0):
+        reasons.append(f"has stride {unit} between batch rows or pages, the kernel needs a multiple of {token}")
+    elif (units - 1) * (unit // token) + tokens >= _INT32:
+        reasons.append("spans 2^31 tokens or more")
+    return reasons
+
+
+def hopper_slower(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> list[str]:
+    """Where the portable kernel was measured to be faster than the Hopper kernel (docs/kernels.md)."""
+    batch, heads, queries, _ = q_latent.shape
+    if batch == 1 and heads * queries <= 64:
+        return ["one sequence of few heads is faster in small tiles"]
+    return []

@@ -1,0 +1,682 @@
+"""The Gluon kernel of ``mla_decode`` for compute capability 9.0: TMA, asynchronous wgmma, three specialized partitions.
+
+One program owns an SM. A tile has 64 rows (query, head); its float32 output, 64 x 512, fills half of the registers, so
+two groups of four warps share it, and one more warp fetches the cache:
+
+    _fetch   cache rows, contiguous or by pages, into two stages of shared memory, each in three parts
+    _left    all scores, the softmax, and output columns [0, LEFT) with P from registers
+    _right   the other columns, as two quarters, with P from shared memory
+
+A block of 64 tokens is loaded once and serves as key and as value. The parts of a stage have barriers of their own, in
+the order in which they fall free: the first quarter with the rotary keys, the left half, the last quarter. ``_left``
+issues the product with V of block n before the scores of block n + 1, so that reloading hides behind both; ``_right``
+multiplies its last quarter while ``_left`` computes the softmax. Barriers whose two sides can be two blocks apart are
+double.
+
+Work is planned on the device from ``start`` and ``length``: the blocks of all rows form one line, and every program
+takes an equal stretch of it. A row that ends up in several programs leaves normalized partials in the dtype of the
+cache (they are averages of it, so they fit), which ``merge.py`` combines. Every row has at least one block, be it
+empty, so no program waits for a load that nobody issues.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# No "from __future__ import annotations": the fields of an aggregate are types, not strings.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language import core
+
+aggregate = getattr(core, "aggregate", None) or core._aggregate
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
+
+ROWS = gl.constexpr(64)  # rows of a tile: what one wgmma takes
+BLOCK = gl.constexpr(64)  # tokens of a block
+LN2 = gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-3.3e38)  # a finite start of the running maximum: -inf - -inf would be NaN
+CHUNK = gl.constexpr(256)  # batch rows that the planner looks at together
+OVERHEAD = gl.constexpr(2)  # what beginning another row costs a program, in blocks
+SNAP = gl.constexpr(1.08)  # rows of equal length are cut evenly if that makes the longest share at most so much longer
+
+
+@aggregate
+class Tiles:
+    """Shared memory. Two stages of cache: stage i has left[i], right[2 * i], right[2 * i + 1] and pe[i]."""
+
+    q_left: gl.shared_memory_descriptor  # [64, LEFT]
+    q_right: gl.shared_memory_descriptor  # [2, 64, QUARTER]
+    q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
+    left: gl.shared_memory_descriptor  # [2, 64, LEFT]
+    right: gl.shared_memory_descriptor  # [4, 64, QUARTER]
+    pe: gl.shared_memory_descriptor  # [2, 64, BLOCK_P]
+    p: gl.shared_memory_descriptor  # [64, 64], the softmax's numerators
+    alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
+    total: gl.shared_memory_descriptor  # [64], the softmax's denominators
+
+    @gluon.constexpr_function
+    def __init__(self, q_left, q_right, q_pe, left, right, pe, p, alpha, total):
+        self.q_left, self.q_right, self.q_pe = q_left, q_right, q_pe
+        self.left, self.right, self.pe = left, right, pe
+        self.p, self.alpha, self.total = p, alpha, total
+
+
+@aggregate
+class Signals:
+    """Barriers. The first seven exist once a stage; the others are waited for once a block or once a work item."""
+
+    first_full: gl.shared_memory_descriptor  # first quarter and rotary keys have arrived
+    left_full: gl.shared_memory_descriptor
+    last_full: gl.shared_memory_descriptor
+    first_empty: gl.shared_memory_descriptor
+    left_empty: gl.shared_memory_descriptor
+    last_empty: gl.shared_memory_descriptor
+    alpha: gl.shared_memory_descriptor  # alpha of a block is published
+    scores: gl.shared_memory_descriptor  # the scores of the next block are computed, or there is none
+    p_full: gl.shared_memory_descriptor
+    p_empty: gl.shared_memory_descriptor
+    queries: gl.shared_memory_descriptor  # _right has stored its part of an item's queries
+    total: gl.shared_memory_descriptor  # an item's denominators are published
+
+    @gluon.constexpr_function
+    def __init__(self, first_full, left_full, last_full, first_empty, left_empty, last_empty, alpha, scores, p_full,
+                 p_empty, queries, total):  # fmt: skip
+        self.first_full, self.left_full, self.last_full = first_full, left_full, last_full
+        self.first_empty, self.left_empty, self.last_empty = first_empty, left_empty, last_empty
+        self.alpha, self.scores, self.p_full, self.p_empty = alpha, scores, p_full, p_empty
+        self.queries, self.total = queries, total
+
+
+# ---- the plan: which blocks of which rows a program works on -------------------------------------------------------
+
+
+@gluon.jit
+def _bound(p, i_b, m_b):
+    if m_b is None:
+        return gl.load(p + i_b)
+    else:
+        return gl.load(p + i_b, mask=m_b, other=0)
+
+
+@gluon.jit
+def _window(p_start, p_length, i_b, m_b, T):
+    """The live tokens [lo, hi) of batch rows i_b, a scalar or a vector, and their ``length`` as it was given."""
+    lo = i_b * 0
+    end = i_b * 0 + T
+    if p_start is not None:
+        lo = gl.minimum(gl.maximum(_bound(p_start, i_b, m_b), 0), T)
+    if p_length is not None:
+        end = _bound(p_length, i_b, m_b)
+    return lo, gl.minimum(gl.maximum(end, 0), T), end
+
+
+@gluon.jit
+def _blocks(lo, hi):
+    """How many blocks cover [lo, hi), counted from the one that holds lo; at least one."""
+    return gl.maximum((hi + BLOCK - 1) // BLOCK - lo // BLOCK, 1)
+
+
+@gluon.jit
+def _blocks_of(p_start, p_length, i_b, m_b, T):
+    lo, hi, _end = _window(p_start, p_length, i_b, m_b, T)
+    return _blocks(lo, hi)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _plan(p_start, p_length, B, T, part, n_parts, min_share):
+    """How much each part does, and where this one begins: share, overhead, row, position in that row's blocks.
+
+    Positions count ``overhead`` imaginary blocks before a row's first: many short rows weigh more than one long one.
+    """
+    # Every warp holds all rows of a chunk, so sums and maxima need no shared memory.
+    layout: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [gl.num_warps()], [0])
+    o_b = gl.arange(0, CHUNK, layout)
+    m_b = o_b < B
+    chunk = _blocks_of(p_start, p_length, o_b, m_b, T)
+    total = gl.sum(gl.where(m_b, chunk, 0), 0)
+    most = gl.max(gl.where(m_b, chunk, 0), 0)
+    least = gl.min(gl.where(m_b, chunk, 0x7FFFFFFF), 0)
+    for b in range(CHUNK, B, CHUNK):
+        m_b = b + o_b < B
+        blocks = _blocks_of(p_start, p_length, b + o_b, m_b, T)
+        total += gl.sum(gl.where(m_b, blocks, 0), 0)
+        most = gl.maximum(most, gl.max(gl.where(m_b, blocks, 0), 0))
+        least = gl.minimum(least, gl.min(gl.where(m_b, blocks, 0x7FFFFFFF), 0))
+    overhead = gl.where(least == most, 0, OVERHEAD)
+    share = gl.maximum((total + overhead * B + n_parts - 1) // n_parts, overhead + min_share)
+    if least == most:
+        even = (share + most - 1) // most * most  # whole rows
+        padding = 0
+        if share < most:
+            pieces = most // share
+            even = (most + pieces - 1) // pieces
+            padding = even * pieces - most
+        if (even.to(gl.float32) <= share.to(gl.float32) * SNAP) & (padding < even):
+            share = even
+            overhead = padding
+
+    begin = part * share
+    m_b = o_b < B
+    ends = gl.associative_scan(gl.where(m_b, chunk + overhead, 0), 0, _add)
+    done = m_b & (ends <= begin)
+    row = gl.sum(done.to(gl.int32), 0)
+    before = gl.max(gl.where(done, ends, 0), 0)
+    seen = gl.max(ends, 0)
+    for b in range(CHUNK, B, CHUNK):
+        m_b = b + o_b < B
+        blocks = gl.where(m_b, _blocks_of(p_start, p_length, b + o_b, m_b, T) + overhead, 0)
+        ends = seen + gl.associative_scan(blocks, 0, _add)
+        done = m_b & (ends <= begin)
+        row += gl.sum(done.to(gl.int32), 0)
+        before = gl.maximum(before, gl.max(gl.where(done, ends, 0), 0))
+        seen = gl.max(ends, 0)
+    return share, overhead, row, begin - before
+
+
+@gluon.jit
+def _item(p_start, p_length, row, position, todo, overhead, T):
+    """The next stretch of one row: lo, hi and end, its first token, its number of blocks, and what it is of ``todo``.
+
+    skip: blocks of the row that earlier parts do. rest: blocks that later parts do.
+    """
+    lo, hi, end = _window(p_start, p_length, row, None, T)
+    blocks = _blocks(lo, hi)
+    taken = gl.minimum(blocks + overhead - position, todo)
+    skip = gl.maximum(position - overhead, 0)
+    n = position + taken - overhead - skip
+    return lo, hi, end, (lo // BLOCK + skip) * BLOCK, n, skip, blocks - skip - n, taken
+
+
+# ---- pieces of the partitions --------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr):
+    """Row numbers of a tile, and the head and query of each."""
+    o_row = i_tile * ROWS + gl.arange(0, ROWS, layout)
+    if ONE_QUERY:
+        return o_row, o_row, o_row * 0
+    else:
+        return o_row, o_row % H, o_row // H
+
+
+@gluon.constexpr_function
+def _row_wise(width):
+    """A layout in which a warp holds whole rows, 16 bytes a thread, for global memory."""
+    across = min(width // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr, WIDTH: gl.constexpr,
+             D: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Columns [COLUMN, COLUMN + WIDTH) of a tile's queries; zeros beyond the last row and beyond column D."""
+    layout: gl.constexpr = _row_wise(WIDTH)
+    o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
+    o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    p_row = p + (o_h * stride_h + o_s * stride_s)[:, None] + (o_c * stride_r)[None, :]
+    return gl.load(p_row, mask=(o_row < H * S)[:, None] & (o_c < D)[None, :], other=0.0)
+
+
+@gluon.jit
+def _clear_dead(tile, t, lo, hi, WIDTH: gl.constexpr, PANEL: gl.constexpr):
+    """Zero the rows of a [64, WIDTH] tile of values whose tokens nobody sees: 0 * NaN is NaN."""
+    layout: gl.constexpr = _row_wise(PANEL)
+    o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    live = (o_t >= lo) & (o_t < hi)
+    for i in gl.static_range(WIDTH // PANEL):
+        panel = tile.slice(i * PANEL, PANEL, dim=1)
+        panel.store(gl.where(live[:, None], panel.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
+    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before.
+
+    sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL.
+    """
+    if (t < lo) | (t + BLOCK > sure):
+        o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+        if CAUSAL:
+            s = gl.where((o_t >= lo)[None, :] & (o_t[None, :] < limit[:, None]), s, float("-inf"))
+        else:
+            s = gl.where(((o_t >= lo) & (o_t < hi))[None, :], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    return s, m_new, gl.exp2(m - m_new)
+
+
+@gluon.jit
+def _store_columns(o, total, through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, COLUMN: gl.constexpr,
+                   WIDTH: gl.constexpr, R: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Normalize output columns and write them: to the result if the item is a whole row, else to its slot.
+
+    through: shared memory of the same shape, free by now, that turns fragments of a product into whole rows.
+    """
+    through.store((o / gl.where(total == 0, 1.0, total)[:, None]).to(through.dtype))
+    layout: gl.constexpr = _row_wise(WIDTH)
+    b_o = through.load(layout)
+    o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
+    o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    mask = (o_row < H * S)[:, None] & (o_c < R)[None, :]
+    if whole:
+        o_out = (i_b.to(gl.int64) * H + o_h) * S + o_s
+        gl.store(p_out + o_out[:, None] * R + o_c[None, :], b_o, mask=mask)
+    else:
+        o_part = (slot * n_tiles).to(gl.int64) * ROWS + o_row
+        gl.store(p_part + o_part[:, None] * R + o_c[None, :], b_o, mask=mask)
+
+
+@gluon.jit
+def _slot(part, skip):
+    """Where an item's partial goes: a part continues at most one row of earlier parts, and leaves at most one open."""
+    return 2 * part + gl.where(skip == 0, 1, 0)
+
+
+# ---- the partitions ------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _unit(p_pages, row, t, n_pages, n_columns, PAGE: gl.constexpr):
+    """The page of a token, kept inside the cache whatever the table says; of a contiguous cache its batch row."""
+    if PAGE > 0:
+        column = gl.minimum(t.to(gl.uint32) // PAGE, n_columns.to(gl.uint32) - 1)
+        page = gl.load(p_pages + column)
+        return gl.minimum(gl.maximum(page, 0), n_pages - 1)
+    else:
+        return row
+
+
+@gluon.jit
+def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, t, n_pages, n_columns,
+          PAGE: gl.constexpr):  # fmt: skip
+    """Send for N panels of a block's columns. to: boxes of shared memory, those of panel k begin at (first + k) * SUB.
+
+    unit: the page or batch row of the block, where one is enough; smaller pages are looked up here.
+    """
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    SUB: gl.constexpr = BLOCK // BOX
+    for j in range(SUB):  # not unrolled: this partition has 32 registers
+        o_t = t + j * BOX
+        if SUB > 1:
+            unit = _unit(p_pages, unit, o_t, n_pages, n_columns, PAGE)
+        if PAGE > 0:
+            o_t = o_t & (PAGE - 1)
+        o_row = unit * apart + o_t
+        for k in gl.static_range(N):
+            o_c = column + k * desc.block_type.shape[1]
+            load_tile(desc, [o_row, o_c], full, to.index((first + k) * SUB + j))
+
+
+@gluon.jit
+def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe,
+           n_pages, stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+           BLOCK_P: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+    """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time."""
+    BOX: gl.constexpr = d_c.block_type.shape[0]
+    SUB: gl.constexpr = BLOCK // BOX
+    N_LEFT: gl.constexpr = LEFT // PANEL
+    N_QUARTER: gl.constexpr = QUARTER // PANEL
+    dtype: gl.constexpr = d_c.dtype
+    left = x.left._reinterpret(dtype, [2 * N_LEFT * SUB, BOX, PANEL], d_c.layout)
+    right = x.right._reinterpret(dtype, [4 * N_QUARTER * SUB, BOX, PANEL], d_c.layout)
+    pe = x.pe
+    if BLOCK_P > 0:
+        pe = x.pe._reinterpret(dtype, [2 * SUB, BOX, BLOCK_P], d_pe.layout)
+    g = 0
+    todo = share
+    while (row < B) & (todo > overhead):
+        _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages += row.to(gl.int64) * stride_table
+        unit = row
+        if SUB == 1:
+            unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
+        for i in range(g, g + n):
+            stage = i & 1
+            free = ((i >> 1) & 1) ^ 1
+            ahead = unit
+            if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
+                ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
+
+            mbarrier.wait(bar.first_empty.index(stage), free)
+            full = bar.first_full.index(stage)
+            mbarrier.expect(full, BLOCK * (QUARTER + BLOCK_P) * 2)
+            _copy(d_c, apart_c, LEFT, full, right, 2 * stage * N_QUARTER, N_QUARTER,
+                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+            if BLOCK_P > 0:
+                _copy(d_pe, apart_pe, 0, full, pe, stage, 1,
+                      unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+
+            mbarrier.wait(bar.left_empty.index(stage), free)
+            full = bar.left_full.index(stage)
+            mbarrier.expect(full, BLOCK * LEFT * 2)
+            _copy(d_c, apart_c, 0, full, left, stage * N_LEFT, N_LEFT,
+                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+
+            mbarrier.wait(bar.last_empty.index(stage), free)
+            full = bar.last_full.index(stage)
+            mbarrier.expect(full, BLOCK * QUARTER * 2)
+            _copy(d_c, apart_c, LEFT + QUARTER, full, right, (2 * stage + 1) * N_QUARTER, N_QUARTER,
+                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+            unit = ahead
+            t += BLOCK
+        g += n
+        todo -= taken
+        row += 1
+        position = 0
+
+
+@gluon.jit
+def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, share,
+          overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
+          R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
+          CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Scores and softmax of every block, and the left columns of the output."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, LEFT, 16])
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    dtype: gl.constexpr = p_q.dtype.element_ty
+    s0 = gl.zeros((ROWS, BLOCK), gl.float32, s_layout)
+    g = 0
+    item = 0
+    todo = share
+    while (row < B) & (todo > overhead):
+        lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        tile = i_tile + (row >> 31)  # i_tile; but the addresses of 64 rows must not be kept from item to item
+        sure = hi
+        limit = gl.full((ROWS,), 0, gl.int32, s_row)
+        if CAUSAL:
+            _r_row, _r_h, r_s = _rows(tile, H, ONE_QUERY, s_row)
+            limit = gl.minimum(end - S + r_s + 1, T)
+            sure = gl.minimum(end - S + (tile * ROWS) // H + 1, T)
+
+        p = p_q + row.to(gl.int64) * stride_qb
+        x.q_left.store(_queries(p, tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R, ONE_QUERY))
+        fence_async_shared()
+        o = gl.zeros((ROWS, LEFT), gl.float32, o_layout)
+        m = gl.full((ROWS,), LOWEST, gl.float32, s_row)
+
+        # The first block: nothing to overlap with yet.
+        stage = g & 1
+        phase = (g >> 1) & 1
+        mbarrier.wait(bar.queries, item & 1)
+        mbarrier.wait(bar.first_full.index(stage), phase)
+        s = warpgroup_mma(
+            x.q_right.index(0), x.right.index(2 * stage).permute((1, 0)), s0, use_acc=False, is_async=True
+        )
+        if BLOCK_P > 0:
+            s = warpgroup_mma(x.q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
+        mbarrier.wait(bar.left_full.index(stage), phase)
+        s = warpgroup_mma(x.q_left, x.left.index(stage).permute((1, 0)), s, is_async=True)
+        mbarrier.wait(bar.last_full.index(stage), phase)
+        s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
+        x.alpha.index(stage).store(alpha)
+        mbarrier.arrive(bar.alpha.index(stage), count=1)
+        e = gl.exp2(s * scale_log2 - m[:, None])
+        total = gl.sum(e, 1)
+        b_p = e.to(dtype)
+        x.p.store(b_p)
+        fence_async_shared()
+        mbarrier.arrive(bar.p_full, count=1)
+        a_p = gl.convert_layout(b_p, p_layout)
+
+        for _ in range(n - 1):
+            stage = g & 1
+            other = stage ^ 1
+            phase = ((g + 1) >> 1) & 1
+            if (t < lo) | (t + BLOCK > hi):
+                _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
+            o = warpgroup_mma(a_p, x.left.index(stage), o, is_async=True)
+            mbarrier.wait(bar.first_full.index(other), phase)
+            s = warpgroup_mma(
+                x.q_right.index(0), x.right.index(2 * other).permute((1, 0)), s0, use_acc=False, is_async=True
+            )
+            if BLOCK_P > 0:
+                s = warpgroup_mma(x.q_pe, x.pe.index(other).permute((1, 0)), s, is_async=True)
+                o = warpgroup_mma_wait(2, deps=(o,))
+            else:
+                o = warpgroup_mma_wait(1, deps=(o,))
+            mbarrier.arrive(bar.left_empty.index(stage), count=1)
+            mbarrier.wait(bar.left_full.index(other), phase)
+            s = warpgroup_mma(x.q_left, x.left.index(other).permute((1, 0)), s, is_async=True)
+            mbarrier.wait(bar.last_full.index(other), phase)
+            s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * other + 1).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(bar.scores, count=1)
+            t += BLOCK
+            s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
+            x.alpha.index(other).store(alpha)
+            mbarrier.arrive(bar.alpha.index(other), count=1)
+            e = gl.exp2(s * scale_log2 - m[:, None])
+            b_p = e.to(dtype)
+            mbarrier.wait(bar.p_empty, g & 1)
+            x.p.store(b_p)
+            fence_async_shared()
+            mbarrier.arrive(bar.p_full, count=1)
+            # From here on _right works too.
+            o = o * gl.convert_layout(alpha, o_row)[:, None]
+            a_p = gl.convert_layout(b_p, p_layout)
+            total = total * alpha + gl.sum(e, 1)
+            g += 1
+
+        # The last block: no scores follow.
+        stage = g & 1
+        mbarrier.arrive(bar.scores, count=1)
+        if (t < lo) | (t + BLOCK > hi):
+            _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
+        o = warpgroup_mma(a_p, x.left.index(stage), o, is_async=True)
+        x.total.store(total)
+        mbarrier.arrive(bar.total, count=1)
+        o = warpgroup_mma_wait(0, deps=(o,))
+        mbarrier.arrive(bar.left_empty.index(stage), count=1)
+
+        whole = (skip == 0) & (rest == 0)
+        slot = _slot(part, skip)
+        total_o = gl.convert_layout(total, o_row)
+        _store_columns(
+            o, total_o, x.q_left, p_out, p_part, whole, row, slot, tile, n_tiles, H, S, 0, LEFT, R, ONE_QUERY
+        )
+        r_row, r_h, r_s = _rows(tile, H, ONE_QUERY, s_row)
+        lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
+        if whole:
+            o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
+            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
+        else:
+            gl.store(p_part_lse + slot * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
+        if (skip == 0) & (tile == 0):
+            gl.store(p_parts + 2 * row, part)
+            gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
+        mbarrier.wait(bar.p_empty, g & 1)
+        g += 1
+        item += 1
+        todo -= taken
+        row += 1
+        position = 0
+
+
+@gluon.jit
+def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
+           n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+           R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUARTER, 16]
+    )
+    o_row: gl.constexpr = gl.SliceLayout(1, layout)
+    g = 0
+    item = 0
+    todo = share
+    while (row < B) & (todo > overhead):
+        lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        tile = i_tile + (row >> 31)  # i_tile; but the addresses of 64 rows must not be kept from item to item
+        # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
+        p = p_q + row.to(gl.int64) * stride_qb
+        for k in gl.static_range(2):
+            x.q_right.index(k).store(
+                _queries(p, tile, H, S, stride_qh, stride_qs, stride_qr, LEFT + k * QUARTER, QUARTER, R, ONE_QUERY)
+            )
+        if BLOCK_P > 0:
+            p = p_qpe + row.to(gl.int64) * stride_pb
+            x.q_pe.store(_queries(p, tile, H, S, stride_ph, stride_ps, stride_pr, 0, BLOCK_P, P, ONE_QUERY))
+        fence_async_shared()
+        mbarrier.arrive(bar.queries, count=1)
+
+        o1 = gl.zeros((ROWS, QUARTER), gl.float32, layout)
+        o2 = gl.zeros((ROWS, QUARTER), gl.float32, layout)
+        for _ in range(n):
+            stage = g & 1
+            phase = (g >> 1) & 1
+            mbarrier.wait(bar.alpha.index(stage), phase)
+            alpha = x.alpha.index(stage).load(o_row)
+            o1 = o1 * alpha[:, None]
+            o2 = o2 * alpha[:, None]
+            mbarrier.wait(bar.first_full.index(stage), phase)
+            mbarrier.wait(bar.last_full.index(stage), phase)
+            mbarrier.wait(bar.p_full, g & 1)
+            if (t < lo) | (t + BLOCK > hi):
+                _clear_dead(x.right.index(2 * stage), t, lo, hi, QUARTER, PANEL)
+                _clear_dead(x.right.index(2 * stage + 1), t, lo, hi, QUARTER, PANEL)
+            o1 = warpgroup_mma(x.p, x.right.index(2 * stage), o1, is_async=True)
+            o1 = warpgroup_mma_wait(0, deps=(o1,))
+            mbarrier.arrive(bar.first_empty.index(stage), count=1)
+            mbarrier.wait(bar.scores, g & 1)
+            o2 = warpgroup_mma(x.p, x.right.index(2 * stage + 1), o2, is_async=True)
+            o2 = warpgroup_mma_wait(0, deps=(o2,))
+            mbarrier.arrive(bar.p_empty, count=1)
+            mbarrier.arrive(bar.last_empty.index(stage), count=1)
+            t += BLOCK
+            g += 1
+
+        mbarrier.wait(bar.total, item & 1)
+        total = x.total.load(o_row)
+        whole = (skip == 0) & (rest == 0)
+        slot = _slot(part, skip)
+        _store_columns(
+            o1,
+            total,
+            x.q_right.index(0),
+            p_out,
+            p_part,
+            whole,
+            row,
+            slot,
+            tile,
+            n_tiles,
+            H,
+            S,
+            LEFT,
+            QUARTER,
+            R,
+            ONE_QUERY,
+        )
+        _store_columns(
+            o2,
+            total,
+            x.q_right.index(1),
+            p_out,
+            p_part,
+            whole,
+            row,
+            slot,
+            tile,
+            n_tiles,
+            H,
+            S,
+            LEFT + QUARTER,
+            QUARTER,
+            R,
+            ONE_QUERY,
+        )
+        item += 1
+        todo -= taken
+        row += 1
+        position = 0
+
+
+@gluon.jit
+def _barriers(N: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=1)
+    if N > 1:
+        return bars
+    else:
+        return bars.index(0)
+
+
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share"])
+def _mla_decode_hopper_kernel(
+    d_c, d_pe, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
+    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share,
+    stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+    R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+    WORKER_REGS: gl.constexpr,     num_warps: gl.constexpr,
+):  # fmt: skip
+    """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
+
+    apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R],
+    p_part_lse likewise. p_parts: [B, 2], the first part of a batch row and how many parts it has.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    i_tile = gl.program_id(0)
+    part = gl.program_id(1)
+    share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
+
+    dtype: gl.constexpr = p_q.dtype.element_ty
+    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=2)
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    NARROW: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
+    narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * NARROW, element_bitwidth=16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    x = Tiles(
+        gl.allocate_shared_memory(dtype, [ROWS, LEFT], wide),
+        gl.allocate_shared_memory(dtype, [2, ROWS, QUARTER], wide),
+        gl.allocate_shared_memory(dtype, [ROWS, NARROW], narrow),
+        gl.allocate_shared_memory(dtype, [2, BLOCK, LEFT], wide),
+        gl.allocate_shared_memory(dtype, [4, BLOCK, QUARTER], wide),
+        gl.allocate_shared_memory(dtype, [2, BLOCK, NARROW], narrow),
+        gl.allocate_shared_memory(dtype, [ROWS, BLOCK], square),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
+        gl.allocate_shared_memory(gl.float32, [ROWS], plain),
+    )
+    bar = Signals(
+        _barriers(2), _barriers(2), _barriers(2), _barriers(2), _barriers(2), _barriers(2), _barriers(2),
+        _barriers(1), _barriers(1), _barriers(1), _barriers(1), _barriers(1),
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
+                     share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY)),
+            (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
+                      i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
+            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c,
+                      apart_pe, n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
+        ],
+        [4, 1],
+        [WORKER_REGS, 32],
+    )  # fmt: skip

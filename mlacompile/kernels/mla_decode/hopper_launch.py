@@ -1,0 +1,153 @@
+"""Launches the Hopper kernel: tiles, descriptors of the cache and room for partials, with no host sync."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
+from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
+from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
+from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
+
+TILE_ROWS = 64
+BLOCK = 64  # tokens
+WORKER_REGISTERS = 216
+MERGE_ELEMENTS = 4096
+MERGE_PROGRAMS = 2048
+
+
+def mla_decode_hopper(
+    q_latent: Tensor,
+    q_pe: Tensor | None,
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: Tensor | None,
+    block_table: Tensor | None = None,
+    descale: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    plan: HopperPlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
+    # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
+    c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
+    k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
+    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table)
+    if plan is None:
+        plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
+    b, h, s, r = q_latent.shape
+    out = q_latent.new_empty(b, h, s, r)
+    lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
+    for launch in hopper_launches(tensors, out, lse, plan, scale=scale, causal=causal):
+        launch.run()
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the columns of a latent are divided: one left part, two quarters, all in panels that one TMA copy brings."""
+
+    left: int
+    quarter: int
+    panel: int
+
+    @classmethod
+    def of(cls, rank: int) -> Columns:
+        """The narrowest division that holds ``rank`` columns, at most 512. Columns beyond it read as zeros."""
+        for left, quarter in ((64, 32), (128, 64), (256, 64), (256, 128)):
+            if rank <= left + 2 * quarter:
+                return cls(left, quarter, min(quarter, 64))
+        raise ValueError(f"rank {rank} is beyond 512")
+
+
+def hopper_shape(tensors: tuple[Tensor | None, ...]) -> Shape:
+    """Sizes of a call. Tokens are those that a row can hold."""
+    q_latent, q_pe, c_kv, _, _, _, block_table = tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    b, h, s, r = q_latent.shape
+    tokens = c_kv.shape[1] if block_table is None else block_table.shape[1] * c_kv.shape[1]
+    return Shape(b, h, s, tokens, r, 0 if q_pe is None else q_pe.shape[3], q_latent.element_size())
+
+
+def _layout(panel: int) -> NVMMASharedLayout:
+    return NVMMASharedLayout(swizzle_byte_width=2 * panel, element_bitwidth=16, rank=2)
+
+
+def _descriptor(x: Tensor, box_rows: int, panel: int) -> tuple[TensorDescriptor, int]:
+    """[units, tokens, D] seen as [rows, D], and how many rows lie between units (batch rows or pages)."""
+    units, tokens, columns = x.shape
+    apart = tokens if units == 1 else x.stride(0) // x.stride(1)
+    rows = (units - 1) * apart + tokens
+    return TensorDescriptor(x, [rows, columns], [x.stride(1), 1], [box_rows, panel], _layout(panel)), apart
+
+
+def hopper_launches(
+    tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor, plan: HopperPlan, *, scale: float, causal: bool
+) -> list[Launch]:
+    """The main kernel and, with several parts, the merge. Meta tensors do, to compile without a GPU."""
+    q_latent, q_pe, c_kv, k_pe, start, length, block_table = tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    shape = hopper_shape(tensors)
+    b, h, s, r = q_latent.shape
+    columns = Columns.of(r)
+    tiles = -(-shape.rows // TILE_ROWS)
+    page = 0 if block_table is None else c_kv.shape[1]
+    box_rows = min(page, BLOCK) if page else BLOCK
+    d_c, apart_c = _descriptor(c_kv, box_rows, columns.panel)
+    block_p = max(next_power_of_2(shape.rope), 16) if shape.rope else 0
+    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, block_p)
+    slots = 2 * plan.parts if plan.parts > 1 else 1
+    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1)
+    partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
+    parts = q_latent.new_empty(b, 2, dtype=torch.int32)
+    arguments = {
+        "d_c": d_c, "d_pe": d_pe, "p_q": q_latent, "p_qpe": q_pe, "p_start": start, "p_length": length,
+        "p_table": block_table, "p_out": out, "p_lse": lse, "p_part": partial, "p_part_lse": partial_lse,
+        "p_parts": parts,
+        "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
+        "apart_c": apart_c, "apart_pe": apart_pe, "n_pages": c_kv.shape[0],
+        "stride_table": 0 if block_table is None else block_table.stride(0),
+        "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,
+        **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
+        "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
+        "BLOCK_P": block_p, "PAGE": page, "CAUSAL": causal and s > 1,
+        "ONE_QUERY": s == 1, "WORKER_REGS": WORKER_REGISTERS,
+    }  # fmt: skip
+    result = [
+        Launch(_mla_decode_hopper_kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})
+    ]
+    if plan.parts > 1:
+        result.append(_merge(partial, partial_lse, parts, out, lse, plan, shape))
+    return result
+
+
+def _merge(
+    partial: Tensor, partial_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor, plan: HopperPlan, shape: Shape
+) -> Launch:
+    """Each program takes about 4096 elements of partials at once, which hides the latency of L2.
+
+    One row in many parts is cut along its columns; many rows, most of which are whole, get few programs each.
+    """
+    width = next_power_of_2(shape.rank)
+    slots = min(max(next_power_of_2(plan.parts // shape.batch + 1) // 2, 2), 64)  # about as many as a row has
+    block_c = min(width, max(MERGE_ELEMENTS // slots, 32))
+    rows = min(max(MERGE_ELEMENTS // (slots * block_c), 1), next_power_of_2(shape.rows))
+    chunks = -(-shape.rank // block_c)
+    groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))
+    arguments = {
+        "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts, "p_out": out, "p_lse": lse, "H": shape.heads,
+        "S": shape.queries, "n_rows_padded": partial.shape[1], "R": shape.rank, "ROWS": rows, "BLOCK_C": block_c,
+        "SLOTS": slots, "PDL": True,
+    }  # fmt: skip
+    return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": 4, "launch_pdl": True})

@@ -197,7 +197,8 @@ def _walk(cone: Cone, roots: Pulled, dynamic: set[Node], leaves: dict[Node, Dims
                 raise HeadedLeaf(node, dims)
             if pulled is None:
                 leaves[node] = dims
-        own = (own and (through or node.target not in _PRODUCTS)) or (headed and node.target in _STACKS)
+        apart = headed and node.target in _STACKS and len(set(node.all_input_nodes)) > 1
+        own = apart or (own and (through or node.target not in _PRODUCTS))
         stack += [(source, axes, own and HEAD not in labels(axes)) for source, axes in pulled or ()]
 
 
@@ -300,6 +301,11 @@ def _headed_leaf(node: Node) -> str:
         return (
             f"keys or values are stored for every head ({describe(node)}), so there is no latent to decode on: this is "
             "multi-head or grouped-query attention, or a cache that stores expanded keys"
+        )
+    if node.target is aten.cat.default:
+        return (
+            f"keys or values of every head are joined from several runs of tokens ({describe(node)}), which is not "
+            "linear in a latent: a cache that stores expanded keys"
         )
     return f"keys or values with heads come out of {describe(node)}, which is not linear in a latent"
 

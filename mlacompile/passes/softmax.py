@@ -332,6 +332,8 @@ def _emit(match: _Match) -> None:
     )
     out_dims = (*weights[:-2], rows, width) if match.weights_left else (*weights[:-2], width, rows)
     out = emit.merge(attention, "BHSD", out_dims)
+    if not match.weights_left:  # what follows was traced on the result of a product, and may view it
+        out = emit(aten.clone.default, out, memory_format=torch.contiguous_format)
     attention.meta["mlacompile_original"] = anchor
     attention.meta["mlacompile_anchor"] = out
     anchor.replace_all_uses_with(out)

@@ -1,12 +1,12 @@
-"""What a layer's attention looks at on real text: a sample of (query, key) pairs, drawn as attention itself draws them.
+"""What a layer's attention looks at on real text: a sample of (query, key) pairs.
 
-A compressed layer errs in scores and in values. Both errors reach the output through the attention weights, so keys are
-sampled from them: a pair that is never attended to may be as wrong as it likes. How much an error of a query's scores moves
-the layer's output is bounded by the spread of the values it looks at (Cauchy-Schwarz),
+A compressed layer errs in scores and in values. How much an error of a query's scores moves the layer's output is
+bounded by the spread of the values it looks at (Cauchy-Schwarz),
 
     ‖Σⱼ pⱼ δsⱼ W_O vⱼ‖² ≤ Var_p(δs) · Var_p(W_O v)      (a shift of all scores is free)
 
-so the second factor weighs the query.
+so the second factor weighs the query. The bound holds for small errors. Keys that no attention goes to may err
+downwards as far as they like, but not upwards: so only some keys are drawn as attention draws them, the rest evenly.
 """
 
 from __future__ import annotations
@@ -26,25 +26,31 @@ class Pairs:
 
     k: Tensor  # [tokens, G, D] keys before rotation
     v: Tensor  # [tokens, G, D]
-    token: Tensor  # [H, Q, K] index of the key's token
+    token: Tensor  # [H, Q, K] index of the key's token; the first ``attended`` are drawn by attention, the rest evenly
+    attended: int
     distance: Tensor  # [H, Q, K] positions between query and key, float
-    doubt: Tensor  # [H, Q, K] 1 − p: how far the attention to this key is from certain
-    weight: Tensor  # [H, Q] Var_p(W_O v): the output's squared change a unit of score variance
+    weight: Tensor  # [H, Q] variance of W_O v over those keys: the output's squared change a unit of score variance
     query: Tensor  # [H, D, D] second moment of the queries before rotation, weighted
     output: float  # mean squared norm of what attention adds to the residual stream
 
 
-def sample_pairs(layer: GQALayer, x: Tensor, *, queries: int = 48, keys: int = 16, seed: int = 0) -> Pairs:
-    """Draw from windows ``x [W, T, M]`` of the layer's input, one window at a time; float32."""
+def sample_pairs(
+    layer: GQALayer, x: Tensor, *, queries: int = 48, keys: int = 16, even: float = 0.5, seed: int = 0
+) -> Pairs:
+    """Draw from windows ``x [W, T, M]`` of the layer's input, one window at a time; float32.
+
+    ``even`` is the share of the keys that are drawn evenly.
+    """
+    attended = keys - round(even * keys)
     generator = torch.Generator().manual_seed(seed)
     length = x.shape[1]
     heads, groups = layer.w_q.shape[0], layer.w_k.shape[0]
     group_of = torch.arange(heads, device=x.device) // (heads // groups)
     turned = rotation(layer.inv_freq, length)
     through = torch.einsum("mhd,mhe->hde", layer.w_o, layer.w_o)  # ‖W_O v‖² = vᵀ through v
-    kept: dict[str, list[Tensor]] = {name: [] for name in ("k", "v", "token", "distance", "doubt", "weight")}
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("k", "v", "token", "distance", "weight")}
     query = torch.zeros(heads, layer.w_q.shape[1], layer.w_q.shape[1], dtype=torch.float64, device=x.device)
-    total, output = 0.0, 0.0
+    output = 0.0
     for window, tokens in enumerate(x):
         hidden = tokens[None].float()
         q, k, v = (
@@ -57,25 +63,27 @@ def sample_pairs(layer: GQALayer, x: Tensor, *, queries: int = 48, keys: int = 1
         hidden_keys = torch.arange(length, device=x.device) > at[:, None]
         p = (scores * layer.scale).masked_fill(hidden_keys, -torch.inf).softmax(-1)
         mixed = p @ v[group_of]
-        spread = (p * torch.einsum("htd,hde,hte->ht", v[group_of], through, v[group_of])[:, None]).sum(-1)
-        weight = (spread - torch.einsum("hqd,hde,hqe->hq", mixed, through, mixed)).clamp_min(0)
-        # Evenly spaced quantiles of p with one random offset a query: unbiased, and far less noisy than free draws.
+        # Evenly spaced quantiles with one random offset a query: unbiased, and far less noisy than free draws.
         offset = torch.rand(heads, at.numel(), 1, generator=generator).to(x.device)
-        quantile = (torch.arange(keys, device=x.device) + offset) / keys
-        token = torch.searchsorted(p.cumsum(-1), quantile).clamp_max(length - 1).minimum(at[:, None])
+        by_attention = (torch.arange(attended, device=x.device) + offset) / max(attended, 1)
+        evenly = (torch.arange(keys - attended, device=x.device) + offset) / max(keys - attended, 1)
+        token = torch.searchsorted(p.cumsum(-1), by_attention).minimum(at[:, None])
+        token = torch.cat((token, (evenly * (at[:, None] + 1)).long()), dim=-1)
+        drawn = v[group_of[:, None, None], token]
+        drawn = drawn - drawn.mean(2, keepdim=True)
+        weight = torch.einsum("hqkd,hde,hqke->hq", drawn, through, drawn) / (keys - 1)
         kept["k"].append(k.transpose(0, 1))
         kept["v"].append(v.transpose(0, 1))
         kept["token"].append(token + window * length)
         kept["distance"].append((at[:, None] - token).float())
-        kept["doubt"].append(1 - p.gather(-1, token))
         kept["weight"].append(weight)
         seen = q[:, at].double()
         query += torch.einsum("hq,hqd,hqe->hde", weight.double(), seen, seen)
-        total += weight.sum().item()
         output += torch.einsum("mhd,hqd->qm", layer.w_o, mixed).square().sum(-1).mean().item()
     joined = {name: torch.cat(parts, dim=0 if name in ("k", "v") else 1) for name, parts in kept.items()}
     return Pairs(
         **joined,
+        attended=attended,
         query=(query / joined["weight"].double().sum(1)[:, None, None].clamp_min(1e-30)).float(),
         output=output / x.shape[0],
     )

@@ -17,6 +17,7 @@ from mlacompile.convert.attend import halves_to_complex
 from mlacompile.convert.calibrate import Pairs
 from mlacompile.convert.form import GQALayer, MLALayer
 from mlacompile.convert.rotate import Lanes
+from mlacompile.errors import UnsupportedInputError
 
 _RIDGE = 1e-4  # of the mean diagonal: the sample is finite
 
@@ -54,7 +55,7 @@ def _turn(inv_freq: Tensor, distance: Tensor) -> Tensor:
 
 
 def regress(targets: Tensor, features: Tensor, ridge: float = _RIDGE) -> Tensor:
-    """``A [t, f]`` of ``target ≈ A feature`` from the moments E[target featureᵀ] ``[t, f]`` and E[feature featureᵀ] ``[f, f]``."""
+    """``A [t, f]`` of ``target ≈ A feature``, from E[target featureᵀ] ``[t, f]`` and E[feature featureᵀ] ``[f, f]``."""
     damping = ridge * features.diagonal().mean().clamp_min(1e-30)
     damped = features + damping * torch.eye(features.shape[0], dtype=features.dtype, device=features.device)
     return torch.linalg.solve(damped, targets.T).T
@@ -64,7 +65,14 @@ def compress(layer: GQALayer, pairs: Pairs, lanes: Lanes, *, rank: int, balance:
     """``layer`` on ``rank`` latent values and ``2 · lanes`` rotary ones a token.
 
     ``balance`` multiplies the worth of scores against values; 1 is what the bound in calibrate.py says.
+
+    Raises UnsupportedInputError for biases on queries, keys or values, and for a rank that is not in 1 … 2 G D.
     """
+    if any(bias is not None for bias in (layer.b_q, layer.b_k, layer.b_v)):
+        raise UnsupportedInputError("got a layer with biases on queries, keys or values; compression expects none yet")
+    if not 1 <= rank <= 2 * layer.w_k.shape[0] * layer.w_k.shape[1]:
+        most = 2 * layer.w_k.shape[0] * layer.w_k.shape[1]
+        raise UnsupportedInputError(f"got rank {rank}; expected 1 to {most}, the width of the layer's keys and values")
     heads, width, _ = layer.w_q.shape
     groups = layer.w_k.shape[0]
     per_group = heads // groups
@@ -92,9 +100,7 @@ def compress(layer: GQALayer, pairs: Pairs, lanes: Lanes, *, rank: int, balance:
     for head, m in enumerate(moments):
         onto = torch.cat((m[0][2] @ down.T, m[0][1]), dim=1)
         crossed = down @ m[2][1]
-        features = torch.cat(
-            (torch.cat((down @ m[2][2] @ down.T, crossed), 1), torch.cat((crossed.T, m[1][1]), 1))
-        )
+        features = torch.cat((torch.cat((down @ m[2][2] @ down.T, crossed), 1), torch.cat((crossed.T, m[1][1]), 1)))
         read = regress(onto, features)
         w_uk.append(read[:, :rank])
         q_rope.append(read[:, rank:].T)
@@ -125,7 +131,7 @@ def compress(layer: GQALayer, pairs: Pairs, lanes: Lanes, *, rank: int, balance:
 
 
 def _value_moments(layer: GQALayer, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The worth of values ``[G D, G D]`` (W_Oᵀ W_O of a group's heads) and the moment of the mixed tokens ``[2 G D, 2 G D]``."""
+    """The worth of values ``[G D, G D]`` (W_Oᵀ W_O of their heads), and the mixed tokens' moment ``[2 G D, 2 G D]``."""
     groups, width = layer.w_v.shape[:2]
     per_group = layer.w_q.shape[0] // groups
     worth = torch.zeros(groups, width, groups, width, dtype=torch.float64, device=layer.w_v.device)
@@ -136,7 +142,7 @@ def _value_moments(layer: GQALayer, pairs: Pairs) -> tuple[Tensor, Tensor]:
         w_o = layer.w_o[:, head].double()
         worth[group, :, group] += w_o.T @ w_o
         y = torch.cat((pairs.k.flatten(1), pairs.v.flatten(1)), dim=1)
-        mixed = y[pairs.token[head]].mean(1)
+        mixed = y[pairs.token[head][:, : pairs.attended]].mean(1)
         mixed = mixed - mixed.mean(0)
         moment += (mixed.T @ mixed).double() / mixed.shape[0]
     return worth.view(groups * width, groups * width), moment / layer.w_q.shape[0]

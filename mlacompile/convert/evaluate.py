@@ -18,7 +18,7 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """Averages over every predicted token. ``divergence`` is KL(original ‖ converted) in nats, if there was an original."""
+    """Averages over predicted tokens. ``divergence``: KL(original ‖ converted) in nats, if there was an original."""
 
     loss: float
     tokens: int
@@ -30,7 +30,7 @@ class Score:
 
 
 def spread_windows(ids: Tensor, *, length: int = 1024, count: int = 12) -> Tensor:
-    """``[count, length]``: of the whole windows that ``ids [N]`` is cut into, ``count`` spread evenly, first and last included.
+    """``[count, length]``: of the whole windows of ``ids [N]``, ``count`` spread evenly, first and last included.
 
     Raises UnsupportedInputError if the text has fewer whole windows than that.
     """
@@ -46,7 +46,7 @@ def spread_windows(ids: Tensor, *, length: int = 1024, count: int = 12) -> Tenso
 
 @torch.inference_mode()
 def measure(predict: Predict, windows: Tensor, *, original: Predict | None = None, batch: int = 1) -> Score:
-    """Mean loss (float32, labels within the window) of ``predict`` on ``windows [W, T]``; with ``original``, its divergence too."""
+    """Mean float32 loss of ``predict`` on ``windows [W, T]``, labels within a window; divergence from ``original``."""
     loss, divergence, tokens = 0.0, 0.0, 0
     for ids in windows.split(batch):
         logits = predict(ids)[:, :-1].float()

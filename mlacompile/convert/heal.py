@@ -7,6 +7,7 @@ best on validation windows are kept, and a run that was interrupted goes on from
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,7 +34,9 @@ def fit_layer(
 ) -> MLALayer:
     """``layer`` after ``steps`` of Adam towards ``target [W, T, M]``, the output wanted for windows ``x [W, T, M]``."""
     generator = torch.Generator().manual_seed(seed)
-    module = LatentAttention(layer).float()
+    module = copy.deepcopy(
+        LatentAttention(layer)
+    ).float()  # a parameter shares its memory with the tensor it was made of
     optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=(0.9, 0.95))
     scale = target.float().square().mean()
     for step in range(steps):
@@ -49,7 +53,7 @@ def fit_layer(
 
 def detached(module: LatentAttention) -> MLALayer:
     """The module's weights as plain tensors."""
-    values = {name: None if p is None else p.detach().clone() for name, p in module._parameters.items()}
+    values: dict[str, Any] = {n: None if p is None else p.detach().clone() for n, p in module._parameters.items()}
     return replace(module.layer, **values)
 
 
@@ -91,21 +95,25 @@ class Checkpoint:
         self.path = path
         self.names = list(names)
 
-    def save(self, weights: list[nn.Parameter], best: list[Tensor], optimizer: torch.optim.Adam, state: Progress) -> None:
+    def save(
+        self, weights: list[nn.Parameter], best: list[Tensor], optimizer: torch.optim.Adam, state: Progress
+    ) -> None:
         tensors: dict[str, Tensor] = {}
         for name, weight, kept in zip(self.names, weights, best):
             moments = optimizer.state[weight]
             tensors |= {f"weight.{name}": weight.detach(), f"best.{name}": kept}
             tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step")}
         partial = self.path.with_name(self.path.name + ".part")
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, {"state": json.dumps(asdict(state))})
+        save_file(
+            {name: t.contiguous().cpu() for name, t in tensors.items()}, partial, {"state": json.dumps(asdict(state))}
+        )
         os.replace(partial, self.path)
 
     def load(self, weights: list[nn.Parameter], best: list[Tensor], optimizer: torch.optim.Adam) -> Progress:
         """Raises UnsupportedInputError if the file is of another model."""
         with safe_open(self.path, framework="pt") as file:
             expected = {f"weight.{name}" for name in self.names}
-            got = {key for key in file.keys() if key.startswith("weight.")}  # noqa: SIM118: not a mapping
+            got = {key for key in file.keys() if key.startswith("weight.")}  # noqa: SIM118 (not a mapping)
             if expected != got:
                 raise UnsupportedInputError(
                     f"got a checkpoint {self.path} of other weights ({len(expected ^ got)} names differ); "
@@ -138,18 +146,20 @@ def distill(
     report: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
-    """Train those parameters of ``student`` that require gradients until ``minutes`` have passed; leaves the best in place.
+    """Train what requires gradients in ``student`` until ``minutes`` have passed; leaves the best weights in place.
 
-    ``predict`` and ``teacher`` turn ids ``[B, T]`` into logits; the loss is KL(teacher ‖ student) a token on ``windows
-    [W, T]``. The rate rises for ``warmup`` of the time, then falls to zero as a cosine. Every ``look_every`` of the time
-    ``validation [V, T]`` is measured and ``checkpoint`` written; if that file exists, training goes on from it. Works
-    wherever the weights are; on CUDA the student computes in bfloat16, its weights stay as they are.
+    ``predict`` and ``teacher`` turn ids ``[B, T]`` into logits; the loss is KL(teacher ‖ student) a token on
+    ``windows [W, T]``. The rate rises for ``warmup`` of the time, then falls to zero as a cosine. Every ``look_every``
+    of the time ``validation [V, T]`` is measured and ``checkpoint`` written; if it exists, training goes on from it.
+    Works wherever the weights are; on CUDA the student computes in bfloat16, its weights stay as they are.
 
     Raises UnsupportedInputError if nothing is trainable.
     """
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     if not named:
-        raise UnsupportedInputError("got a student without trainable parameters; expected its latent layers to require gradients")
+        raise UnsupportedInputError(
+            "got a student without trainable parameters; expected its latent layers to require gradients"
+        )
     weights = [p for _, p in named]
     device = weights[0].device
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.95))
@@ -179,7 +189,9 @@ def distill(
     looked = int(state.seconds / limit / look_every)
     while state.seconds < limit:
         done = state.seconds / limit
-        now = rate * (done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup)))
+        now = rate * (
+            done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+        )
         for group in optimizer.param_groups:
             group["lr"] = now
         generator = torch.Generator().manual_seed(seed * 1_000_003 + state.step)

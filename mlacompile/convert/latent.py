@@ -2,7 +2,8 @@
 
 Layers before the current one are compressed in one stream and original in the other. At each layer the original's input
 is sampled, the layer is compressed, then refitted on the compressed stream, and both streams step over it.
-The decoder layers are called, not known: each must hold its attention as ``self_attn`` and take hidden states ``[B, T, M]``.
+The decoder layers are called, not known: each must hold its attention as ``self_attn`` and take hidden states
+``[B, T, M]``.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from mlacompile.convert.rotate import Pursuit, choose_frequencies, lanes_at
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a layer is compressed. The defaults were chosen on validation text; docs/convert.md has what each is worth."""
+    """How a layer is compressed. The defaults are first guesses: none has been tuned on validation text yet."""
 
     rope_dim: int
     rank: int
     balance: float = 1.0  # worth of scores against values
-    latent_lanes: float = 0.25  # share of the rank that keys are expected to take, in complex lanes, while lanes are chosen
+    latent_lanes: float = (
+        0.25  # share of the rank that keys are expected to take, in complex lanes, while lanes are chosen
+    )
     refit: bool = True
     catch_up: float = 0.0  # share of the residual stream's error that each layer is asked to undo
     ridge: float = 1e-3
@@ -40,7 +43,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Shares of the energy of attention's output that are missed on the compressed stream, before and after refitting."""
+    """Shares of attention's output energy that are missed on the compressed stream, before and after refitting."""
 
     missed: float
     missed_after_refit: float
@@ -138,7 +141,7 @@ def compress_model(
     method: Method,
     progress: Callable[[int, MLALayer, LayerReport], None] | None = None,
 ) -> list[MLALayer]:
-    """All ``layers`` in latent form, calibrated on windows ``embedded [W, T, M]`` (what enters the first decoder layer).
+    """All ``layers`` in latent form, calibrated on ``embedded [W, T, M]``, what enters the first decoder layer.
 
     ``blocks`` are left as they were. ``progress`` gets every layer as it is done.
     """

@@ -1,9 +1,9 @@
 """Healing in closed form: a compressed layer's output projection, by least squares against the original's outputs.
 
-The features are what the compressed heads really deliver on the compressed model's own activations, errors of all earlier
-layers included; the target is what attention added to the residual stream in the original model, and a share of what
-earlier layers left wrong there. One linear system a layer, solved in float64, with a ridge that pulls towards the weights
-that are there: directions that the text does not visit stay as they were.
+The features are what the compressed heads really deliver on the compressed model's own activations, errors of all
+earlier layers included; the target is what attention added to the residual stream in the original model, and a share of
+what earlier layers left wrong there. One linear system a layer, solved in float64, with a ridge that pulls towards the
+weights that are there: directions that the text does not visit stay as they were.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlacompile.convert.form import MLALayer
 
 
 def widest_values(layer: MLALayer) -> MLALayer:
-    """The same function with value heads as wide as the latent, if that is narrower: w_o then is free to read all of it."""
+    """The same function with value heads as wide as the latent, if that is narrower: w_o then may read all of it."""
     heads, width, rank = layer.w_uv.shape
     if rank >= width:
         return layer
@@ -39,7 +39,7 @@ class OutputFit:
         self.error = self.energy = 0.0
 
     def add(self, x: Tensor, target: Tensor) -> None:
-        """``x [B, T, M]``: the compressed model's input of this layer; ``target [B, T, M]``: what its output should be."""
+        """``x [B, T, M]``: what the compressed model feeds this layer; ``target [B, T, M]``: what should come out."""
         mixed = mla_heads(self.layer, x).flatten(0, 1)
         missing = target.flatten(0, 1) - F.linear(mixed, self.layer.w_o.flatten(1), self.layer.b_o)
         seen = torch.cat((mixed, torch.ones_like(mixed[:, :1])), dim=1)

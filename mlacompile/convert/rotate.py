@@ -1,11 +1,11 @@
 """Which part of the keys keeps a rotary embedding: lanes, each a complex combination of keys at one frequency.
 
-A rotary pair is a complex number, and a rotation commutes with every complex factor, so a lane may be any complex-linear
-function of the keys of all heads (TransMLA's RoRoPE is the real, orthogonal special case), and may serve any head at any
-frequency, as well as one rotation can stand for another over the distances that matter:
+A rotary pair is a complex number, and a rotation commutes with every complex factor, so a lane may be any
+complex-linear function of the keys of all heads (TransMLA's RoRoPE is the real, orthogonal special case), and may serve
+any head at any frequency, as well as one rotation can stand for another over the distances that matter:
 ⟨e^{iφΔ}, e^{iθΔ}⟩ = E_p[e^{i(θ − φ)Δ}] under the attention's own distances Δ. (TransMLA's FreqFold takes it for 1.)
-With white keys x the space of scores is then C^keys ⊗ L²(Δ), targets and lanes are vectors of it, and lanes are chosen by
-orthogonal matching pursuit: the next lane is the top eigenvector of the residual's Gram matrix at the best frequency.
+With white keys x the space of scores is then C^keys ⊗ L²(Δ), targets and lanes are vectors of it, and lanes are chosen
+by orthogonal matching pursuit: the next is the top eigenvector of the residual's Gram matrix at the best frequency.
 What needs no rotation is a lane at frequency 0; such lanes cost latent values instead and are free to differ by layer.
 """
 
@@ -35,7 +35,7 @@ class Pursuit:
         heads, groups = pairs.token.shape[0], pairs.k.shape[1]
         pair_count, device = inv_freq.numel(), pairs.k.device
         self.frequencies = torch.cat((inv_freq.double(), inv_freq.new_zeros(1).double()))  # the last: none
-        weights = (pairs.weight[..., None] * pairs.doubt).flatten(1).double()
+        weights = pairs.weight[..., None].expand_as(pairs.distance).flatten(1).double()
         total = weights.sum(1, keepdim=True)
         # [H, F, F]: ⟨e^{-iφΔ}, e^{-iθΔ}⟩ under each head's distances.
         angle = -pairs.distance.flatten(1).double()[..., None] * self.frequencies
@@ -59,7 +59,9 @@ class Pursuit:
         )
         values_q, vectors_q = torch.linalg.eigh(hermitian)
         root = (vectors_q * values_q.clamp_min(0).sqrt()[:, None])[..., -queries:].mH  # [H, queries, D/2]
-        of_group = self.colour[:-1].view(groups, pair_count, -1)[torch.arange(heads, device=device) // (heads // groups)]
+        of_group = self.colour[:-1].view(groups, pair_count, -1)[
+            torch.arange(heads, device=device) // (heads // groups)
+        ]
         target = torch.einsum("hrl,hlm->hrml", root, of_group)
         # The search that follows compares energies: single precision decides it as well, in half the time.
         self.target_gram = torch.einsum("hrml,hal->hrma", target, self.overlap[:, :, :-1]).to(torch.complex64)

@@ -1,7 +1,7 @@
 """The baseline: TransMLA (arXiv 2502.07864), from the second moment of the layer input alone.
 
-Heads are rotated into each other, frequency by frequency, so that the first component of every rotary pair holds most of
-the keys' energy and alone keeps its rotary embedding (RoRoPE). Neighbouring frequencies may be taken for equal and
+Heads are rotated into each other, frequency by frequency, so that the first component of every rotary pair holds most
+of the keys' energy and alone keeps its rotary embedding (RoRoPE). Neighbouring frequencies may be taken for equal and
 rotated together (FreqFold). What is left of the keys stands beside the values, balanced in size, and one PCA cuts both.
 """
 
@@ -16,11 +16,14 @@ from mlacompile.errors import UnsupportedInputError
 _DAMPING = 0.01  # of the mean diagonal, as the paper's code has it
 
 
-def transmla(layer: GQALayer, moment: Tensor, *, rope_dim: int, rank: int, fold: int = 1, balance: bool = True) -> MLALayer:
+def transmla(
+    layer: GQALayer, moment: Tensor, *, rope_dim: int, rank: int, fold: int = 1, balance: bool = True
+) -> MLALayer:
     """``layer`` cut to ``rope_dim`` rotary and ``rank`` latent values a token.
 
-    ``moment [M, M]`` is E[x xᵀ] of the layer input. Of every ``fold`` neighbouring frequencies as many rotary components
-    are kept as ``rope_dim`` allows, at evenly spaced ones of their frequencies. Works in float64, answers in float32.
+    ``moment [M, M]`` is E[x xᵀ] of the layer input. Of every ``fold`` neighbouring frequencies as many rotary
+    components are kept as ``rope_dim`` allows, at evenly spaced ones of their frequencies. Works in float64; float32
+    comes out.
 
     Raises UnsupportedInputError for biases on keys or values, and for widths that do not divide.
     """
@@ -53,7 +56,9 @@ def transmla(layer: GQALayer, moment: Tensor, *, rope_dim: int, rank: int, fold:
     queries = w_q.view(heads, 2, pairs // fold, fold, -1)
     q_rope = torch.einsum("bhfn,hcbfx->hbncx", read[..., :kept], queries).flatten(1, 3)
     # [H, D, components without rotary embedding]
-    k_up = torch.zeros(heads, 2, pairs // fold, fold, pairs // fold, turn.shape[-1] - kept, 2, dtype=w_q.dtype, device=w_q.device)
+    k_up = torch.zeros(
+        heads, 2, pairs // fold, fold, pairs // fold, turn.shape[-1] - kept, 2, dtype=w_q.dtype, device=w_q.device
+    )
     for part in range(2):
         for bucket in range(pairs // fold):
             k_up[:, part, bucket, :, bucket, :, part] = read[bucket, :, :, kept:]
@@ -75,7 +80,9 @@ def transmla(layer: GQALayer, moment: Tensor, *, rope_dim: int, rank: int, fold:
         w_uk=torch.einsum("hda,ar->hdr", k_up, up_k).float(),
         w_uv=up_v[group_of].float(),
         w_o=layer.w_o.float(),
-        b_q=None if layer.b_q is None else torch.cat((layer.b_q.double(), torch.zeros_like(q_rope[..., 0])), dim=1).float(),
+        b_q=None
+        if layer.b_q is None
+        else torch.cat((layer.b_q.double(), torch.zeros_like(q_rope[..., 0])), dim=1).float(),
         b_dkv=None,
         b_kr=None,
         b_o=layer.b_o,

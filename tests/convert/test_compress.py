@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from mlacompile.convert.attend import gqa_attention, mla_attention
@@ -9,6 +12,7 @@ from mlacompile.convert.calibrate import sample_pairs
 from mlacompile.convert.compress import compress, regress
 from mlacompile.convert.rotate import Lanes, Pursuit, choose_frequencies, lanes_at
 from mlacompile.convert.transmla import transmla
+from mlacompile.errors import UnsupportedInputError
 from tests.convert.layers import random_input, random_layer
 
 
@@ -26,7 +30,6 @@ def test_nothing_is_lost_if_every_key_is_a_lane_and_every_value_a_latent() -> No
 
 def test_better_than_the_baseline_at_the_same_cache() -> None:
     layer, x = random_layer(), random_input(windows=16, seed=1)
-    unseen = random_input(windows=4, seed=2) @ torch.eye(24)
     unseen = random_input(windows=20, seed=1)[16:]
     flat = x.flatten(0, 1).double()
     baseline = transmla(layer, flat.T @ flat / len(flat), rope_dim=8, rank=12)
@@ -55,3 +58,13 @@ def test_regression_finds_the_map() -> None:
     true = torch.randn(3, 6, generator=generator).double()
     found = regress((features @ true.T).T @ features, features.T @ features, ridge=1e-12)
     torch.testing.assert_close(found, true)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    layer = random_layer()
+    pairs = sample_pairs(layer, random_input())
+    lanes = Lanes(torch.eye(8, dtype=torch.complex128), layer.inv_freq.repeat(2))
+    with pytest.raises(UnsupportedInputError, match="biases"):
+        compress(replace(layer, b_q=torch.zeros(4, 8)), pairs, lanes, rank=8)
+    with pytest.raises(UnsupportedInputError, match="rank 33"):
+        compress(layer, pairs, lanes, rank=33)

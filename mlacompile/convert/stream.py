@@ -1,65 +1,88 @@
-"""Run the original on text with one layer in memory, and show what every attention layer is given.
+"""The original's decoder layers with one of them in memory: each reads its weights when its turn comes.
 
-The model is the stock one, with parameters that are nowhere; a layer reads its own from the checkpoint when its turn
-comes, works through all windows, and forgets them.
+The model is the stock one, made with parameters that are nowhere, so nothing about a family is known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from mlacompile.convert.form import GQALayer
 from mlacompile.convert.source import Source
 
-#: Tokens that a layer works on at once: what an MLP holds meanwhile is several times their size.
-_TOKENS_AT_ONCE = 4096
+
+class Blocks(Sequence[nn.Module]):
+    """Decoder layers in float32, without their attention: a caller puts its own there. One is loaded at a time."""
+
+    def __init__(self, source: Source, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoModel
+
+        self._source, self._device = source, torch.device(device)
+        with parameters_nowhere():
+            self._model = AutoModel.from_config(source.model.config, dtype=torch.float32).eval()
+        self._loaded: nn.Module | None = None
+
+    def __len__(self) -> int:
+        return self._source.model.layers
+
+    @overload
+    def __getitem__(self, i: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[nn.Module]: ...
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            raise TypeError("blocks are loaded one at a time; take them by number")
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        if self._loaded is not None:
+            self._loaded.to("meta")
+        block = self._model.layers[i]
+        names = [name for name in block.state_dict() if not name.startswith("self_attn.")]
+        weights = {name: self._source.read(f"model.layers.{i}.{name}").float().to(self._device) for name in names}
+        block.load_state_dict(weights, assign=True, strict=False)
+        self._loaded = block
+        return block
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """What enters the first layer for ids ``[W, T]``: ``[W, T, M]``."""
+        embedding = self._model.embed_tokens
+        weight = self._source.read("model.embed_tokens.weight")
+        # Only the rows that occur: a vocabulary may be larger than all layers together.
+        used, where = ids.unique(return_inverse=True)
+        embedding.weight = nn.Parameter(weight[used].float().to(self._device), requires_grad=False)
+        embedding.padding_idx = None
+        return embedding(where.to(self._device))
 
 
-class _Enough(Exception):
-    """The last layer that was asked for is through."""
+class Layers(Sequence[GQALayer]):
+    """Attention of the original, float32, read when asked for."""
 
+    def __init__(self, source: Source, device: str | torch.device = "cpu") -> None:
+        self._source, self._device = source, torch.device(device)
 
-@torch.no_grad()
-def layer_inputs(
-    source: Source,
-    ids: Tensor,
-    visit: Callable[[int, Tensor], None],
-    *,
-    device: str | torch.device = "cpu",
-    layers: int | None = None,
-) -> None:
-    """Call ``visit(i, x)`` for the attention of each layer, in order, with its input ``x [W, T, M]``, float32.
+    def __len__(self) -> int:
+        return self._source.model.layers
 
-    Args:
-        source: the original.
-        ids: windows of tokens ``[W, T]``, each from position 0.
-        visit: is given ``x`` on ``device``, and may keep it.
-        device: where layers run.
-        layers: how many, from the first; None is all.
-    """
-    from transformers import AutoModel
+    @overload
+    def __getitem__(self, i: int) -> GQALayer: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[GQALayer]: ...
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
 
-    device = torch.device(device)
-    with parameters_nowhere():
-        model = AutoModel.from_config(source.model.config, dtype=torch.float32).eval()
-    for buffer_owner in model.modules():
-        for name, buffer in buffer_owner._buffers.items():
-            if buffer is not None:
-                buffer_owner._buffers[name] = buffer.to(device)
-    count = len(model.layers) if layers is None else layers
-    for i in range(count):
-        model.layers[i] = _Streamed(source, i, model.layers[i], visit, device, last=i + 1 == count)
-    model.layers = model.layers[:count]
-    embedding = source.read("model.embed_tokens.weight").float()
-    model.embed_tokens.weight = nn.Parameter(embedding.to(device), requires_grad=False)
-    try:
-        model(input_ids=ids.to(device), use_cache=False)
-    except _Enough:
-        return
+        def widen(value: Any) -> Any:
+            return value.float().to(self._device) if isinstance(value, Tensor) else value
+
+        return GQALayer(**{name: widen(value) for name, value in vars(self._source.layer(i)).items()})
 
 
 @contextmanager
@@ -79,62 +102,3 @@ def parameters_nowhere() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-class _Streamed(nn.Module):
-    """A decoder layer whose weights are there while it works; all windows pass before the next layer's turn."""
-
-    def __init__(
-        self,
-        source: Source,
-        i: int,
-        layer: nn.Module,
-        visit: Callable[[int, Tensor], None],
-        device: torch.device,
-        *,
-        last: bool,
-    ) -> None:
-        super().__init__()
-        self.layer, self.last, self.device = layer, last, device
-        self._source, self._i, self._visit = source, i, visit
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        at = f"model.layers.{self._i}."
-        weights = {name: self._source.read(at + name).float().to(self.device) for name in self.layer.state_dict()}
-        self.layer.load_state_dict(weights, assign=True)
-        seen: list[Tensor] = []
-
-        def keep(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            seen.append(given["hidden_states"] if "hidden_states" in given else args[0])
-
-        attention: Any = self.layer.self_attn
-        hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
-        windows, length = hidden_states.shape[:2]
-        step = max(1, _TOKENS_AT_ONCE // length)
-        out = [
-            self.layer(hidden_states[start : start + step], **_rows(kwargs, start, step, windows))
-            for start in range(0, windows, step)
-        ]
-        hook.remove()
-        self.layer.to("meta")
-        self._visit(self._i, torch.cat(seen))
-        if self.last:
-            raise _Enough
-        return torch.cat([part[0] if isinstance(part, tuple) else part for part in out])
-
-
-def _rows(value: Any, start: int, step: int, windows: int) -> Any:
-    """The part of a layer's arguments that belongs to some windows; what all windows share stays as it is."""
-    if isinstance(value, Tensor):
-        return value[start : start + step] if value.ndim and value.shape[0] == windows else value
-    if isinstance(value, dict):
-        return {key: _rows(item, start, step, windows) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_rows(item, start, step, windows) for item in value)
-    return value

@@ -1,39 +1,36 @@
-"""One layer at a time sees what it sees in the whole model."""
+"""One layer at a time computes what the whole model computes."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mlacompile.convert import stream
+from mlacompile.convert.attend import GroupedAttention
 from mlacompile.convert.source import open_source
+from mlacompile.convert.stream import Blocks, Layers
 from tests.convert.conftest import VARIANTS, load
 
 Save = Callable[..., Path]
 
 
-@pytest.mark.parametrize("name", ["llama 3", "mistral, sliding window", "qwen3, biases", "gemma2"])
-def test_inputs_of_attention(save: Save, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama 3", "llama, biases", "llama, yarn", "mistral", "qwen2"])
+def test_layer_by_layer(save: Save, name: str) -> None:
     family, special = VARIANTS[name]
     folder = save(family, **special)
-    monkeypatch.setattr(stream, "_TOKENS_AT_ONCE", 40)
-    ids = torch.randint(3, 96, (5, 16), generator=torch.Generator().manual_seed(0))
-    wanted: list[torch.Tensor] = []
+    ids = torch.randint(3, 96, (3, 16), generator=torch.Generator().manual_seed(0))
     model = load(folder)
-
-    def keep(module: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        wanted.append(given["hidden_states"] if "hidden_states" in given else args[0])
-
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
-    model(input_ids=ids)
-    got: dict[int, torch.Tensor] = {}
-    stream.layer_inputs(open_source(folder), ids, got.__setitem__)
-    assert list(got) == [0, 1]
-    for i, x in enumerate(wanted):
-        torch.testing.assert_close(got[i], x, rtol=1e-5, atol=1e-5)
-    some: list[int] = []
-    stream.layer_inputs(open_source(folder), ids, lambda i, x: some.append(i), layers=1)
-    assert some == [0]
+    wanted = model.model(input_ids=ids, output_hidden_states=True).hidden_states
+    source = open_source(folder)
+    blocks, layers = Blocks(source), Layers(source)
+    stream = blocks.embed(ids)
+    torch.testing.assert_close(stream, wanted[0], rtol=0, atol=0)
+    for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        block.self_attn = GroupedAttention(layer)
+        out = block(stream, position_embeddings=None)
+        stream = out if isinstance(out, torch.Tensor) else out[0]
+        expected = wanted[i + 1] if i + 1 < len(layers) else None
+        if expected is not None:
+            torch.testing.assert_close(stream, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.model.norm(stream), wanted[-1], rtol=1e-4, atol=1e-4)
+    assert all(p.is_meta for name, p in blocks[0].named_parameters() if name.startswith("self_attn"))

@@ -5,9 +5,10 @@
     python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33,min_share=4"
 
 A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to
-about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order. Every
-call of a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the
-larger floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
+about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order,
+``-fp8`` e4m3 values with one factor a token (644 bytes), ``-656`` with four, all in one run of 656 bytes. Every call of
+a replay reads another slice of one large pool, so that no cache is found in L2. ``share`` is the time of the larger
+floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_shape, mla_decode_hopper
 from mlacompile.kernels.mla_decode.launch import device_of, mla_decode_portable, shape_of
 from mlacompile.kernels.mla_decode.plan import choose_plan, hopper_plan
 from mlacompile.ops import mla_decode_reference
+from mlacompile.ops.fp8_quantize import fp8_quantize_reference
+from mlacompile.ops.mla_decode import dequantize_cache
 from mlacompile.testing.timing import environment
 
 RANK, ROPE, PAGE = 512, 64, 64
 SCALE = 192**-0.5
 COLD_BYTES = 256 << 20  # one replay reads at least this much, several times any L2
+CALLS = 10  # at least so many a replay, whose launch takes as long as a small call
 LIMIT = 3e-3  # of the relative error
 
 
@@ -56,11 +61,9 @@ class Row:
     def __str__(self) -> str:
         return f"{'ragged' if self.ragged else ''}{self.heads}x{self.batch}x{self.context}x{self.queries}"
 
-    @property
-    def bytes(self) -> int:
-        """Read once, written once: cache, queries, outputs."""
-        rows = self.batch * self.heads * self.queries
-        return 2 * (self.batch * self.context * (RANK + ROPE) + rows * (2 * RANK + ROPE))
+    def bytes(self, token: int = 2 * (RANK + ROPE)) -> int:
+        """Read once, written once: cache (bytes of a token), queries, outputs."""
+        return self.batch * self.context * token + 2 * self.batch * self.heads * self.queries * (2 * RANK + ROPE)
 
     @property
     def flops(self) -> int:
@@ -111,15 +114,33 @@ class Call:
     k_pe: Tensor
     length: Tensor
     block_table: Tensor | None
+    descale: Tensor | None
     first_row: Tensor
 
 
-def make_call(row: Row, tokens: Tensor, paged: bool) -> Call:
+def stored(cache: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A [units, tokens, R+P] cache as c_kv, k_pe and descale."""
+    c_kv, k_pe = cache[..., :RANK], cache[..., RANK:]
+    if kind == "bf16":
+        return c_kv, k_pe, None
+    group = RANK if kind == "fp8" else SCALE_GROUP
+    made = [fp8_quantize_reference(part, group, torch.float8_e4m3fn) for part in c_kv.split(256)]
+    values, descale = (torch.cat(parts) for parts in zip(*made, strict=True))
+    if kind == "fp8":
+        return values, k_pe.contiguous(), descale
+    arrays = (values, descale, k_pe.contiguous())
+    run = torch.cat([x.view(torch.uint8) for x in arrays], -1)
+    c_raw, d_raw, p_raw = run.split([RANK, 16, 2 * ROPE], -1)
+    return c_raw.view(values.dtype), p_raw.view(k_pe.dtype), d_raw.view(torch.float32)
+
+
+def make_call(row: Row, tokens: Tensor, paged: bool, kind: str) -> Call:
     lengths = row.lengths()
     length = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     if not paged:
         cache = tokens.view(row.batch, -1, RANK + ROPE)
-        return Call(cache[..., :RANK], cache[..., RANK:], length, None, cache[0])
+        c_kv, k_pe, descale = stored(cache, kind)
+        return Call(c_kv, k_pe, length, None, descale, said(c_kv[:1], k_pe[:1], descale)[0])
     cache = tokens.view(-1, PAGE, RANK + ROPE)
     order = torch.randperm(
         cache.shape[0], dtype=torch.int32, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
@@ -128,8 +149,16 @@ def make_call(row: Row, tokens: Tensor, paged: bool) -> Call:
     table = torch.zeros(row.batch, max(counts), dtype=torch.int32, device="cuda")
     for i, pages in enumerate(order.split(counts)):
         table[i, : counts[i]] = pages
-    first_row = cache[table[0, : counts[0]].long()].flatten(0, 1)
-    return Call(cache[..., :RANK], cache[..., RANK:], length, table, first_row)
+    c_kv, k_pe, descale = stored(cache, kind)
+    first = table[0, : counts[0]].long()
+    first_row = said(c_kv[first], k_pe[first], None if descale is None else descale[first]).flatten(0, 1)
+    return Call(c_kv, k_pe, length, table, descale, first_row)
+
+
+def said(c_kv: Tensor, k_pe: Tensor, descale: Tensor | None) -> Tensor:
+    """What a cache says, in float32: [units, tokens, R+P]."""
+    values = c_kv.float() if descale is None else dequantize_cache(c_kv, k_pe, descale[: len(c_kv)], torch.float32)[0]
+    return torch.cat([values, k_pe.float()], -1)
 
 
 def queries(row: Row) -> tuple[Tensor, Tensor]:
@@ -141,13 +170,21 @@ def queries(row: Row) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Contender:
-    """A kernel: ``gluon``, ``gluon-paged`` or ``triton``, with single values of its plan after an @."""
+    """A kernel and a cache: ``triton`` or ``gluon``, ``-fp8`` or ``-656``, ``-paged``; after an @ parts of its plan."""
 
     name: str
 
     @property
     def paged(self) -> bool:
         return "-paged" in self.name
+
+    @property
+    def kind(self) -> str:
+        return "fp8" if "-fp8" in self.name else "656" if "-656" in self.name else "bf16"
+
+    @property
+    def token_bytes(self) -> int:
+        return {"bf16": 1152, "fp8": 644, "656": 656}[self.kind]
 
     def plan(self, row: Row, call: Call) -> Any:
         kernel, _, changes = self.name.partition("@")
@@ -156,10 +193,12 @@ class Contender:
         q_latent, q_pe = meta.split([RANK, ROPE], -1)
         chosen: Any
         if kernel.startswith("gluon"):
-            tensors = (q_latent, q_pe, call.c_kv, call.k_pe, None, None, call.block_table)
+            tensors = (q_latent, q_pe, call.c_kv, call.k_pe, None, None, call.block_table, call.descale)
             chosen = hopper_plan(hopper_shape(tensors), device)
         else:
-            chosen = choose_plan(shape_of(q_latent, q_pe, call.c_kv, call.k_pe, None, call.block_table), device)
+            chosen = choose_plan(
+                shape_of(q_latent, q_pe, call.c_kv, call.k_pe, None, call.block_table, call.descale), device
+            )
         return replace(chosen, **{key: int(value) for key, value in (c.split("=") for c in changes.split(",") if c)})
 
     def runner(self, row: Row, q: tuple[Tensor, Tensor], plan: Any) -> Callable[[Call], Tensor]:
@@ -167,7 +206,7 @@ class Contender:
         run: Any = mla_decode_hopper if self.name.startswith("gluon") else mla_decode_portable
 
         def call(c: Call) -> Tensor:
-            return run(*q, c.c_kv, c.k_pe, None, None, c.length, c.block_table, **keywords)[0]
+            return run(*q, c.c_kv, c.k_pe, None, None, c.length, c.block_table, c.descale, **keywords)[0]
 
         return call
 
@@ -204,7 +243,7 @@ def error(row: Row, q: tuple[Tensor, Tensor], call: Call, out: Tensor) -> float:
 
 
 def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[str, Any]:
-    calls = [make_call(row, tokens, contender.paged) for tokens in pool.slices(row)]
+    calls = [make_call(row, tokens, contender.paged, contender.kind) for tokens in pool.slices(row)]
     q = queries(row)
     plan = contender.plan(row, calls[0])
     run = contender.runner(row, q, plan)
@@ -212,14 +251,22 @@ def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[st
     wrong = error(row, q, calls[0], out)
     if not all(torch.equal(out, run(calls[0])) for _ in range(3)):
         wrong = float("nan")  # a result that changes between runs is a race
-    microseconds = time_replay([partial(run, call) for call in calls], repeats)
-    return {**asdict(row), "name": contender.name, "plan": str(plan), "us": microseconds, "error": wrong}
+    replayed: list[Callable[[], object]] = [partial(run, call) for call in calls]
+    microseconds = time_replay(replayed * -(-CALLS // len(calls)), repeats)
+    return {
+        **asdict(row),
+        "name": contender.name,
+        "plan": str(plan),
+        "bytes": row.bytes(contender.token_bytes),
+        "us": microseconds,
+        "error": wrong,
+    }
 
 
 def compile_one(row: Row, contender: Contender) -> None:
     """Run once on a short cache, in a worker: the binaries go to Triton's cache on disk."""
     short = replace(row, batch=min(row.batch, 8), context=512, ragged=False)
-    measure(short, contender, Pool(2 * short.bytes), 1)
+    measure(short, contender, Pool(2 * short.bytes()), 1)
 
 
 def precompile(work: list[tuple[Row, Contender]], workers: int) -> None:
@@ -251,7 +298,7 @@ def line(record: dict[str, Any], floor: float) -> str:
     us = record["us"]
     return (
         f"{row!s:>20s}  {record['name']:22s} {record['plan']:24s} {us:9.1f} {row.flops / us / 1e6:7.1f} "
-        f"{row.bytes / us / 1e6:6.2f} {floor / us:6.1%} {record['error']:9.1e}"
+        f"{record['bytes'] / us / 1e6:6.2f} {floor / us:6.1%} {record['error']:9.1e}"
     )
 
 
@@ -270,13 +317,13 @@ def main() -> None:
         precompile(work, arguments.workers)
     bandwidth, flops = ceilings()
     torch.cuda.empty_cache()
-    pool = Pool(int(1.1 * max(max(row.bytes for row in rows), COLD_BYTES * 2)) // 2)
+    pool = Pool(int(1.1 * max(max(row.bytes() for row in rows), COLD_BYTES * 2)) // 2)
     info = {**environment(), "copy TB/s": bandwidth / 1e12, "bf16 product TFLOP/s": flops / 1e12}
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     print(f"{'row':>20s}  {'kernel':22s} {'plan':24s} {'us':>9s} TFLOP/s   TB/s  share     error")
     records = []
     for row, contender in work:
-        floor = max(row.bytes / bandwidth, row.flops / flops) * 1e6
+        floor = max(row.bytes(contender.token_bytes) / bandwidth, row.flops / flops) * 1e6
         try:
             record = measure(row, contender, pool, arguments.repeats)
         except Exception as failed:  # a kernel that does not launch must not cost the others their run

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from mlacompile.kernels import registry
 from mlacompile.ops import mla_decode
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, worst
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized, worst
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,9 +55,9 @@ CASES = [
 ]
 
 
-def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor, *, widened: bool = False) -> None:
     dtype = out.dtype
-    want = exact(inputs, unit=2**-22, operand_unit=UNIT[dtype])
+    want = exact(inputs, unit=2**-22, operand_unit=UNIT[dtype], key_unit=UNIT[dtype] if widened else 0.0)
     assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
     assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
     if want.out.norm() > 0:
@@ -80,6 +81,25 @@ PAGED_CASES = [
     (variant(batch=9, tokens=70, heads=20, rank=256, rope=32, **RAGGED), 128),
     (variant(batch=40, tokens=3000, heads=128, rope=0, **RAGGED), 64),
 ]
+
+
+FP8_CASES = [
+    (variant(heads=heads, **RAGGED), fp8, page)
+    for heads, fp8, page in (
+        (128, {"per": "token"}, 0),
+        (16, {"per": "token"}, 64),
+        (40, {"per": "block"}, 0),
+        (128, {"per": "block"}, 64),
+        (16, {"per": "token", "dtype": torch.float8_e5m2}, 128),
+        (20, {"per": "block", "dtype": torch.float8_e5m2}, 0),
+    )
+] + [
+    (variant(heads=16, queries=4, causal=True, length=True, poison=True), {"per": "token"}, 64),
+    (variant(heads=64, rank=256, rope=32, **RAGGED), {"per": "block"}, 64),
+    (variant(heads=64, rank=384, rope=0, dtype=torch.float16, **RAGGED), {"per": "token"}, 0),
+    (variant(batch=1, tokens=20_000, heads=128), {"per": "token"}, 64),
+    (variant(batch=70, tokens=700, heads=128, **RAGGED), {"per": "block"}, 0),
+]  # fmt: skip
 
 
 def reproduces(inputs: LatentInputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +129,15 @@ def test_hopper_parity(case: LatentCase) -> None:
 def test_parity_on_pages(case: LatentCase, page: int, impl: str) -> None:
     inputs = make_inputs(case, device="cuda")
     check(inputs, *reproduces(paged(inputs, page), impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("case", "fp8", "page"), FP8_CASES, ids=str)
+def test_parity_on_fp8(case: LatentCase, fp8: dict[str, Any], page: int, impl: str) -> None:
+    stored, said = quantized(make_inputs(case, device="cuda"), **fp8)
+    out, lse = reproduces(paged(stored, page) if page else stored, impl)
+    # The Hopper kernel rounds a factor to 16 bits, and a value times its factor: two more roundings of each operand.
+    check(said, out, lse, widened=impl == "gluon")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -151,8 +151,6 @@ def hopper_shape_reasons(
         reasons.append(f"dtype is {q_latent.dtype}, the kernel takes torch.bfloat16 and torch.float16")
     if mask is not None:
         reasons.append("there is a mask")
-    if descale is not None:
-        reasons.append("the cache is in FP8")
     if not scale > 0:
         reasons.append(f"scale is {scale}, the kernel needs a positive one")
     rank, rope = q_latent.shape[3], 0 if q_pe is None else q_pe.shape[3]
@@ -162,7 +160,12 @@ def hopper_shape_reasons(
         reasons.append(f"rope width is {rope}, the kernel takes at most {HOPPER_MAX_ROPE}")
     for name, x in (("c_kv", c_kv), ("k_pe", k_pe)):
         if x is not None:
-            reasons += [f"{name} {reason}" for reason in _copy_reasons(x)]
+            found = _copy_reasons(x) if descale is None else _word_reasons(x)
+            reasons += [f"{name} {reason}" for reason in found]
+    if descale is not None and k_pe is not None and k_pe.dtype != q_latent.dtype:
+        reasons.append(f"the rotary key is {k_pe.dtype}, the kernel needs {q_latent.dtype}")
+    if descale is not None and block_table is not None and c_kv.shape[1] < 64:
+        reasons.append(f"pages have {c_kv.shape[1]} tokens, the kernel needs 64 of an FP8 cache")
     for name, x in (("q_latent", q_latent), ("q_pe", q_pe)):
         if x is not None and sum((n - 1) * abs(st) for n, st in zip(x.shape[1:], x.stride()[1:])) >= _INT32:
             reasons.append(f"one batch row of {name} spans 2^31 elements or more")
@@ -187,6 +190,20 @@ def _copy_reasons(x: Tensor) -> list[str]:
         reasons.append(f"has stride {unit} between batch rows or pages, the kernel needs a multiple of {token}")
     elif (units - 1) * (unit // token) + tokens >= _INT32:
         reasons.append("spans 2^31 tokens or more")
+    return reasons
+
+
+def _word_reasons(x: Tensor) -> list[str]:
+    """Why a kernel cannot read a [units, tokens, D] cache in words of 32 bits."""
+    reasons = []
+    size = x.element_size()
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        reasons.append(f"has stride {x.stride(2)} in the last dimension, the kernel needs 1")
+    steps = (x.shape[2], x.stride(0), x.stride(1), x.storage_offset())
+    if any(step * size % 4 != 0 for step in steps):
+        reasons.append("does not consist of words of 4 bytes")
+    if x.shape[1] * abs(x.stride(1)) >= _INT32:
+        reasons.append("has batch rows or pages that span 2^31 elements or more")
     return reasons
 
 

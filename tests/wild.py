@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (what the code in question calls it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 H, HIDDEN, R, N, P, V, ROWS = 4, 32, 20, 12, 8, 10, 24

@@ -306,7 +306,7 @@ def _up_projection(
         view = _decode(prober, inner[1] / scale, pick, prober.widths[latent], what)
         if view is not None:
             return rows, WeightView(*view, scale)
-    maps = prober.units(latent, prober.random())["key value".split().index(what)]
+    maps = prober.units(latent, prober.random())[["key", "value"].index(what)]
     _check_heads_differ(maps, what)
     return rows, Computed(what[0])
 

@@ -289,7 +289,7 @@ def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[st
     batch = [x for x in shared if x != head]
     if len(queries) > 1 or len(batch) > 1:
         return None
-    names = {TOKENS: TOKENS} | {x: "S" for x in queries} | {x: "B" for x in batch}
+    names = {TOKENS: TOKENS} | dict.fromkeys(queries, "S") | dict.fromkeys(batch, "B")
     return names if head is None else names | {head: "H"}
 
 

@@ -351,9 +351,10 @@ class Attention(nn.Module):
         parts = ((q_nope, q_pe), (k, pe)) if s.order == "nope_rope" else ((q_pe, q_nope), (pe, k))
         return self.attend(torch.cat(parts[0], -1), torch.cat(parts[1], -1), v, mask, scale)[..., : s.v]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
         """Attention over ``[B, ·, H, ·]`` operands; ``[B, S, H, V]`` out."""
         s = self.s
+        scale = 1 / math.sqrt(s.nope + s.pe) if scale is None else scale
         b, n, h, _ = q.shape
         if s.attention == "bshd":
             scores = torch.einsum("bshd,bthd->bsht", q, k) * scale
@@ -438,7 +439,7 @@ def near_latents(
         c = x
     if m.s.near == "a mask of every head" and mask is not None:
         t = torch.arange(mask.shape[-1], device=x.device)
-        per_head = t >= torch.arange(m.s.heads, device=x.device).view(1, -1, 1, 1) - 1
+        per_head = t != torch.arange(m.s.heads, device=x.device).view(1, -1, 1, 1) + 4  # never all that is visible
         mask = mask & per_head if mask.dtype is torch.bool else mask + per_head.to(mask.dtype)
     return c, pe, mask
 

@@ -108,7 +108,7 @@ def _moved(emit: Emitter, node: Node, shared: _Shared, shape: tuple[Size, ...]) 
         at = _same_place(before or (), dim, shape)
         if at is None:
             return None
-        sizes: list[int | Node] = [1 if i == at else emit.size(node, i) for i in range(rank)]
+        sizes = [1 if i == at else size for i, size in enumerate(args[1])]
         return _Shared(emit(aten.reshape.default, small, sizes), at, shared.computed)
     if target is aten.view_as_complex.default or target is aten.view_as_real.default:
         if target is aten.view_as_complex.default:
@@ -194,7 +194,7 @@ def _as_before(node: Node, shared: _Shared) -> Node | None:
     if order is None:
         return None
     emit = Emitter(node)
-    whole = emit(aten.expand.default, shared.small, [emit.size(node, i) for i in range(len(shape))])
+    whole = emit(aten.expand.default, shared.small, [shape[i] if i == shared.dim else -1 for i in range(len(shape))])
     whole = emit.permute(whole, order)
     whole = emit(aten.clone.default, whole, memory_format=torch.contiguous_format)
     return emit.permute(whole, [order.index(i) for i in range(len(order))])

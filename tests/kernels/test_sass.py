@@ -94,7 +94,7 @@ def build_hopper(heads: int, queries: int, rank: int, rope: int, page: int, dtyp
     table = meta(batch, tokens // page, dtype=torch.int32) if page else None
     q_latent, q_pe = meta(batch, heads, queries, rank), meta(batch, heads, queries, rope) if rope else None
     k_pe, length = cache[..., rank:] if rope else None, meta(batch, dtype=torch.int32)
-    tensors = (q_latent, q_pe, cache[..., :rank], k_pe, None, length, table, None)
+    tensors = (q_latent, q_pe, cache[..., :rank], k_pe, None, length, table)
     assert not hopper_shape_reasons(q_latent, q_pe, cache[..., :rank], k_pe, None, table, None, 0.1)
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
     plan = hopper_plan(hopper_shape(tensors), Device())

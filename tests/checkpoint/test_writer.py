@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def write(out: Path, *, pause: float = 0) -> None:
         target.write_tensors(plan_shards(SPECS, 60), slowly)
         target.write_json("config.json", {"a": "ü"})
         target.commit()
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Start ``work`` in a fork of this process; its exit code is 0 if it came to its end. Returns its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            # A fork has none of its parent's worker threads, and waits for them forever if it may use them.
+            torch.set_num_threads(1)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -212,13 +228,10 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
     while killed < 10:
         out = tmp_path / f"out{killed}"
         while not out.exists():
-            child = os.fork()
-            if child == 0:
-                try:
-                    write(out, pause=0.01)
-                finally:
-                    os._exit(0)
+            child = in_a_child(lambda out=out: write(out, pause=0.01))
             time.sleep(moments.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
-            killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            status = os.waitpid(child, 0)[1]
+            assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+            killed += os.WIFSIGNALED(status)
         assert contents(out) == contents(tmp_path / "whole")

@@ -180,4 +180,6 @@ def row(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(HEAD.format(version=".".join(transformers.__version__.split(".")[:2])) + "\n".join(map(row, FAMILIES)))
+    print(HEAD.format(version=".".join(transformers.__version__.split(".")[:2])), end="")
+    for each in FAMILIES:
+        print(row(each), flush=True)

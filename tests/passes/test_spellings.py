@@ -56,7 +56,7 @@ def test_found_on_a_device_where_nothing_can_be_computed(change: dict[str, objec
     tokens = 1 if spelling.cache != "none" else CONTEXT
     x = torch.randn(BATCH, tokens, spelling.hidden, dtype=spelling.dtype)
     inputs = x, CONTEXT - tokens, make_mask(spelling, BATCH, tokens, CONTEXT)
-    report = explain(module, *inputs, options={"form": "auto" if tokens <= 8 else "absorbed"})
+    report = explain(module, *inputs, options={"form": "absorbed"})
     assert report.absorbed == 1, [s.reason for s in report.sites]
 
 

@@ -321,7 +321,7 @@ def test_the_dump_folder_holds_the_graph_after_every_stage(tmp_path: Path) -> No
     (folder,) = (tmp_path / "graphs").iterdir()
     files = sorted(folder.iterdir())
     assert [f.name for f in files] == [
-        *("0-dynamo.py", "1-canonical.py", "2-functional.py", "3-canonical.py", "4-absorbed.py"),
+        *("0-dynamo.py", "1-canonical.py", "2-functional.py", "3-canonical.py", "4-absorbed.py", "6-lowered.py"),
     ]
     text = [f.read_text() for f in files]
     for file, source in zip(files, text, strict=True):

@@ -42,17 +42,25 @@ def write(out: Path, *, pause: float = 0) -> None:
 
 
 def in_a_child(work: Callable[[], object]) -> int:
-    """Start ``work`` in a fork of this process; its exit code is 0 if it came to its end. Returns its id."""
+    """Begin ``work`` in a fork of this process; its exit code is 0 if it came to its end. Returns its id.
+
+    A fork of a large process is slow to start, so this waits until the work has begun.
+    """
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            os.write(begins, b".")
             # A fork has none of its parent's worker threads, and waits for them forever if it may use them.
             torch.set_num_threads(1)
             work()
             code = 0
         finally:
             os._exit(code)
+    os.read(begun, 1)
+    os.close(begun)
+    os.close(begins)
     return child
 
 
@@ -224,14 +232,18 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
     write(tmp_path / "whole")
-    moments, killed = random.Random(0), 0
-    while killed < 10:
-        out = tmp_path / f"out{killed}"
-        while not out.exists():
-            child = in_a_child(lambda out=out: write(out, pause=0.01))
-            time.sleep(moments.uniform(0, 0.1))
+    moments, reach, killed, taken_up, out = random.Random(0), 0.1, 0, 0, tmp_path / "out"
+    while killed < 10 or not out.exists():
+        if out.exists():
+            out = tmp_path / f"{out.name}+"  # one that came to its end before its moment counts for nothing
+        taken_up += bool(list(tmp_path.glob(f"{out.name}.partial/**/*.safetensors")))
+        child = in_a_child(lambda out=out: write(out, pause=0.01))
+        if killed < 10:
+            time.sleep(moments.uniform(0, reach))
             os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-            killed += os.WIFSIGNALED(status)
-        assert contents(out) == contents(tmp_path / "whole")
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+        killed += os.WIFSIGNALED(status)
+        reach *= 1.3 if os.WIFSIGNALED(status) else 0.6  # moments that fall into the work, however slow the machine is
+        assert not out.exists() or contents(out) == contents(tmp_path / "whole")
+    assert taken_up

@@ -98,7 +98,7 @@ def _ms(time: float | None) -> str:
 def _source(about: dict[str, Any], settings: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "transformers") if about.get(name))
     what = f"{settings['layers']} layers, {settings['dtype']}, {settings['cache']}"
-    note = f" {about['note'].capitalize()}." if about.get("note") else ""
+    note = f" {about['note'][0].upper()}{about['note'][1:]}." if about.get("note") else ""
     return f"{about['device']}: {what}; {versions}; commit {about['commit']}.{note}\n"
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlacompile.geometry import KVLayout, MLAGeometry
@@ -106,10 +106,6 @@ class Report:
             for stage, time in report.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + time
         return cls(tuple(sites), tuple(notes), seconds)
-
-    def with_note(self, note: str) -> Report:
-        """The same report with one more remark."""
-        return replace(self, notes=(*self.notes, note))
 
     def summary(self) -> str:
         """The counts in one line."""

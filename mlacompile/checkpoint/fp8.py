@@ -106,7 +106,7 @@ def quantize(
         max_shard_bytes: largest shard. say: told what is worth knowing. advance: told bytes written, of how many.
     Raises:
         CheckpointError: the source is damaged, in FP8 already, or has a value that is not finite; ``out`` exists or
-            cannot be written. Names file and tensor.
+            cannot be written; a row of a weight would be lost beside far larger ones. Names file and tensor.
         UnsupportedInputError: transformers is missing or does not know the model.
     """
     from mlacompile.integrations.fp8_modules import Modules
@@ -139,7 +139,9 @@ def quantize(
         if weight not in chosen:
             return opened.weights.read(spec.name)
         if spec.name not in opened.recent:  # a weight and its scales are asked for one after the other
-            q, descale = fp8_quantize_weight_reference(opened.weights.read(weight))
+            wide = opened.weights.read(weight)
+            q, descale = fp8_quantize_weight_reference(wide)
+            _check_rows_live(opened.file_of(weight), weight, wide, q)
             opened.recent = {weight: q, opened.scale_of(weight): descale}
         return opened.recent.pop(spec.name)
 
@@ -195,6 +197,17 @@ def dequantize(
 
     _write(opened, out, specs, config, produce, max_shard_bytes, {"dtype": str(dtype)}, advance)
     return Quantization(Path(out), 0, (), _bytes(stored), _bytes(specs))
+
+
+def _check_rows_live(file: Path, name: str, wide: Tensor, q: Tensor) -> None:
+    """A scale serves 128 rows: one that is half a million times smaller than the largest becomes zero."""
+    lost = ((wide != 0).any(1) & (q.float() == 0).all(1)).nonzero().flatten()
+    if len(lost):
+        path = name.removesuffix(".weight")
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: {len(lost)} rows, the first of them {int(lost[0])}, would all become zero: they "
+            f"share FP8 scales with rows that are far larger. Leave this weight as it is (--keep {path!r} or a pattern)"
+        )
 
 
 def _scaled(spec: TensorSpec) -> list[TensorSpec]:

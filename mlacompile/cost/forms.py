@@ -117,8 +117,3 @@ def _chunked(masked: bool) -> tuple[Step, ...]:
 def flops(form: str) -> Expr:
     """All FLOPs of a form."""
     return sympy.Add(*(step.flops for step in steps(form)))
-
-
-def bytes_moved(form: str) -> Expr:
-    """All bytes of a form, each step reading its inputs and writing its outputs once."""
-    return sympy.Add(*(step.bytes for step in steps(form)))

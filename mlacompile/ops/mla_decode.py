@@ -19,6 +19,7 @@ from mlacompile.errors import UnsupportedInputError
 from mlacompile.geometry import SCALE_GROUP, scale_groups
 from mlacompile.kernels import registry
 from mlacompile.ops.fp8_quantize import FP8_DTYPES, fp8_dequantize_reference
+from mlacompile.visible import visible_tokens
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -91,37 +92,6 @@ def dequantize_cache(
 def latent_scales(k_pe: Tensor | None, descale: Tensor) -> int:
     """How many of a token's scales are its latent's: all, but for one where the rotary key is FP8 too."""
     return descale.shape[-1] - (k_pe is not None and k_pe.dtype in FP8_DTYPES)
-
-
-def visible_tokens(
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: Tensor | None,
-    causal: bool,
-    *,
-    queries: int,
-    tokens: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Which cached tokens each query may see: bool, broadcastable to [B, S, T]; None when every query sees all."""
-    token = torch.arange(tokens, device=device)
-    conditions: list[Tensor] = []
-    if start is not None:
-        conditions.append(token >= start[:, None, None])
-    if causal and queries > 1:
-        query = torch.arange(queries, device=device).view(1, -1, 1)
-        end = length[:, None, None] if length is not None else tokens
-        conditions.append(token <= end - queries + query)
-    elif length is not None:
-        conditions.append(token < length[:, None, None])
-    if mask is not None:
-        conditions.append(mask if mask.dtype == torch.bool else mask != -math.inf)
-    if not conditions:
-        return None
-    visible = conditions[0]
-    for condition in conditions[1:]:
-        visible = visible & condition
-    return visible
 
 
 @torch.library.custom_op("mlacompile::mla_decode", mutates_args=())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
-from mlacompile.ops.mla_decode import visible_tokens
+from mlacompile.visible import visible_tokens
 
 
 def mla_prefill_reference(

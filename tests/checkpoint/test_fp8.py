@@ -258,6 +258,19 @@ def test_zero_blocks_survive(source: Path, tmp_path: Path) -> None:
     assert not CheckpointReader(tmp_path / "back").read(f"{LAYER}.weight").any()
 
 
+def test_rows_that_would_become_zero_beside_large_ones_are_refused(source: Path, tmp_path: Path) -> None:
+    def shrink(tensors: dict[str, torch.Tensor], config: Any) -> None:
+        tensors[f"{LAYER}.weight"][5:7] *= 2.0**-40
+
+    small = edited(source, tmp_path / "small", shrink)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}.weight': 2 rows, the first of them 5, would all become zero"):
+        quantize(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    quantize(small, tmp_path / "kept", keep=[LAYER])
+    kept = CheckpointReader(tmp_path / "kept").read(f"{LAYER}.weight")
+    assert torch.equal(kept, CheckpointReader(small).read(f"{LAYER}.weight"))
+
+
 def test_the_command(source: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     done = run(app, ["quantize", str(source), "--out", str(tmp_path / "q"), "--keep", "*.o_proj"])

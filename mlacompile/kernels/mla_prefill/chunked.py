@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.kernels.mla_prefill.attend import attend
-from mlacompile.ops.mla_decode import visible_tokens
+from mlacompile.visible import visible_tokens
 
 #: out ``[B, H, S, V]`` and lse ``[B, H, S]``
 Part: TypeAlias = tuple[Tensor, Tensor]

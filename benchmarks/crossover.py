@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mlacompile.ops  # noqa: F401  (registers what the forms call)
 from mlacompile.cost import Hardware, border, find_hardware, predict
 from mlacompile.cost.predict import chunk_tokens
 from mlacompile.geometry import MLAGeometry

@@ -31,8 +31,6 @@ def why_not_in_chunks(site: MLASite) -> str | None:
         return "it attends to the latent already"
     if site.k_pe is not None and not isinstance(found.w_pe, Plain):
         return "its rotary key is mapped on its way into K"
-    if site.attention.q.meta["val"].device.type == "cuda":
-        return "expanding in chunks has passed no parity run on a GPU yet"
     return None if site.attention.sink is None else "it has a sink"
 
 

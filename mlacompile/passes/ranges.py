@@ -21,6 +21,7 @@ from torch.fx import Node
 from mlacompile.passes.affine import FAR, Affine, Labels, affine, inner_labels, static_value, trailing
 from mlacompile.passes.axes import shape_of
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.known import known_band
 
 aten = torch.ops.aten
 
@@ -75,8 +76,12 @@ def conjunction(mask: Node, labels: Labels | None = None) -> Conjunction:
     rest: list[Node] = []
     for part, part_labels in _parts(mask, labels):
         bound = bound_of(part, part_labels, part, negated=False)
+        known = None if isinstance(bound, Bound) or part_labels[-2:] != ("S", "T") else known_band(part)
         if isinstance(bound, Bound):
             bounds.append(bound)
+        elif known is not None:
+            ends = ((known.first, False), (known.end, True))
+            bounds += [Bound(Affine(constant=at), upper, True, part) for at, upper in ends if at is not None]
         elif not _is_true(part):
             rest.append(part)
     return Conjunction(tuple(bounds), tuple(dict.fromkeys(rest)))

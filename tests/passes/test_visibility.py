@@ -314,3 +314,48 @@ def test_symbolic_lengths_are_understood(queries: int) -> None:
     gm.recompile()
     (length,) = gm(q, k[:, :, queries:], k[:, :, :queries])
     assert length is None or length.tolist() == [T] * B
+
+
+def packed(rows: Tensor, one: Tensor) -> Tensor:
+    """Causal within a packed sequence, of which positions without a jump show there is one."""
+    position = torch.arange(T).unsqueeze(0)
+    sequence = (torch.diff(position, prepend=position[:, :1] - 1) != 1).cumsum(-1)
+    same = sequence[:, :, None] == sequence[:, None, :]
+    return (same & (position[:, None, :] <= position[:, :, None])).unsqueeze(1).expand(B, 1, T, T)
+
+
+def test_a_mask_of_nothing_but_sizes_is_computed_and_found_causal() -> None:
+    rows, one = torch.zeros(B, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    found = read(packed, rows, one, T)
+    assert found.seen.whole
+    assert found.seen.causal
+    assert found.mask is found.start is found.length is None
+    assert torch.equal(found.shows, wanted(packed, rows, one, T))
+
+
+@settings(max_examples=30, deadline=None)
+@given(queries=st.integers(1, 6), first=st.integers(-8, 9), width=st.integers(1, 12))
+def test_a_known_band_shows_the_same_tokens(queries: int, first: int, width: int) -> None:
+    def band(rows: Tensor, one: Tensor) -> Tensor:
+        distance = torch.arange(T).float() - torch.arange(queries).float().unsqueeze(1) - first
+        return ((distance + 0.5).abs() < width).unsqueeze(0).expand(B, 1, queries, T)
+
+    rows, one = torch.zeros(B, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    expected = wanted(band, rows, one, queries)
+    found = read(band, rows, one, queries)
+    assert torch.equal(found.shows, expected)
+    if bool(expected.any(-1).all()):
+        assert "opaque" not in found.seen.describe()
+
+
+@pytest.mark.parametrize("name", ["checkered", "drawn", "differs by row"])
+def test_a_known_mask_that_is_no_band_stays_a_mask(name: str) -> None:
+    masks: dict[str, Mask] = {
+        "checkered": lambda rows, one: ((torch.arange(4).unsqueeze(1) + torch.arange(T)) % 2 == 0).expand(B, 1, 4, T),
+        "drawn": lambda rows, one: torch.rand(4, T).expand(B, 1, 4, T) > -1,  # true everywhere, this once
+        "differs by row": lambda rows, one: torch.arange(T) <= torch.arange(B).view(B, 1, 1, 1) + torch.zeros(4, 1),
+    }
+    rows, one = torch.zeros(B, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    found = read(masks[name], rows, one, 4)
+    assert found.seen.describe() == "an opaque mask"
+    assert found.mask is not None

@@ -210,6 +210,6 @@ def hopper_slower(
     tokens = c_kv.shape[1] * (block_table.shape[1] if block_table is not None else 1)
     if not paged and heads * queries <= 16:
         return ["up to 16 rows are faster in tiles of 16"]
-    if batch == 1 and tokens <= (1024 if paged else 8192):
+    if batch == 1 and heads * queries <= 128 and tokens <= (1024 if paged else 8192):
         return ["one short sequence is faster in tiles of 16"]
     return []

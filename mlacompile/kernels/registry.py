@@ -14,6 +14,7 @@ from typing import Any
 
 #: op -> the package that holds its kernels
 _FAMILIES = {
+    "head_product": "mlacompile.kernels.head_product",
     "mla_decode": "mlacompile.kernels.mla_decode",
     "mla_prefill": "mlacompile.kernels.mla_prefill",
     "row_product": "mlacompile.kernels.row_product",

@@ -7,7 +7,8 @@ from torch.fx import GraphModule, Node
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
-from mlacompile.lowering.single_row import place_row_products
+from mlacompile.lowering.single_row import place_head_products, place_row_products
+from mlacompile.lowering.tidy import tidy
 
 
 def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[str, list[str]]]:
@@ -21,10 +22,12 @@ def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[st
     chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
     inline_references(gm)
+    tidy(gm)
     if chosen and wanted == "auto":
         place_cpu_rows(gm)
-        if placed := place_row_products(gm):
-            notes.append(f"{placed} products with a single row read their weights by row_product")
+        gm.graph.eliminate_dead_code()  # what nobody uses must not stand between a product and what follows it
+        if placed := place_row_products(gm) + place_head_products(gm):
+            notes.append(f"{placed} products with a single row read their weights by kernels made for that")
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()

@@ -1,20 +1,25 @@
 """Products with one row on CUDA: decoding one sequence reads every weight once, to use it once.
 
-``mm(x [1, K], wᵀ)`` becomes ``mlacompile::row_product`` where a kernel takes it: libraries tile such a product for a
-matrix unit that has nothing to do, and read small weights at a fraction of the memory bandwidth.
+    mm(x [1, K], wᵀ)          →  mlacompile::row_product, with the norm before it, and the residual or the gate after it
+    bmm(x [H, 1, K], w)       →  mlacompile::head_product
+
+where a kernel takes them: libraries tile such a product for a matrix unit that has nothing to do, and read small
+weights at a fraction of the memory bandwidth.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mlacompile.kernels import registry
+from mlacompile.lowering.around_row import After, Norm, gate_after, gate_of, norm_before, sum_after
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
@@ -26,22 +31,30 @@ SMALLEST = 1 << 18
 def place_row_products(gm: GraphModule) -> int:
     """Replace the products of a functional ATen graph that have one row on a CUDA device; returns how many.
 
-    Products of the same row, such as a gate and what it gates, become one call.
+    Products of the same row become one call. What stands around them goes into it where the kernel takes that too.
     """
     placed = 0
-    for products in _by_row(gm):
-        x, weights = products[0].x, [p.weight for p in products]
-        values = x.meta["val"], [w.meta["val"] for w in weights]
-        kernel = next((k for k in registry.kernels("row_product") if not k.supports(*values)), None)
-        if kernel is None:
+    for products in list(_by_row(gm)):
+        norm = norm_before(products[0].x)
+        for call in _calls(products):
+            placed += _place(call, norm) or (norm is not None and _place(call, None))
+    return placed
+
+
+def place_head_products(gm: GraphModule) -> int:
+    """Replace the batched products of one row each on a CUDA device; returns how many."""
+    placed = 0
+    for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        x, weight = node.args
+        if not _one_row(node.meta.get("val"), 1) or weight.meta["val"].numel() < SMALLEST:
             continue
-        emit = Emitter(products[0].node)
-        call = emit(torch.ops.mlacompile.row_product.default, x, weights, impl=kernel.name)
-        rows = [emit(operator.getitem, call, i) for i in range(len(products))]
-        for product, row in zip(products, rows, strict=True):
-            product.node.replace_all_uses_with(row)
-            gm.graph.erase_node(product.node)
-        placed += len(products)
+        values = x.meta["val"], weight.meta["val"]
+        kernel = next((k for k in registry.kernels("head_product") if not k.supports(*values)), None)
+        if kernel is not None:
+            emit = Emitter(node)
+            node.replace_all_uses_with(emit(torch.ops.mlacompile.head_product.default, x, weight, impl=kernel.name))
+            gm.graph.erase_node(node)
+            placed += 1
     return placed
 
 
@@ -60,6 +73,61 @@ class _Product:
         return self.node.args[1].args[0]  # type: ignore[union-attr,return-value]
 
 
+@dataclass
+class _Call:
+    """Products that become one call, and what follows them and becomes part of it."""
+
+    products: list[_Product] = field(default_factory=list)
+    after: After | None = None
+
+    @property
+    def results(self) -> list[Node]:
+        """The nodes that the results of the call replace."""
+        return [p.node for p in self.products] if self.after is None else [self.after.node]
+
+
+def _calls(products: list[_Product]) -> Iterator[_Call]:
+    """The calls that products of one row make: each gated pair, each with a residual, and the others together."""
+    rest = list(products)
+    for i, first in enumerate(products):
+        for second in products[i + 1 :]:
+            after = gate_after(first.node, second.node)
+            if after is not None and first.weight.meta["val"].shape == second.weight.meta["val"].shape:
+                yield _Call([first, second] if gate_of(after, first.node) else [second, first], after)
+                rest = [p for p in rest if p is not first and p is not second]
+    for product in list(rest):
+        after = sum_after(product.node)
+        if after is not None:
+            yield _Call([product], after)
+            rest.remove(product)
+    if rest:
+        yield _Call(rest)
+
+
+def _place(call: _Call, norm: Norm | None) -> int:
+    """Write one call into the graph, if a kernel takes it; returns how many products it does."""
+    results, after = call.results, call.after or After(call.products[0].node)
+    emit = Emitter(results[0])
+    weights = [p.weight for p in call.products]
+    x = call.products[0].x if norm is None else norm.x
+    # Nodes that turn out to be of no use are dead code.
+    row = emit.view(x, [1, weights[0].meta["val"].shape[1]])
+    factor = None if norm is None else emit.view(norm.weight, [row.meta["val"].shape[1]])
+    added = None if after.added is None else emit.view(after.added, [1, weights[0].meta["val"].shape[0]])
+    arguments: tuple[Any, ...] = (row, weights, factor, added)
+    settings = {"eps": 0.0 if norm is None else norm.eps, "gate": after.gate}
+    values = torch.fx.map_arg(arguments, lambda n: n.meta["val"])
+    kernel = next((k for k in registry.kernels("row_product") if not k.supports(*values, **settings)), None)
+    if kernel is None:
+        return 0
+    made = emit(torch.ops.mlacompile.row_product.default, *arguments, **settings, impl=kernel.name)
+    for i, result in enumerate(results):
+        found = emit.view(emit(operator.getitem, made, i), list(result.meta["val"].shape))
+        result.replace_all_uses_with(found)
+        emit.graph.erase_node(result)
+    return len(call.products)
+
+
 def _by_row(gm: GraphModule) -> Iterator[list[_Product]]:
     """The products of the graph, in order; those that can be one call, where the first of them is, together."""
     rows: dict[tuple[Node, ...], list[_Product]] = {}
@@ -74,10 +142,13 @@ def _products(gm: GraphModule) -> Iterator[_Product]:
     """Products of one static row with the transpose of a large matrix."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default):
         transposed = node.args[1]
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.device.type != "cuda" or isinstance(value.shape[0], torch.SymInt):
-            continue
-        if value.shape[0] != 1 or transposed.target is not aten.t.default:
+        if not _one_row(node.meta.get("val"), 0) or transposed.target is not aten.t.default:
             continue
         if transposed.args[0].meta["val"].numel() >= SMALLEST:
             yield _Product(node)
+
+
+def _one_row(value: Any, dim: int) -> bool:
+    if not isinstance(value, Tensor) or value.device.type != "cuda":
+        return False
+    return not any(isinstance(s, torch.SymInt) for s in value.shape) and value.shape[dim] == 1

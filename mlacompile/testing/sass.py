@@ -33,7 +33,10 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel costs. spill_bytes: stores and loads together; serialized: ptxas warnings that wgmma waits."""
+    """What one kernel costs. spill_bytes: stores and loads together; serialized: ptxas warnings that wgmma waits.
+
+    counts: instructions by name, and loads of 16 bytes as "LDG.128".
+    """
 
     name: str
     registers: int
@@ -100,6 +103,7 @@ def _inspect(built: Any, capability: int, name: str) -> Compiled:
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     counts = {word: len(re.findall(rf"\b{word}\b", sass)) for word in INSTRUCTIONS}
+    counts["LDG.128"] = len(re.findall(r"\bLDG\S*\.128\b", sass))
     return Compiled(name, registers, spilled, built.metadata.shared, len(re.findall(r"C75\d\d", log)), counts)
 
 

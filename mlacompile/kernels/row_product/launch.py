@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,25 +33,44 @@ def choose_tiles(n: int, k: int) -> Tiles:
     return Tiles(4, 1024, 4 if n < 8192 else 2)
 
 
-def row_product_triton(x: Tensor, weights: Sequence[Tensor], tiles: Tiles | None = None) -> list[Tensor]:
+def row_product_triton(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm: Tensor | None = None,
+    added: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: str = "",
+    tiles: Tiles | None = None,
+) -> list[Tensor]:
     """``row_product`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
-    out = [x.new_empty(1, w.shape[0]) for w in weights]
+    out = [x.new_empty(1, w.shape[0]) for w in (weights[:1] if gate else weights)]
     for i in range(0, len(weights), 2):
-        grid, arguments, options = launch(x, weights[i : i + 2], out[i : i + 2], tiles)
+        grid, arguments, options = launch(x, weights[i : i + 2], out[i : i + 2], norm, added, eps, gate, tiles)
         _row_product_kernel[grid](**arguments, **options)
     return out
 
 
 def launch(
-    x: Tensor, weights: Sequence[Tensor], out: Sequence[Tensor], tiles: Tiles | None = None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    out: Sequence[Tensor],
+    norm: Tensor | None = None,
+    added: Tensor | None = None,
+    eps: float = 0.0,
+    gate: str = "",
+    tiles: Tiles | None = None,
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
     """Grid, arguments and options of one launch for one or two weights. Meta tensors do, to compile without a GPU."""
     rows, k = [w.shape[0] for w in weights], x.shape[1]
     tiles = tiles or choose_tiles(sum(rows), k)
+    if gate:  # a program reads as many rows, half of each weight
+        tiles, rows = replace(tiles, block_n=max(1, tiles.block_n // 2)), rows[:1]
     arguments = {
-        "p_x": x, "p_w": weights[0], "p_out": out[0], "N": rows[0], "stride_wn": weights[0].stride(0),
-        "p_w2": weights[-1], "p_out2": out[-1], "N2": rows[-1], "stride_wn2": weights[-1].stride(0), "K": k,
+        "p_x": x, "p_g": norm, "p_added": added, "K": k, "eps": eps,
+        "p_w": weights[0], "p_out": out[0], "N": rows[0], "stride_wn": weights[0].stride(0),
+        "p_w2": weights[-1], "p_out2": out[-1], "N2": rows[-1], "stride_wn2": weights[-1].stride(0),
         "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "EVEN_K": k % tiles.block_k == 0,
-        "TWO": len(weights) == 2,
+        "TWO": len(rows) == 2, "GATE": gate,
     }  # fmt: skip
     return (sum(-(-n // tiles.block_n) for n in rows),), arguments, {"num_warps": tiles.num_warps}

@@ -1,9 +1,10 @@
 """Triton kernel of ``row_product``: a few weight rows a program, read in 16-byte pieces, summed in float32.
 
-    program:  rows [i · BLOCK_N, (i + 1) · BLOCK_N) of one weight, all of K in steps of BLOCK_K
+    program:  rows [i · BLOCK_N, (i + 1) · BLOCK_N) of one weight (GATE: of both), all of K in steps of BLOCK_K
 
 No row is shared between programs, so there is no second pass; many small programs keep enough loads in flight. Two
-weights that multiply the same row share a launch.
+weights that multiply the same row share a launch. A norm is a factor that every program finds for itself: the sum of
+squares comes with the row it reads anyway, and one over its root is multiplied on at the end.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -15,38 +16,94 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows(
-    p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
+def _row_sums(
+    p_x, p_g, p_w, p_w2, o_n, N, K, stride_wn, stride_wn2, eps,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    """The rows o_n of one weight, and with PAIR of another, times the row."""
     o_k = tl.arange(0, BLOCK_K)
     m_n = (o_n < N)[:, None]
-    p = p_w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * stride_wn + o_k[None, :]
+    at = tl.minimum(o_n, N - 1).to(tl.int64)[:, None]
+    p = p_w + at * stride_wn + o_k[None, :]
+    p2 = p_w2 + at * stride_wn2 + o_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc2 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
     for k in range(0, K, BLOCK_K):
+        b_w2 = acc2
         if EVEN_K:
-            b_x = tl.load(p_x + k + o_k)
+            b_x = tl.load(p_x + k + o_k).to(tl.float32)
             b_w = tl.load(p + k, eviction_policy="evict_first")
+            if PAIR:
+                b_w2 = tl.load(p2 + k, eviction_policy="evict_first")
         else:
             m_k = k + o_k < K
-            b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0)
+            b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
             b_w = tl.load(p + k, mask=m_n & m_k[None, :], other=0.0, eviction_policy="evict_first")
-        acc += b_w.to(tl.float32) * b_x.to(tl.float32)[None, :]
-    tl.store(p_out + o_n, tl.sum(acc, 1).to(p_out.dtype.element_ty), mask=o_n < N)
+            if PAIR:
+                b_w2 = tl.load(p2 + k, mask=m_n & m_k[None, :], other=0.0, eviction_policy="evict_first")
+        if p_g is not None:
+            squares += b_x * b_x
+            b_x *= tl.load(p_g + k + o_k, mask=k + o_k < K, other=0.0).to(tl.float32)
+        acc += b_w.to(tl.float32) * b_x[None, :]
+        if PAIR:
+            acc2 += b_w2.to(tl.float32) * b_x[None, :]
+    total, total2 = tl.sum(acc, 1), tl.sum(acc2, 1)
+    if p_g is not None:
+        scale = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / K + eps)
+        total *= scale
+        total2 *= scale
+    return total, total2
+
+
+@triton.jit
+def _activated(x, GATE: tl.constexpr):
+    if GATE == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif GATE == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(GATE == "gelu_tanh")
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-2.0 * inner))  # 0.5 · (1 + tanh(u)) is 1 / (1 + exp(−2u))
+
+
+@triton.jit
+def _rows(
+    p_x, p_g, p_w, p_out, p_added, p_w2, i, N, K, stride_wn, stride_wn2, eps,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    total, total2 = _row_sums(
+        p_x, p_g, p_w, p_w2, o_n, N, K, stride_wn, stride_wn2, eps, BLOCK_N, BLOCK_K, EVEN_K, GATE != ""
+    )
+    if GATE != "":
+        total = _activated(total, GATE) * total2
+    if p_added is not None:
+        total += tl.load(p_added + o_n, mask=o_n < N, other=0.0).to(tl.float32)
+    tl.store(p_out + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
 
 
 @triton.jit
 def _row_product_kernel(
-    p_x, p_w, p_out, N, stride_wn, p_w2, p_out2, N2, stride_wn2, K,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TWO: tl.constexpr,
+    p_x, p_g, p_w, p_out, p_added, N, stride_wn, p_w2, p_out2, N2, stride_wn2, K, eps,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TWO: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: the row blocks of the first weight, then (TWO) those of the second."""
+    """Grid: the row blocks of the first weight, then (TWO) those of the second.
+
+    p_g: the weight of an RMS norm of the row, or None. p_added: a row added to the result, or None.
+    """
     i = tl.program_id(0)
-    n_first = tl.cdiv(N, BLOCK_N)
     if TWO:
+        n_first = tl.cdiv(N, BLOCK_N)
         if i < n_first:
-            _rows(p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N, BLOCK_K, EVEN_K)
+            _rows(
+                p_x, p_g, p_w, p_out, p_added, p_w, i, N, K, stride_wn, stride_wn, eps, BLOCK_N, BLOCK_K, EVEN_K, GATE
+            )
         else:
-            _rows(p_x, p_w2, p_out2, i - n_first, N2, K, stride_wn2, BLOCK_N, BLOCK_K, EVEN_K)
+            _rows(
+                p_x, p_g, p_w2, p_out2, p_added, p_w2, i - n_first, N2, K, stride_wn2, stride_wn2, eps,
+                BLOCK_N, BLOCK_K, EVEN_K, GATE,
+            )  # fmt: skip
     else:
-        _rows(p_x, p_w, p_out, i, N, K, stride_wn, BLOCK_N, BLOCK_K, EVEN_K)
+        _rows(p_x, p_g, p_w, p_out, p_added, p_w2, i, N, K, stride_wn, stride_wn2, eps, BLOCK_N, BLOCK_K, EVEN_K, GATE)

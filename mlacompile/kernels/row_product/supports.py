@@ -10,9 +10,20 @@ from torch import Tensor
 from mlacompile.kernels.mla_decode.supports import device_reasons
 
 
-def triton_reasons(x: Tensor, weights: Sequence[Tensor]) -> list[str]:
-    """Why the kernel cannot run on these inputs; empty when it can."""
+def triton_reasons(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm: Tensor | None = None,
+    added: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: str = "",
+) -> list[str]:
+    """Why the kernel cannot run on these inputs; empty when it can. Called like ``row_product``."""
     reasons = device_reasons(x.device)
+    for name, row in (("x", x), ("norm", norm), ("added", added)):
+        if row is not None and row.stride(-1) != 1:
+            reasons.append(f"elements of {name} lie {row.stride(-1)} apart, the kernel needs 1")
     if x.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"dtype is {x.dtype}, the kernel takes float16 and bfloat16")
     for weight in weights:

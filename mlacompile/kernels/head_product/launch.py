@@ -1,0 +1,36 @@
+"""Chooses tiles for ``head_product`` and launches it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from mlacompile.kernels.head_product.portable import _head_product_kernel
+
+#: Elements of a tile: 16 KB of 16-bit weights in flight a program, several programs an SM.
+_TILE = 8192
+_LONGEST = 512
+
+
+def head_product_triton(x: Tensor, weight: Tensor) -> Tensor:
+    """``head_product`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
+    out = x.new_empty(x.shape[0], 1, weight.shape[2])
+    grid, arguments, options = launch(x, weight, out)
+    _head_product_kernel[grid](**arguments, **options)
+    return out
+
+
+def launch(x: Tensor, weight: Tensor, out: Tensor) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:
+    """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
+    heads, k, n = weight.shape
+    along_k = weight.stride(1) == 1
+    block_k = min(triton.next_power_of_2(k), _LONGEST if along_k else 128)
+    block_n = min(triton.next_power_of_2(n), _TILE // block_k)
+    arguments = {
+        "p_x": x, "p_w": weight, "p_out": out, "K": k, "N": n,
+        "stride_xh": x.stride(0), "stride_wh": weight.stride(0), "stride_w": weight.stride(2 if along_k else 1),
+        "BLOCK_N": block_n, "BLOCK_K": block_k, "ALONG_K": along_k,
+    }  # fmt: skip
+    return (triton.cdiv(n, block_n), heads), arguments, {"num_warps": 4}

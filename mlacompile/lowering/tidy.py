@@ -1,0 +1,65 @@
+"""Moves of data that change nothing, left over where two pieces of a model meet.
+
+    slice(cat([a, b]), where b lies)     →  b
+    clone(x), contiguous, of a contiguous x     →  x
+
+Inductor would run a kernel for each wherever an op that it does not fuse reads the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+
+def tidy(gm: GraphModule) -> int:
+    """Take such moves out of a functional graph; returns how many."""
+    taken = 0
+    returned = set(gm.graph.output_node().all_input_nodes)
+    for node in gm.graph.nodes:
+        same = _same(node)
+        if same is not None and node not in returned:
+            node.replace_all_uses_with(same)
+            taken += 1
+    return taken
+
+
+def _same(node: Node) -> Node | None:
+    """An earlier node with the same value, shape and, as far as it is promised, layout."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+        return None
+    if node.target is aten.slice.Tensor:
+        return _part(node)
+    if node.target is not aten.clone.default or node.kwargs.get("memory_format") is not torch.contiguous_format:
+        return None
+    source: Any = node.args[0]
+    fixed = not any(isinstance(s, torch.SymInt) for s in source.meta["val"].shape)
+    return source if source.op == "call_function" and fixed and source.meta["val"].is_contiguous() else None
+
+
+def _part(node: Node) -> Node | None:
+    """The operand of a concatenation that a slice of it is."""
+    joined: Any = node.args[0]
+    if joined.op != "call_function" or joined.target is not aten.cat.default:
+        return None
+    given: tuple[Any, ...] = node.args[1:]
+    dim, start, end, step = given + (0, None, None, 1)[len(given) :]
+    rank = joined.meta["val"].dim()
+    along = (joined.args[1] if len(joined.args) > 1 else 0) % rank
+    if dim % rank != along or step != 1:
+        return None
+    total, at = joined.meta["val"].shape[along], 0
+    start, end = start or 0, total if end is None else end
+    for part in joined.args[0]:
+        size = part.meta["val"].shape[along]
+        if not all(isinstance(s, int) for s in (size, start, end, total)) or part.meta["val"].dim() != rank:
+            return None
+        if (at, at + size) == (start, min(end, total)):
+            return part  # type: ignore[no-any-return]
+        at += size
+    return None

@@ -121,9 +121,9 @@ def _place(call: _Call, norm: Norm | None) -> int:
     if kernel is None:
         return 0
     made = emit(torch.ops.mlacompile.row_product.default, *arguments, **settings, impl=kernel.name)
-    for i, result in enumerate(results):
-        found = emit.view(emit(operator.getitem, made, i), list(result.meta["val"].shape))
-        result.replace_all_uses_with(found)
+    found = [emit.view(emit(operator.getitem, made, i), list(r.meta["val"].shape)) for i, r in enumerate(results)]
+    for result, new in zip(results, found, strict=True):
+        result.replace_all_uses_with(new)
         emit.graph.erase_node(result)
     return len(call.products)
 

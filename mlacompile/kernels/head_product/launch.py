@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mlacompile.kernels.head_product.portable import _head_product_kernel
 
-#: Elements of a tile: 16 KB of 16-bit weights in flight a program, several programs an SM.
-_TILE = 8192
-_LONGEST = 512
+#: Elements of a tile, by measurement on an H100 (docs/kernels.md): 8 KB of 16-bit weights in flight a program of two
+#: warps, so that all programs of 128 heads fit on the device at once.
+_TILE = 4096
+_LONGEST = 512  # elements of a tile's row along K
+_ACROSS = 64  # and of its column, where N is contiguous
 
 
 def head_product_triton(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,11 +28,11 @@ def launch(x: Tensor, weight: Tensor, out: Tensor) -> tuple[tuple[int, int], dic
     """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
     heads, k, n = weight.shape
     along_k = weight.stride(1) == 1
-    block_k = min(triton.next_power_of_2(k), _LONGEST if along_k else 128)
+    block_k = min(triton.next_power_of_2(k), _LONGEST if along_k else _ACROSS)
     block_n = min(triton.next_power_of_2(n), _TILE // block_k)
     arguments = {
         "p_x": x, "p_w": weight, "p_out": out, "K": k, "N": n,
         "stride_xh": x.stride(0), "stride_wh": weight.stride(0), "stride_w": weight.stride(2 if along_k else 1),
         "BLOCK_N": block_n, "BLOCK_K": block_k, "ALONG_K": along_k,
     }  # fmt: skip
-    return (triton.cdiv(n, block_n), heads), arguments, {"num_warps": 4}
+    return (triton.cdiv(n, block_n), heads), arguments, {"num_warps": 2}

@@ -20,17 +20,20 @@ class Tiles:
     num_warps: int
 
 
-def choose_tiles(n: int, k: int) -> Tiles:
-    """Tiles by measurement on an H200 (docs/kernels.md): long rows in long steps, few rows in small programs."""
+def choose_tiles(n: int, k: int, *, norm: bool = False, gate: bool = False) -> Tiles:
+    """Tiles by measurement on an H200, with a norm or a gate on an H100 (docs/kernels.md): long rows in long steps, few
+    rows in small programs. With a gate half of ``block_n`` are rows of each weight."""
     if k >= 8192:
         return Tiles(4, 2048, 4)
     if k < 2048:
-        return Tiles(4, 512, 2)
+        return Tiles(2, 512, 2)
     if n < 1024:
         return Tiles(1, 2048, 8)
     if n < 4096:
         return Tiles(2, 1024, 4)
-    return Tiles(4, 1024, 4 if n < 8192 else 2)
+    if gate:
+        return Tiles(4, 512, 4)
+    return Tiles(2, 1024, 4) if norm else Tiles(4, 1024, 4 if n < 8192 else 2)
 
 
 def row_product_triton(
@@ -63,7 +66,7 @@ def launch(
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
     """Grid, arguments and options of one launch for one or two weights. Meta tensors do, to compile without a GPU."""
     rows, k = [w.shape[0] for w in weights], x.shape[1]
-    tiles = tiles or choose_tiles(sum(rows), k)
+    tiles = tiles or choose_tiles(sum(rows), k, norm=norm is not None, gate=bool(gate))
     if gate:  # a program reads as many rows, half of each weight
         tiles, rows = replace(tiles, block_n=max(1, tiles.block_n // 2)), rows[:1]
     arguments = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +19,13 @@ def _nothing_compiled() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def slow_hardware(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A device on which arithmetic alone takes time, so that forms cross where their FLOPs do, on a few tokens."""
+    text = 'base = "cpu"\nname = "a slow one"\nlatency = 1e-12\nbandwidth = 1e18\n'
+    text += "[flops]\nfloat32 = 1e9\nbfloat16 = 1e9\n[share]\nheads = 1\nlatent = 1\nmasked = 0.5\n"
+    file: Path = tmp_path_factory.mktemp("hardware") / "slow.toml"
+    file.write_text(text)
+    return str(file)

@@ -5,8 +5,11 @@
     chunked     the same a chunk at a time: keys are written in place, partial results merged by log-sum-exp
 
 A step is one product or one pass over memory, which a roofline bounds by max(FLOPs / rate, bytes / bandwidth). The
-queries
-are the last S of T tokens, and causal: a query does not see those after it.
+queries are the last S of T tokens, and causal: a query does not see those after it.
+
+Attention on heads works on tiles of queries of one head and goes through all tokens for each: a tile that is not full
+costs as much as a full one, and fewer tiles than the device has units leave the others idle. Attention on the latent is
+free of both, as all heads' queries share a tile and the tokens are split.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from sympy import Expr, Integer, Rational, Symbol, ceiling
 
 #: batch, query tokens, cached tokens (new ones included), heads, rank, nope, rope, v
 B, S, T, H, R, N, P, V = (Symbol(name, positive=True) for name in ["B", "S", "T", "H", "R", "N", "P", "V"])
-#: bytes of a weight, of a cached value, of an activation; tokens expanded at a time
-w, c, x, C = (Symbol(name, positive=True) for name in ["w", "c", "x", "C"])
+#: bytes of a weight, of a cached value, of an activation; tokens expanded at a time, queries of a tile
+w, c, x, C, Q = (Symbol(name, positive=True) for name in ["w", "c", "x", "C", "Q"])
 
-SYMBOLS = (B, S, T, H, R, N, P, V, w, c, x, C)
+SYMBOLS = (B, S, T, H, R, N, P, V, w, c, x, C, Q)
 
 #: (query, token) pairs of one head when the queries are the last S of T tokens
 PAIRS: Expr = S * (T - (S - 1) * Rational(1, 2))
@@ -30,15 +33,17 @@ PAIRS: Expr = S * (T - (S - 1) * Rational(1, 2))
 FORMS = ("absorbed", "expanded", "chunked")
 
 
-_ONE = Integer(1)
+_ONE, _NONE = Integer(1), Integer(0)
 
 
 @dataclass(frozen=True)
 class Step:
     """One product or pass over memory.
 
-    kind: whose rate bounds it: "matmul", "latent" (attention over the latent), "heads" (attention over heads),
-    "masked" (the same under a materialised mask), "copy". launches: kernels it takes.
+    kind: whose rate bounds it: "matmul", "expand" (a product written straight into place), "latent" (attention over the
+    latent), "heads" (attention over heads), "masked" (the same under a materialised mask), "copy", "scatter" (a copy
+    into rows that lie apart). launches: kernels it takes. tiles: of queries that it works on one by one, 0 where the
+    work is split as evenly as one likes.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Step:
     flops: Expr
     bytes: Expr
     launches: Expr = _ONE
+    tiles: Expr = _NONE
 
 
 @cache
@@ -73,9 +79,12 @@ def _absorbed(masked: bool) -> tuple[Step, ...]:
     )
 
 
-def _expand(launches: Expr) -> Step:
+_TILES: Expr = B * H * ceiling(S / Q)
+
+
+def _expand(kind: str, launches: Expr) -> Step:
     moved = c * B * T * R + w * H * R * (N + V) + x * B * T * H * (N + V)
-    return Step("c_kv · [w_uk, w_uv]", "matmul", 2 * B * T * R * H * (N + V), moved, launches)
+    return Step("c_kv · [w_uk, w_uv]", kind, 2 * B * T * R * H * (N + V), moved, launches)
 
 
 def _expanded(masked: bool) -> tuple[Step, ...]:
@@ -83,13 +92,14 @@ def _expanded(masked: bool) -> tuple[Step, ...]:
     kind, pairs = ("masked", S * T) if masked else ("heads", PAIRS)
     mask: Expr = B * S * T if masked else Integer(0)
     return (
-        _expand(_ONE),
+        _expand("matmul", _ONE),
         Step("assemble keys", "copy", Integer(0), x * (B * T * H * N + keys) + c * B * T * P, Integer(2)),
         Step(
             "attention on heads",
             kind,
             2 * B * H * pairs * (N + P + V),
             x * (keys + values + rows * (N + P + V)) + mask,
+            tiles=_TILES,
         ),
     )
 
@@ -100,14 +110,15 @@ def _chunked(masked: bool) -> tuple[Step, ...]:
     chunks = ceiling(T / C)
     partial = chunks * rows * (x * (N + P + V) + 4)
     return (
-        _expand(2 * chunks),  # keys and values apart, each straight into place
-        Step("rotary keys", "copy", Integer(0), c * B * T * P + x * B * T * H * P, chunks),
+        _expand("expand", 2 * chunks),  # keys and values apart, each straight into place
+        Step("rotary keys", "scatter", Integer(0), c * B * T * P + x * B * T * H * P, chunks),
         Step(
             "attention on heads",
             kind,
             2 * B * H * pairs * (N + P + V),
             x * (keys + values) + partial,
             chunks,
+            _TILES,
         ),
         # float32 accumulators are read and written, the chunk's output read, once for each chunk after the first
         Step("merge chunks", "copy", Integer(0), (chunks - 1) * rows * V * (8 + x), 3 * (chunks - 1)),

@@ -6,10 +6,12 @@ MLACOMPILE_HARDWARE=mine.toml       or a file; the option hardware= takes the sa
     name = "my GPU"
     base = "h100"                   # everything not said here is as in this entry
     bandwidth = 2.9e12              # bytes a second
-    latency = 3e-6                  # seconds a kernel launch costs at least
+    latency = 3e-6                  # seconds a kernel takes at least
+    units = 132                     # that work at the same time: multiprocessors
+    tile = 128                      # queries of a head that attention works on together
     [flops]                         # FLOP a second of a large product, by dtype
     bfloat16 = 700e12
-    [share]                         # what attention reaches of that: on heads, under a mask, on the latent
+    [share]                         # what kinds of steps reach of a rate: cost/forms.py lists them
     heads = 0.8
 """
 
@@ -27,17 +29,19 @@ import torch
 from mlacompile.errors import OptionsError
 
 VARIABLE = "MLACOMPILE_HARDWARE"
+#: Kinds of steps that reach less than a large product or a plain copy does.
+SHARES = ("heads", "masked", "latent", "expand", "scatter")
 
 
 @dataclass(frozen=True)
 class Hardware:
     """Rates of one device.
 
-    source: where they come from. flops: FLOP/s of a large product by dtype name. share: what the kinds of attention
-    reach of
-    that ("heads": expanded, "masked": expanded under a mask in memory, "latent": absorbed). bandwidth: bytes/s that
-    a kernel
-    reaches. latency: seconds that a kernel takes at least, inside a CUDA graph.
+    source: where they come from. flops: FLOP/s of a large product by dtype name. bandwidth: bytes/s that a kernel
+    reaches. latency: seconds that a kernel takes at least, inside a CUDA graph. share: what kinds of steps reach of
+    that ("heads": attention expanded, "masked": the same under a mask in memory, "latent": absorbed, "expand": products
+    written into place, "scatter": copies into rows that lie apart). units: how many tiles are worked on at the same
+    time. tile: queries of one head in a tile.
     """
 
     name: str
@@ -46,6 +50,12 @@ class Hardware:
     bandwidth: float
     latency: float
     share: tuple[tuple[str, float], ...]
+    units: int = 1
+    tile: int = 1
+
+    def copies(self, kind: str) -> float:
+        """Bytes a second of a kind of step."""
+        return self.bandwidth * (dict(self.share).get(kind, 1.0) if kind == "scatter" else 1.0)
 
     def rate(self, kind: str, dtype: str) -> float:
         """FLOP/s of a kind of step in a dtype; a dtype that is not listed runs like float32, float64 at half of
@@ -63,17 +73,18 @@ def _table(**values: float) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(values.items()))
 
 
-#: Expanded attention of 128 heads over 8192 tokens: 565 of 720 TFLOP/s plain, 188 under a boolean mask. Absorbed:
-#: 464 µs
-#: for 64 sequences of 8192 tokens and 128 heads, which is 315 TFLOP/s (docs/kernels.md).
-_SHARE_HOPPER = _table(heads=0.785, masked=0.26, latent=0.44)
+#: By benchmarks/crossover.py on an H100 (benchmarks/results), latency and units too; masked: 188 TFLOP/s of expanded
+#: attention of 128 heads over 8192 tokens under a boolean mask.
+_SHARE_HOPPER = _table(heads=0.75, masked=0.26, latent=0.76, expand=0.7, scatter=0.5)
 _H200 = Hardware(
     "NVIDIA H200",
     "measured: bf16 product of 8192³ 673–790 TFLOP/s, FP8 1285–1378, reads 3.9–4.25 TB/s",
     _table(bfloat16=720e12, float16=720e12, float8_e4m3fn=1300e12, float32=45e12),
     4.1e12,
-    2.5e-6,
+    5e-6,
     _SHARE_HOPPER,
+    units=132,
+    tile=128,
 )
 _DATASHEET = "datasheet, times what an H200 was measured to reach of its own: 0.73 of its FLOPs, 0.85 of its bandwidth"
 TABLE: dict[str, Hardware] = {
@@ -89,8 +100,10 @@ TABLE: dict[str, Hardware] = {
         _DATASHEET + " (312 TFLOP/s in bf16, 2.04 TB/s; 80 GB)",
         _table(bfloat16=0.73 * 312e12, float16=0.73 * 312e12, float32=0.73 * 19.5e12),
         0.85 * 2.04e12,
-        3e-6,
-        _table(heads=0.6, masked=0.3, latent=0.4),
+        6e-6,
+        _table(heads=0.6, masked=0.3, latent=0.4, expand=0.7, scatter=0.5),
+        units=108,
+        tile=128,
     ),
     "cpu": Hardware(
         "CPU",
@@ -156,18 +169,18 @@ def _named(wanted: str) -> Hardware:
 
 
 def _from_toml(stem: str, data: Mapping[str, Any]) -> Hardware:
-    allowed = ("name", "source", "base", "bandwidth", "latency", "flops", "share")
+    allowed = ("name", "source", "base", "bandwidth", "latency", "units", "tile", "flops", "share")
     if unknown := sorted(set(data) - set(allowed)):
         raise ValueError(f"unknown entry {unknown[0]!r}; expected some of {', '.join(allowed)}")
     if data.get("base", "h200") not in TABLE:
         raise ValueError(f"base={data['base']!r}: expected one of {', '.join(TABLE)}")
     base = TABLE[data.get("base", "h200")]
-    for group, known in (("share", ("heads", "masked", "latent")), ("flops", None)):
+    for group, known in (("share", SHARES), ("flops", None)):
         for key, value in data.get(group, {}).items():
             if known is not None and key not in known:
                 raise ValueError(f"unknown {group}.{key}; expected some of {', '.join(known)}")
             _positive(f"{group}.{key}", value)
-    for key in ("bandwidth", "latency"):
+    for key in ("bandwidth", "latency", "units", "tile"):
         _positive(key, data.get(key, 1.0))
     return Hardware(
         data.get("name", stem),
@@ -176,6 +189,8 @@ def _from_toml(stem: str, data: Mapping[str, Any]) -> Hardware:
         float(data.get("bandwidth", base.bandwidth)),
         float(data.get("latency", base.latency)),
         _table(**dict(base.share) | data.get("share", {})),
+        int(data.get("units", base.units)),
+        int(data.get("tile", base.tile)),
     )
 
 

@@ -58,7 +58,7 @@ def test_a_file_changes_what_it_says_and_nothing_else(tmp_path: Path) -> None:
         ('base = "tpu"', r"base='tpu': expected one of h200"),
         ("bandwidth = -1", r"bandwidth = -1: expected a positive number"),
         ("[flops]\nbfloat16 = 'fast'", r"flops.bfloat16 = 'fast': expected a positive number"),
-        ("[share]\nattention = 1", r"unknown share.attention; expected some of heads, masked, latent"),
+        ("[share]\nattention = 1", r"unknown share.attention; expected some of heads, masked, latent, expand, scatter"),
         ("= 3", r"mine.toml"),
     ],
 )

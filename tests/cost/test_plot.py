@@ -46,12 +46,12 @@ def test_explain_says_what_an_attention_costs_and_where_forms_cross(tmp_path: Pa
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-def test_explain_takes_a_number_of_queries_and_follows_the_border(tmp_path: Path) -> None:
+def test_explain_takes_a_number_of_queries_and_follows_the_border(tmp_path: Path, slow_hardware: str) -> None:
     sites = {}
     for queries in (2, 60):
         torch._dynamo.reset()  # else the second number is taken for a varying one
         found = json.loads(
-            explain(tmp_path, "--context", "64", "--queries", str(queries), "--hardware", "h200", "--json")
+            explain(tmp_path, "--context", "64", "--queries", str(queries), "--hardware", slow_hardware, "--json")
         )
         (sites[queries],) = found["report"]["sites"]
         assert found["queries"] == queries

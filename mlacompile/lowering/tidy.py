@@ -1,9 +1,11 @@
-"""Moves of data that change nothing, left over where two pieces of a model meet.
+"""What is left over where two pieces of a model meet, and what is written as more than it is.
 
-    slice(cat([a, b]), where b lies)     →  b
+    slice(cat([a, b]), where b lies)            →  b
     clone(x), contiguous, of a contiguous x     →  x
+    bmm(a [B, M, 1], b [B, 1, N])               →  a · b, elementwise: rotary angles are such an outer product
 
-Inductor would run a kernel for each wherever an op that it does not fuse reads the result.
+Inductor would run a kernel for each of the first two wherever an op that it does not fuse reads the result, and a
+library's matrix product for the last.
 """
 
 from __future__ import annotations
@@ -14,17 +16,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mlacompile.passes.emit import Emitter
+
 aten = torch.ops.aten
 
 
 def tidy(gm: GraphModule) -> int:
-    """Take such moves out of a functional graph; returns how many."""
+    """Take such moves out of a functional graph, and make such products elementwise; returns how many."""
     taken = 0
     returned = set(gm.graph.output_node().all_input_nodes)
     for node in gm.graph.nodes:
         same = _same(node)
         if same is not None and node not in returned:
             node.replace_all_uses_with(same)
+            taken += 1
+    for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        if node.args[0].meta["val"].shape[2] == 1:
+            node.replace_all_uses_with(Emitter(node)(aten.mul.Tensor, *node.args))
             taken += 1
     return taken
 

@@ -158,6 +158,17 @@ def test_one_row_a_head() -> None:
     assert place_head_products(_traced(torch.bmm, (2, 1, 8), (2, 8, 8))) == 0
 
 
+def test_an_outer_product_is_no_matrix_product() -> None:
+    gm = _traced(torch.bmm, (3, 32, 1), (3, 1, 5))
+    assert tidy(gm) == 1
+    assert tidy(_traced(torch.bmm, (3, 32, 2), (3, 2, 5))) == 0
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    a, b = torch.randn(3, 32, 1), torch.randn(3, 1, 5)
+    assert torch.equal(gm(a, b), torch.bmm(a, b))
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default)
+
+
 def test_moves_that_change_nothing_are_taken_out() -> None:
     def moves(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         a, b = a + 1, b + 1

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import mlacompile.ops  # noqa: F401  (registers what the forms call)
 from mlacompile.cost import Hardware, border, find_hardware, predict
+from mlacompile.cost.hardware import TABLE
 from mlacompile.cost.predict import chunk_tokens
 from mlacompile.geometry import MLAGeometry
 from mlacompile.kernels.mla_prefill.chunked import mla_prefill_chunked
@@ -157,6 +158,19 @@ def run(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
                     yield Row(shape, context, queries, form, us, seconds[picked] * 1e6, auto)
 
 
+def again(measured: dict[str, Any], hardware: Hardware, name: str) -> Iterator[Row]:
+    """The times of an earlier run with predictions and picks by the rates of today; a pick's time is its form's."""
+    times = {(r["shape"], r["context"], r["queries"], r["form"]): r["us"] for r in measured["results"]}
+    for (shape, context, queries, form), us in times.items():
+        geometry = SHAPES[shape]
+        limit = border(geometry, 1, context, name, hardware, "chunked")
+        picked = form if form != "auto" else "absorbed" if queries <= limit else "chunked"
+        sizes: dict[str, Any] = {"batch": 1, "queries": queries, "context": context, "dtype": name}
+        predicted = predict(picked, geometry, hardware=hardware, **sizes).seconds * 1e6
+        us = times[shape, context, queries, picked]
+        yield Row(shape, context, queries, form, us, predicted, picked if form == "auto" else None)
+
+
 def check(inputs: Inputs, queries: int) -> None:
     """Both forms agree as far as the dtype allows.
 
@@ -265,13 +279,16 @@ def plot(rows: list[Row], found: list[Border], target: Path, title: str) -> None
 def main() -> None:
     """Measure, print, write JSON and plot."""
     args = _arguments()
-    hardware = find_hardware(torch.device(args.device), args.hardware)
+    earlier = json.loads(args.earlier.read_text()) if args.earlier else None
+    hardware = (
+        find_hardware(torch.device(args.device), args.hardware) if earlier is None else _hardware_of(earlier, args)
+    )
     dtype = "bfloat16" if args.device == "cuda" else "float32"
-    if args.device == "cuda" and args.workers:
+    if args.device == "cuda" and args.workers and earlier is None:
         compile_ahead(args)
     rows: list[Row] = []
     print(f"{'shape':8} {'context':>7} {'queries':>7} {'form':9} {'µs':>10} {'predicted':>10}")
-    for row in run(args, hardware):
+    for row in run(args, hardware) if earlier is None else again(earlier, hardware, dtype):
         rows.append(row)
         times = f"{row.us:10.1f} {row.predicted_us:10.1f}" + (f"  picked {row.picked}" if row.picked else "")
         print(f"{row.shape:8} {row.context:7} {row.queries:7} {row.form:9} {times}", flush=True)
@@ -286,8 +303,9 @@ def main() -> None:
         "shares of the peak:",
         ", ".join(f"{kind} {share:.2f} (table {table[kind]:.2f})" for kind, share in shares.items()),
     )
-    about = environment() | ({"commit": args.commit} if args.commit else {})
-    slug = "-".join((torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower().split())
+    about = environment() if earlier is None else earlier["environment"] | {"predicted_at": environment()["commit"]}
+    about |= {"commit": args.commit} if args.commit else {}
+    slug = "-".join((about["device"] if args.device == "cuda" else "cpu").lower().split())
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / f"crossover-{slug}.json"
     data = {"environment": about, "hardware": hardware.to_dict(), "borders": [asdict(b) for b in found]}
@@ -296,6 +314,12 @@ def main() -> None:
         title = f"{about['device']}, torch {about['torch']}, commit {about['commit']}"
         plot(rows, found, out.with_suffix(".png"), title)
     print(out)
+
+
+def _hardware_of(earlier: dict[str, Any], args: argparse.Namespace) -> Hardware:
+    """The entry of the table for the device of an earlier run, as it is today."""
+    name = earlier["hardware"]["name"]
+    return next((h for h in TABLE.values() if h.name == name), None) or find_hardware(None, args.hardware)
 
 
 def _arguments() -> argparse.Namespace:
@@ -308,6 +332,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", default=[1024, 8192, 32768], **numbers)  # type: ignore[arg-type]
     parser.add_argument("--queries", default=[1, 4, 16, 64, 256, 1024, 4096], **numbers)  # type: ignore[arg-type]
     parser.add_argument("--hardware", help="rates for the prediction: a name of the table or a TOML file")
+    parser.add_argument(
+        "--from", dest="earlier", type=Path, help="JSON of an earlier run: its times, and predictions by today's rates"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead; 0: none")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the plot")
@@ -316,7 +343,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.shapes) - SHAPES.keys():
         parser.error(f"--shapes {','.join(sorted(unknown))}: expected some of {', '.join(SHAPES)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.earlier:
         parser.error("no CUDA device here; --device cpu measures on the CPU")
     return args
 

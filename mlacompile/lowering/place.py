@@ -19,10 +19,10 @@ def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[st
     Returns:
         For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
     """
+    tidy(gm)  # first: it changes the layout of what a kernel is asked whether it takes it
     chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
     inline_references(gm)
-    tidy(gm)
     if chosen and wanted == "auto":
         place_cpu_rows(gm)
         gm.graph.eliminate_dead_code()  # what nobody uses must not stand between a product and what follows it

@@ -30,6 +30,9 @@ def tidy(gm: GraphModule) -> int:
         if same is not None and node not in returned:
             node.replace_all_uses_with(same)
             taken += 1
+    if taken:  # strides may be others now, and what was a view of the one may need a copy of the other
+        for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
     for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
         if node.args[0].meta["val"].shape[2] == 1:
             node.replace_all_uses_with(Emitter(node)(aten.mul.Tensor, *node.args))

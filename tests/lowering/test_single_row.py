@@ -150,6 +150,19 @@ def test_a_kernel_that_takes_no_norm_is_asked_without(monkeypatch: pytest.Monkey
     assert call.args[2] is None
 
 
+def test_a_part_that_lies_otherwise_is_still_viewed() -> None:
+    def parts(a: Tensor, b: Tensor) -> Tensor:
+        a = (a + 1).transpose(0, 1)
+        return torch.cat([a, b], -1).narrow(2, 0, 4).view(6, 4).sin()
+
+    gm = _traced(parts, (3, 2, 4), (2, 3, 4))
+    a, b = torch.randn(3, 2, 4), torch.randn(2, 3, 4)
+    before = gm(a, b)
+    assert tidy(gm) == 1
+    gm.recompile()
+    assert torch.equal(gm(a, b), before)
+
+
 @pytest.mark.usefixtures("_any_kernel")
 def test_one_row_a_head() -> None:
     gm = _traced(torch.bmm, (16, 1, 128), (16, 128, 512))

@@ -1,0 +1,35 @@
+"""Kernels of ``fp8_linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mlacompile.kernels.fp8_linear.supports import blas_reasons, rows_reasons, tiles_reasons
+from mlacompile.kernels.registry import Kernel
+
+
+def _rows(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.launch import fp8_linear_rows
+
+    return fp8_linear_rows(*args)
+
+
+def _tiles(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.launch import fp8_linear_tiles
+
+    return fp8_linear_tiles(*args)
+
+
+def _blas(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.blas import fp8_linear_blas
+
+    return fp8_linear_blas(*args)
+
+
+KERNELS = (
+    Kernel("gluon", "fp8_linear", rows_reasons, _rows),
+    Kernel("triton", "fp8_linear", tiles_reasons, _tiles),
+    Kernel("cublas", "fp8_linear", blas_reasons, _blas),
+)

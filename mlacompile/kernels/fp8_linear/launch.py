@@ -1,0 +1,186 @@
+"""Chooses tiles for ``fp8_linear`` and launches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels.mla_decode.supports import interpreted
+
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Of the kernel for few rows. rows: of the weight, a thread. width: columns a thread and step. lanes, warps_k:
+    threads of a warp, and warps, that divide K among themselves."""
+
+    rows: int
+    width: int
+    lanes: int
+    warps: int
+    warps_k: int
+
+    @property
+    def block_n(self) -> int:
+        """Weight rows of a program."""
+        return self.rows * (32 // self.lanes) * (self.warps // self.warps_k)
+
+    @property
+    def step(self) -> int:
+        """Columns of a step."""
+        return self.width * self.lanes * self.warps_k
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of the kernel for any number of rows. parts: of K, each with programs of its own."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, to run or to compile."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def choose_row_tiles(m: int, n: int, k: int) -> RowTiles:
+    """Tiles for m rows by one weight [n, k]."""
+    width = 16 if m == 1 else 8
+    lanes = min(32, _power(k // width))
+    warps = 2 if k >= 2 * lanes * width else 1
+    rows = 2 if m > 2 else 4
+    return RowTiles(rows, width, lanes, warps, warps)
+
+
+def choose_tiles(m: int, n: int, k: int, heads: int, sms: int, *, quantized: bool) -> Tiles:
+    """Tiles for m rows by [n, k], one weight or one a head."""
+    block_m = min(128, max(16, _power(m)))
+    block_n = 128 if heads * -(-n // 128) >= 2 * sms else 64
+    stages = 4 if block_m >= 64 else 5
+    programs = -(-n // block_n) * -(-m // block_m) * heads
+    parts = 1
+    while heads == 1 and programs * parts * 2 <= 2 * sms and k // (parts * 2) >= 8 * SCALE_GROUP:
+        parts *= 2
+    return Tiles(block_m, block_n, 8 if block_m * block_n > 64 * 64 else 4, stages, parts)
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def fp8_linear_rows(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype,
+    tiles: RowTiles | None = None,
+) -> Tensor:  # fmt: skip
+    """The op by the kernel for few rows, for inputs that ``rows_reasons`` has nothing against."""
+    out = x.new_empty((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
+    rows_launch(x, x_descale, weight, weight_descale, out, tiles)()
+    return out
+
+
+def fp8_linear_tiles(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype,
+    tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """The op by the kernels for any number of rows, for inputs that ``tiles_reasons`` has nothing against."""
+    out = x.new_empty((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
+    for launch in tiles_launches(x, x_descale, weight, weight_descale, out, tiles):
+        launch()
+    return out
+
+
+def rows_launch(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor,
+    tiles: RowTiles | None = None,
+) -> Launch:  # fmt: skip
+    """The launch of the kernel for few rows. Meta tensors do, to compile without a GPU."""
+    from mlacompile.kernels.fp8_linear.rows import _fp8_rows_kernel
+
+    m, (n, k) = x.shape[-2], weight.shape[-2:]
+    tiles = tiles or choose_row_tiles(m, n, k)
+    arguments = _common(x, x_descale, weight, weight_descale, out) | {
+        "ROWS": _power(m), "ROWS_A_THREAD": tiles.rows, "WIDTH": tiles.width, "LANES": tiles.lanes,
+        "WARPS_K": tiles.warps_k, "EVEN_K": k % tiles.step == 0,
+    }  # fmt: skip
+    grid = (-(-n // tiles.block_n), weight.shape[0] if weight.dim() == 3 else 1)
+    return Launch(_fp8_rows_kernel, grid, arguments, {"num_warps": tiles.warps})
+
+
+def tiles_launches(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor,
+    tiles: Tiles | None = None,
+) -> list[Launch]:  # fmt: skip
+    """The launches of the kernel for any number of rows, and of the sum if K is divided."""
+    from mlacompile.kernels.fp8_linear.tiles import _fp8_sum_kernel, _fp8_tiles_kernel
+
+    m, (n, k) = x.shape[-2], weight.shape[-2:]
+    heads = weight.shape[0] if weight.dim() == 3 else 1
+    tiles = tiles or choose_tiles(m, n, k, heads, _sms(x.device), quantized=x_descale is not None)
+    groups = -(-k // SCALE_GROUP)
+    part = -(-groups // tiles.parts) * SCALE_GROUP
+    parts = -(-k // part)
+    split = parts > 1
+    target = x.new_empty((parts, m, n), dtype=torch.float32) if split else out
+    arguments = _common(x, x_descale, weight, weight_descale, target) | {
+        "K_PART": part, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SPLIT": split,
+        "EVEN_K": k % SCALE_GROUP == 0, "STAGES": tiles.stages,
+    }  # fmt: skip
+    grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
+    launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]
+    if split:
+        pdl = not interpreted() and _chains(x.device)
+        size = m * n
+        more = {"p_part": target, "p_out": out, "SIZE": size, "PARTS": parts, "BLOCK": SUM_BLOCK, "PDL": pdl}
+        options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
+        launches.append(Launch(_fp8_sum_kernel, (-(-size // SUM_BLOCK),), more, options))
+    return launches
+
+
+def _common(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor
+) -> dict[str, Any]:
+    def strides(t: Tensor | None) -> list[int]:
+        return [0, 0, 0] if t is None else [0] * (3 - t.dim()) + list(t.stride())
+
+    (xb, xm, _), (xsb, xsm, xsk), (wb, wn, _), (sb, sn, _) = map(strides, (x, x_descale, weight, weight_descale))
+    return {
+        "p_x": x, "p_x_descale": x_descale, "p_w": weight, "p_descale": weight_descale, "p_out": out,
+        "M": x.shape[-2], "N": weight.shape[-2], "K": weight.shape[-1],
+        "stride_xb": xb, "stride_xm": xm, "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk,
+        "stride_wb": wb, "stride_wn": wn, "stride_sb": sb, "stride_sn": sn,
+    }  # fmt: skip
+
+
+@cache
+def _device_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _sms(device: torch.device) -> int:
+    """Streaming multiprocessors; those of a Hopper GPU where there is none to ask."""
+    if device.type != "cuda":
+        return 132
+    return _device_sms(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _chains(device: torch.device) -> bool:
+    """Whether a launch can begin while the one before it ends."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

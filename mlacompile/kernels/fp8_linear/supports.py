@@ -1,0 +1,80 @@
+"""What the kernels of ``fp8_linear`` cannot take, in words. Needs no Triton."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels.mla_decode.supports import device_reasons, interpreted
+
+MOST_ROWS = 4  # of x, that the kernel for few rows keeps in registers beside its sums
+
+
+def rows_reasons(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why the Gluon kernel for few rows cannot run on these inputs; empty when it can."""
+    reasons = _reasons(x, weight, weight_descale)
+    if interpreted():
+        reasons.append("Gluon cannot be interpreted")
+    if x.shape[-2] > MOST_ROWS:
+        reasons.append(f"x has {x.shape[-2]} rows, the kernel takes up to {MOST_ROWS}")
+    return reasons
+
+
+def tiles_reasons(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why the Triton kernels cannot run on these inputs; empty when they can."""
+    reasons = _reasons(x, weight, weight_descale)
+    if x_descale is None and x.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"x is {x.dtype}, the kernel multiplies in float16, bfloat16 or FP8")
+    return reasons
+
+
+def blas_reasons(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why cuBLASLt's product of scaled blocks (through ``torch.nn.functional.scaled_mm``) cannot run on these."""
+    if x.device.type != "cuda" or not torch.cuda.is_available():
+        return [f"inputs are on {x.device}, cuBLASLt needs a CUDA device"]
+    reasons = []
+    if not hasattr(torch.nn.functional, "scaled_mm"):
+        reasons.append(f"torch {torch.__version__} has no torch.nn.functional.scaled_mm")
+    if _capability(x.device) != (9, 0):
+        reasons.append("cuBLASLt scales blocks of 128 on compute capability 9.0 only")
+    if x_descale is None:
+        reasons.append("x is not quantized")
+    if x.dim() != 2:
+        reasons.append("there is a weight for every head")
+    if weight.shape[-1] % SCALE_GROUP or weight.shape[-2] % 16:
+        reasons.append(f"the weight is {list(weight.shape)}, cuBLASLt needs K in whole blocks and N in multiples of 16")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reasons.append(f"the result is {dtype}")
+    return reasons
+
+
+def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
+    reasons = device_reasons(x.device)
+    if not reasons and x.device.type == "cuda" and _capability(x.device) < (8, 9):
+        reasons.append("the GPU has no conversions of FP8 (compute capability 8.9 or newer)")
+    for name, tensor, unit in (("x", x, 16 // x.itemsize), ("weight", weight, 16)):
+        if tensor.stride(-1) != 1:
+            reasons.append(f"elements of a row of {name} lie {tensor.stride(-1)} apart, the kernel needs 1")
+        if any(s % unit for s in tensor.stride()[:-1]) or tensor.shape[-1] % 16:
+            reasons.append(f"rows of {name} are not a multiple of 16 bytes long or apart")
+    if weight_descale.stride(-1) != 1:
+        reasons.append("scales of a row of blocks are not contiguous")
+    return reasons
+
+
+@cache
+def _capability_of(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return _capability_of(torch.cuda.current_device() if device.index is None else device.index)

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlacompile.checkpoint.fp8 import quantize as quantize
     from mlacompile.compiler import backend as backend
     from mlacompile.convert.conversion import convert as convert
     from mlacompile.explainer import explain as explain
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from mlacompile.options import Options as Options
     from mlacompile.report import Report as Report
     from mlacompile.report import last_report as last_report
+    from mlacompile.resident import quantize as quantize
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOMES = {
     "Options": "mlacompile.options",
     "Report": "mlacompile.report",
     "last_report": "mlacompile.report",
-    "quantize": "mlacompile.checkpoint.fp8",
+    "quantize": "mlacompile.resident",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -7,12 +7,13 @@ that is not listed here is an error that lists what is.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mlacompile.errors import OptionsError
+from mlacompile.gate import Gate
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("auto", "absorbed", "expanded"),
@@ -20,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rest": ("inductor", "eager"),
     "kernel": ("auto", "gluon", "triton", "cpu", "reference"),
 }
-FP8_MODES = ("off", "weights")
+FP8_MODES = ("off", "weights", "absorb", "all")
 #: Modes of ``torch.compile`` that a caller such as ``generate()`` may pass along.
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
@@ -31,8 +32,10 @@ class Options:
 
     form: "auto" absorbs where that is cheaper (decode) and leaves prefill expanded; the others force one form.
     fp8: "weights" runs products with weights in FP8 where that is faster and safe (weights are quantized once and kept
-        beside the originals). A mapping from patterns of sources (``file:line``, or the path of a module) to "weights"
-        or "off" asks for single ones, faster or not; the first pattern that matches counts.
+        beside the originals), "absorb" the absorbed products of every head, "all" both. A mapping from patterns of
+        sources (``file:line``, or the path of a module) to these or "off" asks for single ones, faster or not; the
+        first pattern that matches counts. The path of a file that ``mlacompile calibrate`` wrote, ``*.json``: what it
+        found to be safe.
     cudagraphs: replay the compiled step from a CUDA graph. None: yes on CUDA with static shapes.
     verify: "compile" checks every rewrite in float64 on small stand-in lengths while compiling; "first-call" also
     runs the
@@ -47,7 +50,7 @@ class Options:
     """
 
     form: str = "auto"
-    fp8: str | Mapping[str, str] = "off"
+    fp8: str | Path | Mapping[str, str] = "off"
     cudagraphs: bool | None = None
     verify: str = "compile"
     strict: bool = False
@@ -72,16 +75,15 @@ class Options:
             raise OptionsError(f"option dump={self.dump!r}: expected the path of a folder")
 
     def _check_fp8(self) -> None:
-        modes = self.fp8.values() if isinstance(self.fp8, Mapping) else [self.fp8]
+        if isinstance(self.fp8, (str, Path)) and str(self.fp8).endswith(".json"):
+            modes: Iterable[object] = Gate.read(self.fp8).sites.values()
+        else:
+            modes = self.fp8.values() if isinstance(self.fp8, Mapping) else [self.fp8]
         for mode in modes:
-            if mode in ("absorb", "all"):
-                raise OptionsError(
-                    f"option fp8={self.fp8!r}: absorbed products in FP8 are not there yet; use 'weights'"
-                )
             if mode not in FP8_MODES:
                 raise OptionsError(
-                    f"option fp8={self.fp8!r}: expected one of {', '.join(map(repr, FP8_MODES))}, or a mapping from "
-                    "patterns of sources to these"
+                    f"option fp8={self.fp8!r}: expected one of {', '.join(map(repr, FP8_MODES))}, a mapping from "
+                    "patterns of sources to these, or a file of `mlacompile calibrate` (*.json)"
                 )
         if self.fp8 != "off" and self.verify == "first-call":
             raise OptionsError(

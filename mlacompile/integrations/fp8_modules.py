@@ -1,6 +1,7 @@
-"""Which weights of a checkpoint transformers wants in FP8: those of its linear layers and experts, for a configuration.
+"""Which weights of a model belong in FP8: those of its linear layers and experts, but for its head and its routers.
 
-Asked of the architecture itself, built without memory, because names do not tell a linear layer from a table.
+Asked of the architecture itself, for a checkpoint built without memory, because names do not tell a linear layer from a
+table.
 """
 
 from __future__ import annotations
@@ -40,9 +41,22 @@ class Modules:
         except Exception as error:
             # transformers raises everything from KeyError to its own validation errors here.
             raise UnsupportedInputError(f"{folder}: transformers cannot build this model: {error}") from error
+        self._read()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Modules:
+        """Those of a model in memory, of transformers or not."""
+        modules = cls.__new__(cls)
+        modules._model = model
+        modules._read()
+        return modules
+
+    def _read(self) -> None:
         self._linears = {name for name, module in self._model.named_modules() if type(module) is nn.Linear}
         self._known = {name for name, _ in self._model.named_modules()}
-        self.kept = self._head() | self._routers(config.get_text_config(decoder=True))
+        config: Any = getattr(self._model, "config", None)
+        routers = self._routers(config.get_text_config(decoder=True)) if hasattr(config, "get_text_config") else set()
+        self.kept = self._head() | routers
 
     def wants_fp8(self, tensor: str) -> bool:
         """Whether the weight of this name is one that transformers reads in FP8, and that bears it."""
@@ -76,8 +90,8 @@ class Modules:
         return found["experts"] if found is not None and found["experts"] in self._known else None
 
     def _head(self) -> set[str]:
-        head = self._model.get_output_embeddings()
-        return {name for name, module in self._model.named_modules() if module is head}
+        head = self._model.get_output_embeddings() if hasattr(self._model, "get_output_embeddings") else None
+        return {name for name, module in self._model.named_modules() if head is not None and module is head}
 
     def _routers(self, config: Any) -> set[str]:
         """Linear layers with an output for every expert, beside or below experts."""

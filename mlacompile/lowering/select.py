@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from mlacompile.geometry import scale_groups
 from mlacompile.kernels import registry
+from mlacompile.kernels.fp8_linear.supports import slower_than_16_bits
 from mlacompile.ops import mla_decode_reference
+from mlacompile.ops.fp8_linear import E4M3, WEIGHT_ONLY_ROWS, block_grid
 
 _DECODE_ARGS = 9
 
@@ -43,11 +46,24 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
 
 
 def slower_in_fp8(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why ``x @ weight.T`` would not be faster in FP8 here, or None."""
-    passed = [reason for kernel in registry.kernels("fp8_linear") for reason in kernel.supports(x, weight)]
-    if passed or not registry.kernels("fp8_linear"):
-        return passed[0] if passed else f"no kernel makes FP8 products faster on {x.device.type}"
-    return None
+    """Why ``x @ weight.T`` would not be faster with the weight in FP8 here, or None.
+
+    x ``[(H,) M, K]`` and weight ``[(H,) N, K]`` in 16 or 32 bits, fake or not.
+    """
+    *heads, n, k = weight.shape
+    m, device = x.shape[-2], x.device.type
+    if device != "cuda":
+        return f"no kernel makes FP8 products faster on {device}"
+    if not isinstance(m, int):
+        return "the number of rows varies, and with it what is faster"
+    q, descale = (weight.new_empty(weight.shape, dtype=E4M3), weight.new_empty((*heads, *block_grid(n, k))).float())
+    left: tuple[torch.Tensor, torch.Tensor | None] = (x, None)
+    if not heads and m > WEIGHT_ONLY_ROWS:
+        left = (x.new_empty(x.shape, dtype=E4M3), x.new_empty((m, scale_groups(k))).float())
+    best, passed = registry.best("fp8_linear", *left, q, descale, x.dtype)
+    if best is None:
+        return "; ".join(f"{name}: {' and '.join(reasons)}" for name, reasons in passed.items())
+    return slower_than_16_bits(m, n, k, heads[0] if heads else 0)
 
 
 def place_kernels(gm: GraphModule, chosen: dict[Node, str]) -> None:

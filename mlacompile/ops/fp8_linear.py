@@ -24,6 +24,8 @@ from mlacompile.kernels import registry
 from mlacompile.ops.fp8_quantize import descale_of, fp8_dequantize_reference, in_groups, rounded
 
 E4M3 = torch.float8_e4m3fn
+#: Up to so many rows of x the time is that of reading the weight, whether x is quantized or not (docs/kernels.md).
+WEIGHT_ONLY_ROWS = 16
 
 
 def block_grid(rows: int, columns: int) -> tuple[int, int]:

@@ -3,7 +3,8 @@
     before   q, descale = fp8_quantize_weight(w)         in the graph, run on every call
     after    q, descale are inputs of the graph          and a Hoisted says how to make them of input w
 
-Only ops whose result is worth its memory are taken out: those of HOISTED. Who calls the graph keeps the values (see
+Only ops whose result is worth its memory are taken out: those of _TARGETS, and nodes that are marked. Who calls the
+graph keeps the values (see
 ``lowering/derived.py``): weights stay inputs, so a graph that serves several layers gets each layer's own.
 """
 
@@ -20,10 +21,12 @@ from torch.fx import Graph, GraphModule, Node
 import mlacompile.ops.fp8_linear  # noqa: F401  (registers the ops below)
 from mlacompile.passes.cone import dynamic_nodes
 
-HOISTED = {
+_TARGETS = {
     torch.ops.mlacompile.fp8_quantize_weight.default,
     torch.ops.mlacompile.fp8_dequantize_weight.default,
 }
+#: In the ``meta`` of any other node that a pass wants to be taken out.
+HOISTED = "hoisted"
 #: Marks an input whose address never changes, as Dynamo marks parameters: CUDA graphs copy all others.
 _STATIC = {"_dynamo_static_input_type": "unguarded"}
 
@@ -42,14 +45,15 @@ class Hoisted:
 
 
 def hoist(gm: GraphModule, weights: set[Node]) -> tuple[list[Hoisted], list[Any]]:
-    """Take every call of HOISTED that depends on ``weights`` alone out of ``gm``, in place.
+    """Take every call that is to be hoisted, and depends on ``weights`` alone, out of ``gm``, in place.
 
     Returns the parts, and an example (fake) of every new input, in order.
     """
     graph = gm.graph
+    graph.eliminate_dead_code()
     inputs = list(graph.find_nodes(op="placeholder"))
     dynamic = dynamic_nodes(graph, weights)
-    calls = [n for n in graph.nodes if n.target in HOISTED and n not in dynamic]
+    calls = [n for n in graph.nodes if (n.target in _TARGETS or HOISTED in n.meta) and n not in dynamic]
     parts = [_part(call, inputs) for call in calls]  # all before the first is replaced: one may feed another
     examples: list[Any] = []
     last = inputs[-1] if inputs else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 
 from mlacompile.errors import RefusedSiteError
+from mlacompile.gate import Gate
 from mlacompile.logs import dump_graph, log
 from mlacompile.options import Options
 from mlacompile.passes.absorb import refuse
@@ -155,13 +157,19 @@ class Pipeline:
         """FP8 where it is asked for, and out of the graph what depends on weights alone."""
         if self.options.fp8 != "off":
             with self.stage("quantize"):
-                products, remarks = quantize(gm.graph, weights, Policy(self.options.fp8, self.slower_in_fp8))
+                products, remarks = quantize(gm.graph, weights, Policy(self._fp8(), self.slower_in_fp8))
             self.rewritten += products
             self.notes += remarks
         with self.stage("hoist"):
             self.hoisted, self.derived = hoist(gm, weights)
         if self.options.fp8 != "off":
             dump_graph(self.options.dump, self.name, "5-quantized", gm)
+
+    def _fp8(self) -> str | Mapping[str, str] | Gate:
+        asked = self.options.fp8
+        if isinstance(asked, (str, Path)):
+            return Gate.read(asked) if str(asked).endswith(".json") else str(asked)
+        return asked
 
     def _validate(self, site: MLASite, choice: Choice, known: dict[Any, Verdict]) -> Verdict | None:
         if self.options.verify == "off" or choice.rewrite is None or not choice.reads_probe:

@@ -61,6 +61,8 @@ def put_back(graph: Graph, pairs: list[tuple[Node, Node]]) -> None:
 def _unquantized(linear: Node) -> Node | None:
     """What was quantized to be the left factor, or None when that is not in the graph."""
     q, descale = linear.args[:2]
+    if descale is None:
+        return q  # type: ignore[return-value]
     if not isinstance(q, Node) or not isinstance(descale, Node):
         return None
     if q.target is not operator.getitem or descale.target is not operator.getitem or q.args[0] is not descale.args[0]:

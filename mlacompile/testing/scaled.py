@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.ops.fp8_linear import fp8_dequantize_weight, fp8_quantize_weight
-from mlacompile.ops.fp8_quantize import fp8_dequantize, fp8_quantize
+from mlacompile.ops.fp8_quantize import fp8_dequantize, fp8_quantize, in_groups
 
 E4M3 = torch.float8_e4m3fn
 KINDS = ("plain", "outliers", "tiny", "zeros")
-#: Relative error of one sum of 128 products in FP8 on a Hopper tensor core, whose accumulator keeps 13 bits behind the
-#: point of the largest term (arXiv 2412.19437, section 3.3.2): eight additions, of 32 products each, two roundings.
-FP8_SUM = 8 * 2.0**-13
+#: Error of one sum of 128 products in FP8 on a Hopper tensor core, relative to the largest of them. Each step of 32
+#: products and the sum so far is aligned to the largest term and cut 13 bits below it (arXiv 2412.19437, 3.3.2).
+FP8_SUM = 4 * 33 * 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def make_product(
     m: int, n: int, k: int, *, heads: int = 0, quantized: bool = False, kind: str = "plain",
     dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0,
 ) -> Product:  # fmt: skip
-    """Random factors of that kind: x ``[(heads,) m, k]``, of ``dtype`` or quantized, and a weight ``[(heads,) n, k]``."""
+    """Random factors of a kind: x ``[(heads,) m, k]``, of ``dtype`` or quantized, and a weight ``[(heads,) n, k]``."""
     first = (heads,) if heads else ()
     x = values((*first, m, k), kind, device, seed).to(dtype)
     weight = fp8_quantize_weight(values((*first, n, k), kind, device, seed + 1) * k**-0.5)
@@ -71,9 +71,16 @@ def exact(product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     want = x @ weight.transpose(-1, -2)
     sizes = x.abs() @ weight.abs().transpose(-1, -2)
     # Sums in float32, truncated, in any order, of products scaled twice; then a rounding to the dtype of the result.
-    relative = (x.shape[-1] + 4) * 2.0**-23 + (FP8_SUM if product.x_descale is not None else 0.0)
+    bound = sizes * (x.shape[-1] + 4) * 2.0**-23
+    if product.x_descale is not None:
+        bound += FP8_SUM * (_largest(x) @ _largest(weight).transpose(-1, -2))
     unit = 2.0**-24 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    return want, sizes * relative + want.abs() * unit * 1.01 + torch.finfo(dtype).smallest_normal
+    return want, bound + want.abs() * unit * 1.01 + torch.finfo(dtype).smallest_normal
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value of every group of a row."""
+    return torch.cat([part.abs().amax(-1) for part in in_groups(x, SCALE_GROUP)], -1)
 
 
 def worst(got: Tensor, want: Tensor, bound: Tensor) -> str:

@@ -16,7 +16,7 @@ import mlacompile.compiler as compiler
 from mlacompile import Options, backend, explain, last_report
 from mlacompile.errors import OptionsError, UnsupportedInputError
 from mlacompile.lowering import derived
-from mlacompile.ops.fp8_linear import fp8_linear, fp8_quantize_weight
+from mlacompile.ops.fp8_linear import WEIGHT_ONLY_ROWS, fp8_linear, fp8_quantize_weight
 from mlacompile.ops.fp8_quantize import fp8_quantize
 from mlacompile.testing.models import random_tokens, tiny_model
 
@@ -29,9 +29,10 @@ def compiled(module: Any, fp8: Any = ALL, **options: Any) -> Callable[..., Any]:
 
 
 def linear_in_fp8(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """What the rewritten product should compute."""
+    """What the rewritten product should compute: few rows stay as they are."""
     rows = x.reshape(-1, x.shape[-1])
-    out = fp8_linear(*fp8_quantize(rows, 128, E4M3), *fp8_quantize_weight(linear.weight), x.dtype)
+    left = (rows, None) if len(rows) <= WEIGHT_ONLY_ROWS else fp8_quantize(rows, 128, E4M3)
+    out = fp8_linear(*left, *fp8_quantize_weight(linear.weight), x.dtype)
     return (out if linear.bias is None else out + linear.bias).reshape(*x.shape[:-1], -1)
 
 
@@ -48,40 +49,56 @@ def ops(gm: torch.fx.GraphModule) -> Counter[str]:
     return Counter(getattr(n.target, "__name__", str(n.target)) for n in gm.graph.nodes if n.op == "call_function")
 
 
+@pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("k", "n"), [(128, 128), (256, 384), (200, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_becomes_exactly_the_product_of_the_op(bias: bool, k: int, n: int, dtype: torch.dtype) -> None:
+def test_a_linear_becomes_exactly_the_product_of_the_op(
+    bias: bool, k: int, n: int, dtype: torch.dtype, rows: int
+) -> None:
     linear = nn.Linear(k, n, bias=bias).to(dtype).requires_grad_(False)
-    x = torch.randn(2, 3, k, dtype=dtype)
+    x = torch.randn(2, rows, k, dtype=dtype)
     got = compiled(linear)(x)
     assert torch.equal(got, linear_in_fp8(x, linear))
     assert not torch.equal(got, linear(x))
     assert last_report().notes == (f"FP8: 1 products with weights (1 of {n} × {k})",)
 
 
-def test_products_of_one_input_share_its_quantization_and_weights_are_not_touched_in_the_graph(graphs: Any) -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.up, self.down = nn.Linear(128, 256), nn.Linear(128, 256), nn.Linear(256, 128)
+class Gated(nn.Module):
+    def __init__(self, wide: int = 256) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(128, wide), nn.Linear(128, wide), nn.Linear(wide, 128)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
+
+@pytest.mark.parametrize("rows", [4, 24])
+def test_products_of_one_input_are_one_and_weights_are_not_touched_in_the_graph(graphs: Any, rows: int) -> None:
     module = Gated().requires_grad_(False)
+    x = torch.randn(rows, 128)
+    got = compiled(module)(x)
+    hidden = nn.functional.silu(linear_in_fp8(x, module.gate)) * linear_in_fp8(x, module.up)
+    torch.testing.assert_close(got, linear_in_fp8(hidden, module.down))
+    (graph,) = graphs
+    count = ops(graph)
+    assert count["fp8_quantize_reference"] == (2 if rows > WEIGHT_ONLY_ROWS else 0)
+    assert count["fp8_linear.default"] == 2
+    assert count["fp8_quantize_weight.default"] == count["cat.default"] == 0
+    new = [n for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith("derived")]
+    assert [tuple(n.meta["val"].shape) for n in new] == [(512, 128), (4, 1), (128, 256), (1, 2)]
+    assert [n.meta["val"].dtype for n in new] == [E4M3, torch.float32] * 2
+    assert all(n.meta["tensor_dict"]["_dynamo_static_input_type"] for n in new), "CUDA graphs would copy them"
+    assert last_report().notes == ("FP8: 3 products with weights (2 of 256 × 128, 1 of 128 × 256)",)
+
+
+def test_products_whose_blocks_would_span_two_weights_stay_apart(graphs: Any) -> None:
+    module = Gated(200).requires_grad_(False)
     x = torch.randn(4, 128)
     got = compiled(module)(x)
     hidden = nn.functional.silu(linear_in_fp8(x, module.gate)) * linear_in_fp8(x, module.up)
-    assert torch.equal(got, linear_in_fp8(hidden, module.down))
-    (graph,) = graphs
-    count = ops(graph)
-    assert count["fp8_quantize_reference"] == 2
-    assert count["fp8_linear.default"] == 3
-    assert count["fp8_quantize_weight.default"] == 0
-    new = [n for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith("derived")]
-    assert [n.meta["val"].dtype for n in new] == [E4M3, torch.float32] * 3
-    assert all(n.meta["tensor_dict"]["_dynamo_static_input_type"] for n in new), "CUDA graphs would copy them"
+    torch.testing.assert_close(got, linear_in_fp8(hidden, module.down))
+    assert ops(graphs[0])["fp8_linear.default"] == 3
 
 
 class Routed(nn.Module):
@@ -126,6 +143,10 @@ def test_a_mapping_names_single_modules_or_lines() -> None:
     compiled(module, {"*head": "off", "*test_quantize.py:*": "weights"})(x)
     assert "2 products with weights" in last_report().notes[0]
     assert "fp8 is off for this source" in last_report().notes[1]
+    torch._dynamo.reset()
+    compiled(module, {"expert": "absorb", "head": "all"})(x)
+    assert "1 products with weights (1 of 512 × 256)" in last_report().notes[0]
+    assert any("fp8 is absorb for this source" in note for note in last_report().notes)
 
 
 def test_a_weight_updated_in_place_is_quantized_again_at_the_same_address() -> None:
@@ -225,9 +246,8 @@ def test_a_model_is_absorbed_and_quantized(rest: str) -> None:
 
 def test_options_say_what_is_there() -> None:
     assert Options(fp8={"*q_proj": "weights", "*": "off"}).fp8["*"] == "off"
-    with pytest.raises(OptionsError, match="absorbed products in FP8 are not there yet"):
-        Options(fp8="all")
-    with pytest.raises(OptionsError, match="expected one of 'off', 'weights', or a mapping"):
+    assert Options(fp8="all").fp8 == "all"
+    with pytest.raises(OptionsError, match="expected one of 'off', 'weights', 'absorb', 'all', a mapping"):
         Options(fp8={"*": "weihgts"})
     with pytest.raises(OptionsError, match="FP8 rounds more"):
         Options(fp8="weights", verify="first-call")

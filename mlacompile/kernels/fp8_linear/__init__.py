@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlacompile.kernels.fp8_linear.supports import blas_reasons, rows_reasons, tiles_reasons
+from mlacompile.kernels.fp8_linear.supports import blas_reasons, rows_reasons, tiles_reasons, tiles_slower
 from mlacompile.kernels.registry import Kernel
 
 
@@ -30,6 +30,6 @@ def _blas(*args: Any) -> Tensor:
 
 KERNELS = (
     Kernel("gluon", "fp8_linear", rows_reasons, _rows),
-    Kernel("triton", "fp8_linear", tiles_reasons, _tiles),
+    Kernel("triton", "fp8_linear", tiles_reasons, _tiles, tiles_slower),
     Kernel("cublas", "fp8_linear", blas_reasons, _blas),
 )

@@ -8,9 +8,7 @@ from torch import Tensor
 ROW_UNIT = 4  # rows of x come in multiples of this
 
 
-def fp8_linear_blas(
-    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
-) -> Tensor:
+def fp8_linear_blas(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype) -> Tensor:
     """The op for inputs that ``blas_reasons`` has nothing against."""
     from torch.nn.functional import ScalingType, scaled_mm
 

@@ -13,6 +13,7 @@ from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.supports import interpreted
 
 SUM_BLOCK = 1024
+BLOCK_N = 64  # weight rows of a tile: what one wgmma takes
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,26 @@ class Launch:
 
 
 def choose_row_tiles(m: int, n: int, k: int) -> RowTiles:
-    """Tiles for m rows by one weight [n, k]."""
+    """Tiles for m rows by one weight [n, k], by measurement on an H100 (docs/kernels.md): long rows want more warps in
+    step, few rows too."""
     width = 16 if m == 1 else 8
     lanes = min(32, _power(k // width))
-    warps = 2 if k >= 2 * lanes * width else 1
-    rows = 2 if m > 2 else 4
-    return RowTiles(rows, width, lanes, warps, warps)
+    if k < 2048:
+        return RowTiles(4, width, lanes, 1, 1)
+    if n < 4096 or m > 1:
+        return RowTiles(4, width, lanes, 4, 4)
+    return RowTiles(2, width, lanes, 2, 2)
 
 
-def choose_tiles(m: int, n: int, k: int, heads: int, sms: int, *, quantized: bool) -> Tiles:
-    """Tiles for m rows by [n, k], one weight or one a head."""
+def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
+    """Tiles for m rows by [n, k], one weight or one a head, by measurement on an H100 (docs/kernels.md)."""
     block_m = min(128, max(16, _power(m)))
-    block_n = 128 if heads * -(-n // 128) >= 2 * sms else 64
-    stages = 4 if block_m >= 64 else 5
-    programs = -(-n // block_n) * -(-m // block_m) * heads
+    stages = 3 if k <= 4 * SCALE_GROUP else 6 if block_m == 16 else 5
+    programs = -(-n // BLOCK_N) * -(-m // block_m) * heads
     parts = 1
-    while heads == 1 and programs * parts * 2 <= 2 * sms and k // (parts * 2) >= 8 * SCALE_GROUP:
+    while heads == 1 and programs * parts * 2 <= sms and k // (parts * 2) >= 8 * SCALE_GROUP:
         parts *= 2
-    return Tiles(block_m, block_n, 8 if block_m * block_n > 64 * 64 else 4, stages, parts)
+    return Tiles(block_m, BLOCK_N, 4, stages, parts)
 
 
 def _power(n: int) -> int:
@@ -133,7 +136,7 @@ def tiles_launches(
 
     m, (n, k) = x.shape[-2], weight.shape[-2:]
     heads = weight.shape[0] if weight.dim() == 3 else 1
-    tiles = tiles or choose_tiles(m, n, k, heads, _sms(x.device), quantized=x_descale is not None)
+    tiles = tiles or choose_tiles(m, n, k, heads, _sms(x.device))
     groups = -(-k // SCALE_GROUP)
     part = -(-groups // tiles.parts) * SCALE_GROUP
     parts = -(-k // part)
@@ -154,9 +157,7 @@ def tiles_launches(
     return launches
 
 
-def _common(
-    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor
-) -> dict[str, Any]:
+def _common(x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor) -> dict[str, Any]:
     def strides(t: Tensor | None) -> list[int]:
         return [0, 0, 0] if t is None else [0] * (3 - t.dim()) + list(t.stride())
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.supports import device_reasons, interpreted
 
-MOST_ROWS = 4  # of x, that the kernel for few rows keeps in registers beside its sums
+MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
+TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
+NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K
 
 
 def rows_reasons(
@@ -57,6 +59,27 @@ def blas_reasons(
     return reasons
 
 
+def tiles_slower(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why cuBLASLt is faster where it can serve (measured, docs/kernels.md)."""
+    m, n = x.shape[-2], weight.shape[-2]
+    if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
+        return []
+    return [f"cuBLASLt is faster with {m} rows by a weight of {n}"]
+
+
+def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:
+    """Why m rows by weights [n, k], one or one a head, are not faster in FP8 on a Hopper GPU (measured), or None."""
+    if n * k * max(heads, 1) < 1 << 18:
+        return "the weight is so small that nothing is gained"
+    if heads and m > TILE_ROWS:
+        return f"with {m} rows a head the products are not faster in FP8"
+    if not heads and m > 2 * TILE_ROWS and n < NARROW:
+        return f"a weight of only {n} rows is not faster in FP8 with {m} rows of activations"
+    return None
+
+
 def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
     reasons = device_reasons(x.device)
     if not reasons and x.device.type == "cuda" and _capability(x.device) < (8, 9):
@@ -66,7 +89,7 @@ def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
             reasons.append(f"elements of a row of {name} lie {tensor.stride(-1)} apart, the kernel needs 1")
         if any(s % unit for s in tensor.stride()[:-1]) or tensor.shape[-1] % 16:
             reasons.append(f"rows of {name} are not a multiple of 16 bytes long or apart")
-    if weight_descale.stride(-1) != 1:
+    if weight_descale.stride(-1) != 1 and weight_descale.shape[-1] > 1:
         reasons.append("scales of a row of blocks are not contiguous")
     return reasons
 

@@ -47,6 +47,7 @@ def _fp8_tiles_kernel(
         p_x += i_z.to(tl.int64) * stride_xb
         p_w += i_z.to(tl.int64) * stride_wb
         p_descale += i_z * stride_sb
+    m_x = o_m < M
     m_in = tl.minimum(o_m, M - 1).to(tl.int64)
     p_w += tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * stride_wn + o_k[None, :]
     p_x += m_in[None, :] * stride_xm + o_k[:, None]
@@ -59,10 +60,10 @@ def _fp8_tiles_kernel(
     for k in tl.range(begin, end, 128, num_stages=STAGES):
         if EVEN_K:
             b_w = tl.load(p_w + k, eviction_policy="evict_first")
-            b_x = tl.load(p_x + k)
+            b_x = tl.load(p_x + k, mask=m_x[None, :], other=0.0)
         else:
             b_w = tl.load(p_w + k, mask=(k + o_k < K)[None, :], other=0.0, eviction_policy="evict_first")
-            b_x = tl.load(p_x + k, mask=(k + o_k < K)[:, None], other=0.0)
+            b_x = tl.load(p_x + k, mask=(k + o_k < K)[:, None] & m_x[None, :], other=0.0)
         descale = tl.load(p_descale + k // 128)
         if p_x_descale is not None:
             x_descale = tl.load(p_x_descale + (k // 128) * stride_xsk)

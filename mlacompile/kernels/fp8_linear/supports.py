@@ -54,8 +54,8 @@ def blas_reasons(
         reasons.append("there is a weight for every head")
     if weight.shape[-1] % SCALE_GROUP or weight.shape[-2] % 16:
         reasons.append(f"the weight is {list(weight.shape)}, cuBLASLt needs K in whole blocks and N in multiples of 16")
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        reasons.append(f"the result is {dtype}")
+    if dtype != torch.bfloat16:
+        reasons.append(f"the result is {dtype}, and cuBLASLt was tried with bfloat16 only")
     return reasons
 
 

@@ -1,7 +1,7 @@
 """Latent attention, free to use: ``torch.compile(model, backend="mlacompile")`` decodes on the latent cache.
 
 Public names: ``backend``, ``Options``, ``explain``, ``last_report``, ``Report``, ``MLAGeometry``, ``LatentCache``,
-``convert``, ``quantize``. Each is imported when first used, so that importing the package costs nothing.
+``convert``, ``quantize``, ``calibrate``. Each is imported when first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlacompile.calibration import calibrate as calibrate
     from mlacompile.compiler import backend as backend
     from mlacompile.convert.conversion import convert as convert
     from mlacompile.explainer import explain as explain
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "backend": "mlacompile.compiler",
+    "calibrate": "mlacompile.calibration",
     "convert": "mlacompile.convert",
     "explain": "mlacompile.explainer",
     "LatentCache": "mlacompile.integrations.transformers",

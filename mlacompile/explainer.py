@@ -15,13 +15,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 from mlacompile.compiler import compile_graph
 from mlacompile.errors import MLACompileError
 from mlacompile.options import Options
-from mlacompile.report import Report
+from mlacompile.report import Product, Report
 
 
 def _meta_like(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -62,12 +63,31 @@ def explain(
     Raises:
         OptionsError, RefusedSiteError: as the backend does.
     """
-    chosen = Options.parse(options)
-    reports: list[Report] = []
+    _, graphs = _analyse(model, args, kwargs, Options.parse(options))
+    return Report.merge(report for report, _ in graphs)
+
+
+def products(
+    model: nn.Module, *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any
+) -> list[tuple[Product, tuple[str, ...]]]:
+    """Every product with a weight that ``model`` would compute for these arguments, compiled with an ``fp8`` option,
+    and the names of the parameters that its weight is made of. Arguments and errors as for :func:`explain`."""
+    shadow, graphs = _analyse(model, args, kwargs, Options.parse(options))
+    names = {id(parameter): name for name, parameter in shadow.named_parameters()}
+    return [
+        (product, tuple(names[id(inputs[i])] for i in product.inputs if id(inputs[i]) in names))
+        for report, inputs in graphs
+        for product in report.products
+    ]
+
+
+def _analyse(model: Any, args: Any, kwargs: Any, options: Options) -> tuple[Any, list[tuple[Report, Sequence[Any]]]]:
+    """A copy of the model without memory, and for each of its graphs the report and the inputs."""
+    graphs: list[tuple[Report, Sequence[Any]]] = []
 
     def analyse(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        _, report = compile_graph(gm, example_inputs, chosen, lower=False)
-        reports.append(report)
+        _, report = compile_graph(gm, example_inputs, options, lower=False)
+        graphs.append((report, example_inputs))
         return gm.forward  # type: ignore[return-value]
 
     with _copies_are_meta():
@@ -79,4 +99,4 @@ def explain(
         if isinstance(error.inner_exception, MLACompileError):
             raise error.inner_exception from None
         raise
-    return Report.merge(reports)
+    return shadow, graphs

@@ -7,6 +7,7 @@ measured; what it does not name stays as it is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,5 @@ class Gate:
 
 
 def _plain(path: str) -> str:
-    """``model.layers.3.mlp`` for whatever way a tracer writes it."""
-    for old, new in (("._modules['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
-        path = path.replace(old, new)
-    return path.removeprefix("L.self.").removeprefix("self.")
+    """``model.layers.3.mlp`` of a path that begins with what the traced function calls the model."""
+    return re.sub(r"^L\['\w+'\]\.", "", path)

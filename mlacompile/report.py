@@ -66,15 +66,33 @@ def duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
+class Product:
+    """One product with a weight that FP8 was asked for.
+
+    where: the path of its module; source: file:line. shape: rows and columns of the weight, [N, K], or [H, N, K] with a
+    weight for every head. left: why it stayed as it was, None when it is in FP8. inputs: positions of its weights among
+    the inputs of the graph.
+    """
+
+    where: str
+    source: str
+    shape: tuple[int, ...]
+    left: str | None
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """All attention ops of one compilation (or of several, merged), and remarks on the whole graph.
 
-    seconds: time of each stage. notes: what a user should know beyond single sites.
+    seconds: time of each stage. notes: what a user should know beyond single sites. products: what became of every
+    product with a weight, where FP8 was asked for.
     """
 
     sites: tuple[Site, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    products: tuple[Product, ...] = ()
 
     def _count(self, status: str) -> int:
         return sum(site.status == status for site in self.sites)
@@ -100,12 +118,14 @@ class Report:
         sites: list[Site] = []
         notes: dict[str, None] = {}
         seconds: dict[str, float] = {}
+        products: list[Product] = []
         for report in reports:
             sites += report.sites
+            products += report.products
             notes |= dict.fromkeys(report.notes)
             for stage, time in report.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + time
-        return cls(tuple(sites), tuple(notes), seconds)
+        return cls(tuple(sites), tuple(notes), seconds, tuple(products))
 
     def summary(self) -> str:
         """The counts in one line."""
@@ -114,7 +134,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         counts = {"absorbed": self.absorbed, "expanded": self.expanded, "refused": self.refused}
-        return counts | {"sites": [asdict(s) for s in self.sites], "notes": list(self.notes), "seconds": self.seconds}
+        lists = {"sites": [asdict(s) for s in self.sites], "products": [asdict(p) for p in self.products]}
+        return counts | lists | {"notes": list(self.notes), "seconds": self.seconds}
 
     def to_json(self) -> str:
         """The report as JSON text."""

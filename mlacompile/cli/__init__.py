@@ -1,4 +1,4 @@
-"""The command line: `mlacompile explain`, `convert`, `quantize`, `doctor`, `demo`; one file a command.
+"""The command line: `mlacompile explain`, `convert`, `quantize`, `calibrate`, `doctor`, `demo`; one file a command.
 
 Exit codes: 0 all is well, 1 the answer is no (nothing absorbed, a site refused under --strict, no usable
 backend), 2 the question could not be understood (a bad path, configuration or option).
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from mlacompile.cli.calibrate import calibrate
 from mlacompile.cli.convert import convert
 from mlacompile.cli.demo import demo
 from mlacompile.cli.doctor import doctor
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(explain)
 app.command()(convert)
 app.command()(quantize)
+app.command()(calibrate)
 app.command()(doctor)
 app.command()(demo)
 

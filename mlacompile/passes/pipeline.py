@@ -30,7 +30,7 @@ from mlacompile.passes.share import share_heads
 from mlacompile.passes.source import source_of
 from mlacompile.passes.stored import stored_layout
 from mlacompile.passes.validate import Verdict, validate
-from mlacompile.report import Report, Site
+from mlacompile.report import Product, Report, Site
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Pipeline:
     decodes: dict[Node, int] = field(default_factory=dict)  # mla_decode node -> index of its site
     hoisted: list[Hoisted] = field(default_factory=list)
     derived: list[Any] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
 
     def run(self, gm: GraphModule) -> GraphModule:
@@ -94,7 +95,7 @@ class Pipeline:
 
     def report(self) -> Report:
         """What happened so far."""
-        return Report(tuple(self.sites), tuple(self.notes), dict(self.seconds))
+        return Report(tuple(self.sites), tuple(self.notes), dict(self.seconds), tuple(self.products))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -158,7 +159,8 @@ class Pipeline:
         if self.options.fp8 != "off":
             with self.stage("quantize"):
                 products, remarks = quantize(gm.graph, weights, Policy(self._fp8(), self.slower_in_fp8))
-            self.rewritten += products
+            self.rewritten += sum(product.left is None for product in products)
+            self.products += products
             self.notes += remarks
         with self.stage("hoist"):
             self.hoisted, self.derived = hoist(gm, weights)

@@ -36,6 +36,7 @@ from mlacompile.passes.cone import dynamic_nodes
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.hoist import HOISTED
 from mlacompile.passes.source import source_of
+from mlacompile.report import Product
 
 aten = torch.ops.aten
 E4M3 = torch.float8_e4m3fn
@@ -61,9 +62,13 @@ class Linear:
     """A product with a weight: ``[M, K] · [N, K]ᵀ`` and perhaps a bias, or, one a head, ``[H, M, K] · [H, K, N]``."""
 
     node: Node
-    x: Node
     weight: Node
     bias: Node | None = None
+
+    @property
+    def x(self) -> Node:
+        """The left factor; read anew each time, for the product that made it may have been rewritten."""
+        return self.node.args[1 if self.node.target is aten.addmm.default else 0]  # type: ignore[return-value]
 
     @property
     def by_head(self) -> bool:
@@ -105,11 +110,11 @@ def find(graph: Graph, weights: set[Node]) -> Iterator[Linear]:
         if node.target is aten.bmm.default:
             x, right = node.args
             if x in dynamic and right not in dynamic and right.target is not aten.expand.default:
-                yield Linear(node, x, right)
+                yield Linear(node, right)
         elif node.target in (aten.mm.default, aten.addmm.default):
             bias, (x, y) = (node.args[0], node.args[1:3]) if len(node.args) == 3 else (None, node.args)
             if y.target in _TRANSPOSED and y.args[0] in weights and x not in weights:
-                yield Linear(node, x, y.args[0], bias)
+                yield Linear(node, y.args[0], bias)
 
 
 @dataclass(frozen=True)
@@ -184,28 +189,45 @@ def _leaves(node: Node) -> bool:
     return bool(users) and all(u.op == "output" or (u.target in passed and _leaves(u)) for u in users)
 
 
-def quantize(graph: Graph, weights: set[Node], policy: Policy) -> tuple[int, list[str]]:
-    """Rewrite what the policy takes; returns how many products, and remarks for the report."""
+def quantize(graph: Graph, weights: set[Node], policy: Policy) -> tuple[list[Product], list[str]]:
+    """Rewrite what the policy takes; returns what became of every product, and remarks for the report."""
     taken: Counter[str] = Counter()
     left: Counter[str] = Counter()
     rows: dict[Node, list[Linear]] = {}
+    products: list[Product] = []
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     for linear in list(find(graph, weights)):
         _, n, k = linear.shape
+        sources = tuple(inputs[node] for node in _made_of(linear.weight, weights))
+        where, shape = linear.where, tuple(linear.value.shape)
         reason = policy.refuse(linear)
         if reason is None and linear.by_head:
             reason = _rewrite_heads(linear)
         elif reason is None:
             rows.setdefault(linear.x, []).append(linear)
+        products.append(Product(where[-1], where[0], shape, reason, sources))
         if reason is not None:
             left[reason] += 1
             continue
-        heads = f"{linear.value.shape[0]} heads of " if linear.by_head else ""
+        heads = f"{shape[0]} heads of " if len(shape) == 3 else ""
         taken[f"{heads}{n} × {k}"] += 1
     quantized: dict[Node, tuple[Node, Node]] = {}
     for of_one_x in rows.values():
         for group in _merged(of_one_x):
             _rewrite(group, quantized)
-    return sum(taken.values()), _remarks(taken, left)
+    return products, _remarks(taken, left)
+
+
+def _made_of(node: Node, weights: set[Node]) -> list[Node]:
+    """The weights that a value is made of."""
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if here in weights:
+            found[here] = None
+        stack += here.all_input_nodes
+    return list(found)
 
 
 def _merged(linears: Sequence[Linear]) -> list[list[Linear]]:

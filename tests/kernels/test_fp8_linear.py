@@ -97,6 +97,9 @@ def test_what_is_slower_says_so() -> None:
     assert "few" not in str(slower_than_16_bits(1, 128, 128, 0))
     assert "so small" in str(slower_than_16_bits(1, 128, 128, 0))
     assert "128 rows a head" in str(slower_than_16_bits(128, 512, 128, 128))
+    assert slower_than_16_bits(128, 128, 512, 128) is None
+    assert "only 2112 rows" in str(slower_than_16_bits(512, 2112, 7168, 0))
+    assert slower_than_16_bits(4096, 2112, 7168, 0) is None
     x = torch.empty(4096, 512, device="meta")
     assert "cuBLASLt is faster with 4096 rows" in tiles_slower(x, None, x, x, torch.bfloat16)[0]
 

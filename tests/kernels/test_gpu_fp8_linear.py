@@ -103,7 +103,8 @@ def test_kernels_are_chosen_as_they_were_measured() -> None:
         return best.name
 
     assert chosen(1, 2112, 7168, False) == "gluon"
-    assert chosen(16, 2112, 7168, False) == "triton"
+    assert chosen(2, 2112, 7168, False) == "gluon"
+    assert chosen(2, 7168, 2048, False) == chosen(16, 2112, 7168, False) == "triton"
     assert chosen(128, 2112, 7168, True) == "triton"
     assert chosen(128, 7168, 2048, True) == "cublas"
     x, weight = (torch.empty(n, 7168, device="cuda", dtype=torch.bfloat16) for n in (1, 2112))

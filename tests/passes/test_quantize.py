@@ -101,6 +101,13 @@ def test_products_whose_blocks_would_span_two_weights_stay_apart(graphs: Any) ->
     assert ops(graphs[0])["fp8_linear.default"] == 3
 
 
+def test_a_product_may_feed_the_next_directly() -> None:
+    module, x = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128)).requires_grad_(False), torch.randn(4, 128)
+    want = linear_in_fp8(linear_in_fp8(x, module[0]), module[1])
+    torch.testing.assert_close(compiled(module)(x), want)
+    assert "2 products with weights" in last_report().notes[0]
+
+
 class Routed(nn.Module):
     """A router, an expert's product and an output head."""
 

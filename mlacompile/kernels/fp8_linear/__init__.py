@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlacompile.kernels.fp8_linear.supports import blas_reasons, rows_reasons, tiles_reasons, tiles_slower
+from mlacompile.kernels.fp8_linear.supports import blas_reasons, rows_reasons, rows_slower, tiles_reasons, tiles_slower
 from mlacompile.kernels.registry import Kernel
 
 
@@ -29,7 +29,7 @@ def _blas(*args: Any) -> Tensor:
 
 
 KERNELS = (
-    Kernel("gluon", "fp8_linear", rows_reasons, _rows),
+    Kernel("gluon", "fp8_linear", rows_reasons, _rows, rows_slower),
     Kernel("triton", "fp8_linear", tiles_reasons, _tiles, tiles_slower),
     Kernel("cublas", "fp8_linear", blas_reasons, _blas),
 )

@@ -12,7 +12,8 @@ from mlacompile.kernels.mla_decode.supports import device_reasons, interpreted
 
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
-NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K
+NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …
+MANY_ROWS = 4096  # … unless rows of x make up for it
 
 
 def rows_reasons(
@@ -59,6 +60,16 @@ def blas_reasons(
     return reasons
 
 
+def rows_slower(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why tiles are faster where they can serve (measured, docs/kernels.md)."""
+    m, n = x.shape[-2], weight.shape[-2]
+    if m == 1 or (weight.dim() == 2 and n < NARROW):
+        return []
+    return [f"tiles are faster with {m} rows by so large a weight"]
+
+
 def tiles_slower(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
@@ -73,9 +84,9 @@ def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:
     """Why m rows by weights [n, k], one or one a head, are not faster in FP8 on a Hopper GPU (measured), or None."""
     if n * k * max(heads, 1) < 1 << 18:
         return "the weight is so small that nothing is gained"
-    if heads and m > TILE_ROWS:
+    if heads and m > (TILE_ROWS if n > k else 2 * TILE_ROWS):
         return f"with {m} rows a head the products are not faster in FP8"
-    if not heads and m > 2 * TILE_ROWS and n < NARROW:
+    if not heads and 2 * TILE_ROWS < m < MANY_ROWS and n < NARROW:
         return f"a weight of only {n} rows is not faster in FP8 with {m} rows of activations"
     return None
 

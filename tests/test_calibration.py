@@ -32,20 +32,18 @@ SIZES = {
     "first_k_dense_replace": 2,
 }
 #: A random model predicts nothing, so that little is at stake: budgets are smaller than for a real one.
-BUDGET = 1e-3
-SPOILT = "model.layers.1.self_attn.q_b_proj"
+BUDGET = 2e-3
+SPOILT = "model.layers.1.mlp.down_proj"
 
 
 def model_with_a_spoilt_site() -> Any:
-    """A model whose logits follow its queries, one layer of which has huge weights for an input that is always zero:
-    its blocks have a scale at which all others vanish."""
+    """A model one layer of which has huge weights for an input that is always zero: its blocks have a scale at which all
+    others vanish."""
     model = tiny_model("deepseek_v3", **SIZES)
-    norm, linear = model.model.layers[1].self_attn.q_a_layernorm, model.get_submodule(SPOILT)
-    norm.weight[0] = 0
-    for layer in model.model.layers:
-        layer.self_attn.q_b_proj.weight.mul_(16)
-        layer.self_attn.o_proj.weight.mul_(8)
-    linear.weight[:, 0] = 1e6
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj.weight[0] = 0
+    mlp.down_proj.weight.mul_(8)
+    mlp.down_proj.weight[:, 0] = 1e6
     return model
 
 
@@ -72,7 +70,7 @@ def test_the_spoilt_site_is_kept_and_the_rest_keeps_to_the_budget(found: tuple[A
     model, result = found
     by_key = {site.key: site for site in result.sites}
     spoilt = by_key[(SPOILT, "weights")]
-    assert spoilt.output_error > 0.9, "every weight but the outliers is gone"
+    assert spoilt.output_error > 0.5, "every weight but the outliers is gone"
     others = [site for site in result.sites if site is not spoilt]
     assert all(0 < site.output_error < 0.08 for site in others)
     assert all(site.divergence < spoilt.divergence for site in others)

@@ -59,7 +59,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found. losses: nats a token by name ("original", "fp8", and of turns, "original, 10 turns", …)."""
+    """What was found. losses: nats a token by name: "original" and "fp8" on the text that the policy was chosen on,
+    "…, held back" on another one, "…, 10 turns" on the latter, if there is one, read in turns."""
 
     sites: tuple[Site, ...]
     budget: float
@@ -111,6 +112,7 @@ def calibrate(
     site_tokens: int = 512,
     turns: int = 1,
     cache: str | None = "fp8_e4m3",
+    held_back: Tensor | None = None,
     keep: Iterable[str] = (),
     name: str = "",
     say: Say = lambda text: None,
@@ -124,6 +126,7 @@ def calibrate(
         site_tokens: tokens (whole windows, at least one, cut to this many) on which sites are measured one by one.
         turns: also measure windows that are read in so many pieces on a cache, as turns of a conversation are.
         cache: dtype of that cache, where the model caches latents: a dtype of LatentCache, or None for the model's own.
+        held_back: token ids ``[W, T]`` of another text, on which the policy is measured and not chosen.
         keep: patterns of paths that stay as they are. name: of the model, for the file.
         say, advance: told what happens, and how many sites are done, of how many.
     Raises:
@@ -156,8 +159,13 @@ def calibrate(
             advance(i + 1, len(sites))
         found, loss = _within(model, windows, trial, found, budget, original, say)
         losses = {"original": original, "fp8": loss}
+        taken = [site for site in found if site.safe]
+        if held_back is not None:
+            losses["original, held back"] = _mean_loss(model, held_back)
+            with trial.on(taken):
+                losses["fp8, held back"] = _mean_loss(model, held_back)
         if turns > 1:
-            losses |= _in_turns(model, windows, turns, trial, [s for s in found if s.safe], cache)
+            losses |= _in_turns(model, windows if held_back is None else held_back, turns, trial, taken, cache)
     used = cache if turns > 1 and _caches_latents(model) else None
     return Calibration(tuple(found), budget, windows[:, 1:].numel(), losses, name, used, {"turns": turns})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
     data: Annotated[Path, typer.Option(help="A text: UTF-8, .jsonl or .parquet.")],
+    held_back: Annotated[
+        Path | None, typer.Option(help="Another text, on which the choice is measured and not made.")
+    ] = None,
     out: Annotated[Path, typer.Option(help='The file to write, for options={"fp8": "fp8.json"}.')] = Path("fp8.json"),
     budget: Annotated[float, typer.Option(help="By how much perplexity may rise; 0.01 is one percent.")] = 0.01,
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text, spread evenly.")] = 12,
@@ -43,13 +46,19 @@ def calibrate(
     console = Console(soft_wrap=True)
     _quiet_transformers()
     loaded, tokenizer = _load(model, device)
-    ids = spread_windows(tokenize(tokenizer, data, at_least=windows * length), length=length, count=windows)
+
+    def read(text: Path) -> Any:
+        ids = tokenize(tokenizer, text, at_least=windows * length)
+        return spread_windows(ids, length=length, count=windows).to(device)
+
+    ids, other = read(data), None if held_back is None else read(held_back)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("site by site", total=None)
         found = run(
             loaded,
-            ids.to(device),
+            ids,
+            held_back=other,
             budget=budget,
             site_tokens=site_tokens,
             turns=turns,

@@ -14,6 +14,7 @@ from torch import Tensor
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
 from mlacompile.kernels.fp8_linear.supports import blas_reasons, slower_than_16_bits, tiles_slower
+from mlacompile.lowering.select import slower_in_fp8
 from mlacompile.ops.fp8_linear import fp8_linear
 from mlacompile.testing.scaled import E4M3, make_product
 
@@ -101,6 +102,8 @@ def test_what_is_slower_says_so() -> None:
     assert "only 2112 rows" in str(slower_than_16_bits(512, 2112, 7168, 0))
     assert slower_than_16_bits(4096, 2112, 7168, 0) is None
     x = torch.empty(4096, 512, device="meta")
+    assert "decided on the device" in str(slower_in_fp8(x, x))
+    assert "on cpu" in str(slower_in_fp8(torch.empty(1, 512), torch.empty(512, 512)))
     assert "cuBLASLt is faster with 4096 rows" in tiles_slower(x, None, x, x, torch.bfloat16)[0]
 
 

@@ -98,7 +98,8 @@ def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
     for name, tensor, unit in (("x", x, 16 // x.itemsize), ("weight", weight, 16)):
         if tensor.stride(-1) != 1:
             reasons.append(f"elements of a row of {name} lie {tensor.stride(-1)} apart, the kernel needs 1")
-        if any(s % unit for s in tensor.stride()[:-1]) or tensor.shape[-1] % 16:
+        apart = [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1][:-1]
+        if any(stride % unit for stride in apart) or tensor.shape[-1] % 16:
             reasons.append(f"rows of {name} are not a multiple of 16 bytes long or apart")
     if weight_descale.stride(-1) != 1 and weight_descale.shape[-1] > 1:
         reasons.append("scales of a row of blocks are not contiguous")

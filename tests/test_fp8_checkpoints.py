@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 from collections import Counter
 from typing import Any
 
@@ -11,16 +12,16 @@ import torch
 from torch import nn
 from transformers import StaticCache
 from transformers.integrations import finegrained_fp8
-from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 
 import mlacompile.compiler as compiler
 from mlacompile import LatentCache, backend, last_report
 from mlacompile.errors import UnsupportedInputError
-from mlacompile.integrations.fp8_linear import matmul, serve_fp8_linears
+from mlacompile.integrations.fp8_linear import batched_matmul, matmul, serve_fp8_linears
 from mlacompile.lowering import derived
 from mlacompile.ops.fp8_linear import fp8_dequantize_weight, fp8_linear, fp8_quantize_weight
 from mlacompile.ops.fp8_quantize import fp8_quantize
-from mlacompile.testing.models import random_tokens, tiny_model
+from mlacompile.testing.models import random_tokens, tiny_config, tiny_model
 
 SIZES = {
     "hidden_size": 256,
@@ -149,5 +150,79 @@ def test_the_product_takes_what_checkpoints_hold() -> None:
         matmul(x, q, descale, (64, 64))
     with pytest.raises(UnsupportedInputError, match=r"scales of torch.float32 \[2, 1\]; expected .* \[2, 2\]"):
         matmul(x, q, descale[:, :1], (128, 128))
-    with pytest.raises(UnsupportedInputError, match="experts_implementation='eager'"):
-        finegrained_fp8._FINEGRAINED_FP8.grouped_matmul(x)
+
+
+def fp8_experts_module(experts: int = 5) -> FP8Experts:
+    config = tiny_config("deepseek_v3", hidden_size=256, moe_intermediate_size=128, n_routed_experts=experts)
+    module = FP8Experts(config, block_size=(128, 128)).requires_grad_(False)
+    for name, (n, k) in (("gate_up_proj", (256, 256)), ("down_proj", (256, 128))):
+        q, descale = fp8_quantize_weight(torch.randn(experts, n, k) * k**-0.5)
+        setattr(module, name, nn.Parameter(q, requires_grad=False))
+        setattr(module, f"{name}_scale_inv", nn.Parameter(descale, requires_grad=False))
+    return module
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [finegrained_fp8.fp8_batched_mm_experts_forward, finegrained_fp8.fp8_grouped_mm_experts_forward],
+)
+def test_experts_compute_the_same_in_one_product_as_one_by_one(implementation: Any) -> None:
+    module, x = fp8_experts_module(), torch.randn(7, 256)
+    module._is_expert_parallel = False
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])  # nobody asks for the last one
+    weights = torch.rand(7, 2)
+    want = FP8Experts.forward(module, x, index, weights)
+    torch.testing.assert_close(implementation(module, x, index, weights), want)
+    got = torch.compile(implementation, backend="eager", fullgraph=True)(module, x, index, weights)
+    torch.testing.assert_close(got, want)
+
+
+def test_rows_of_no_expert_are_zero_and_bad_input_is_refused() -> None:
+    module, x = fp8_experts_module(), torch.randn(4, 256)
+    arguments = (module.gate_up_proj, module.gate_up_proj_scale_inv, (128, 128))
+    got = batched_matmul(x, *arguments, expert_ids=torch.tensor([0, 5, -1, 4]))
+    assert not got[1:3].any()
+    assert torch.equal(got[3:], matmul(x[3:], module.gate_up_proj[4], module.gate_up_proj_scale_inv[4], (128, 128)))
+    with pytest.raises(UnsupportedInputError, match="settings static"):
+        batched_matmul(x, *arguments, expert_ids=torch.zeros(4), static=True)
+    with pytest.raises(UnsupportedInputError, match=r"experts \[3\] for weights \[5, 256, 256\]; expected"):
+        batched_matmul(x, *arguments, expert_ids=torch.zeros(3))
+    with pytest.raises(UnsupportedInputError, match=r"scales of torch.float32 \[5, 2, 1\]; expected .* \[5, 2, 2\]"):
+        batched_matmul(x, arguments[0], arguments[1][..., :1], (128, 128), expert_ids=torch.zeros(4))
+
+
+def test_a_model_with_experts_is_absorbed_and_keeps_them_in_fp8() -> None:
+    sizes = {**SIZES, "first_k_dense_replace": 1, "moe_intermediate_size": 128, "n_routed_experts": 8}
+    model = tiny_model("deepseek_v3", **sizes)
+    layer = model.model.layers[1].mlp
+    experts = fp8_experts_module(8)
+    experts._is_expert_parallel = False
+    experts.forward = types.MethodType(finegrained_fp8.fp8_batched_mm_experts_forward, experts)  # type: ignore[method-assign]
+    layer.experts = experts
+    want = decode(model, model)
+    got = decode(model, torch.compile(model, backend=backend, options={"rest": "eager"}, fullgraph=True))
+    assert last_report().absorbed == 2
+    assert relative(got, want) <= 1e-4
+
+
+def test_blocks_that_end_with_the_heads_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "slower_in_fp8", lambda x, weight: None)
+    graphs: list[torch.fx.GraphModule] = []
+    lowered = compiler.compile_rest
+    monkeypatch.setattr(compiler, "compile_rest", lambda gm, *more: graphs.append(gm) or lowered(gm, *more))
+    model = tiny_model("deepseek_v3", **{**SIZES, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "v_head_dim": 128})
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj = in_fp8(layer.self_attn.kv_b_proj)
+    past = LatentCache(model.config, max_cache_len=16)
+    compiled = torch.compile(model, backend=backend, options={"rest": "eager", "fp8": "absorb"})
+    tokens = random_tokens(model.config, 2, 9)
+    with torch.no_grad():
+        model(input_ids=tokens[:, :8], past_key_values=past)
+        got = compiled(input_ids=tokens[:, 8:], past_key_values=past).logits
+        past.crop(-1)
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj = dequantized(layer.self_attn.kv_b_proj)
+        want = model(input_ids=tokens[:, 8:], past_key_values=past).logits
+    assert relative(got, want) <= 1e-5
+    new = [n.meta["val"] for n in graphs[0].graph.find_nodes(op="placeholder") if n.name.startswith("derived")]
+    assert {v.dtype for v in new} == {torch.float8_e4m3fn}, "no copy in the dtype of the model"

@@ -8,27 +8,25 @@ models, and the backend absorbs their attention.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.ops.fp8_experts import fp8_experts
 from mlacompile.ops.fp8_linear import E4M3, block_grid, fp8_linear
 from mlacompile.ops.fp8_quantize import fp8_quantize, rounded
 
 
 def serve_fp8_linears() -> None:
-    """Let every ``FP8Linear`` of transformers compute with this project's ops, from now on and in this process.
-
-    Expert layers must run one by one (``experts_implementation="eager"``): batched and grouped FP8 products are not
-    there yet.
-    """
+    """Let every ``FP8Linear`` and ``FP8Experts`` of transformers compute with this project's ops, from now on and in
+    this process, whatever the implementation of experts."""
     from transformers.integrations import finegrained_fp8
 
     finegrained_fp8._FINEGRAINED_FP8 = finegrained_fp8.FineGrainedFP8(
-        matmul=matmul, batched_matmul=_experts, grouped_matmul=_experts
+        matmul=matmul, batched_matmul=batched_matmul, grouped_matmul=grouped_matmul
     )
 
 
@@ -63,6 +61,37 @@ def matmul(
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def batched_matmul(
+    x: Tensor, weight: Tensor, weight_scale_inv: Tensor, block_size: Any = None, *, expert_ids: Tensor, **unknown: Any
+) -> Tensor:
+    """``x[m] @ weight[expert_ids[m]].T`` in FP8: x ``[M, K]``, weights e4m3 ``[E, N, K]``. Rows of no expert are zero.
+
+    Raises:
+        UnsupportedInputError: as :func:`matmul` does, or settings that are not known here.
+    """
+    if unknown:
+        raise UnsupportedInputError(f"FP8 experts: got settings {', '.join(unknown)}, which are not known here")
+    q, descale = fp8_quantize(x, SCALE_GROUP, E4M3)
+    scales = block_scales(weight, weight_scale_inv, block_size)
+    return fp8_experts(q, descale, weight, scales, expert_ids, x.dtype)
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale_inv: Tensor,
+    *,
+    offsets: Tensor,
+    tokens_per_expert: Tensor | None = None,
+    block_size: Any = None,
+    **unknown: Any,
+) -> Tensor:
+    """The same for rows in the order of their experts: those of expert e end before ``offsets[e]`` (int ``[E]``)."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+    expert_ids = torch.searchsorted(offsets, rows, right=True)
+    return batched_matmul(x, weight, weight_scale_inv, block_size, expert_ids=expert_ids, **unknown)
+
+
 def block_scales(weight: Tensor, scale: Tensor, block_size: Any = (SCALE_GROUP, SCALE_GROUP)) -> Tensor:
     """The scales of a weight as float32, one for each block of 128 × 128.
 
@@ -75,7 +104,7 @@ def block_scales(weight: Tensor, scale: Tensor, block_size: Any = (SCALE_GROUP, 
             f"got scales of {scale.dtype} for a weight {list(weight.shape)}; expected torch.float32 or "
             "torch.float8_e8m0fnu. Bytes that hold e8m0 exponents become scales by .view(torch.float8_e8m0fnu)."
         )
-    grid = block_grid(*weight.shape)
+    grid = block_grid(*weight.shape[-2:])
     if scale.numel() == 1 and block_size is None:
         return scale.to(torch.float32).reshape(1, 1).expand(grid)
     if block_size is None or tuple(block_size) != (SCALE_GROUP, SCALE_GROUP):
@@ -83,10 +112,3 @@ def block_scales(weight: Tensor, scale: Tensor, block_size: Any = (SCALE_GROUP, 
             f"got blocks of {block_size} for a weight {list(weight.shape)}; expected ({SCALE_GROUP}, {SCALE_GROUP})"
         )
     return scale.to(torch.float32)
-
-
-def _experts(*args: Any, **kwargs: Any) -> NoReturn:
-    raise UnsupportedInputError(
-        "FP8 experts were asked for in one batched or grouped product, which is not there yet: load the model with "
-        "experts_implementation='eager'"
-    )

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import mlacompile.ops.fp8_linear  # noqa: F401  (registers the ops that are written)
+import mlacompile.ops.fp8_experts
+import mlacompile.ops.fp8_linear  # noqa: F401  (registers the ops that are written, and looked for)
 from mlacompile.gate import Gate
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.ops.fp8_linear import WEIGHT_ONLY_ROWS
@@ -50,6 +51,7 @@ _PRODUCTS = {
     aten.baddbmm.default,
     aten._grouped_mm.default,
     torch.ops.mlacompile.fp8_linear.default,
+    torch.ops.mlacompile.fp8_experts.default,
 }
 
 

@@ -1,0 +1,64 @@
+"""``mlacompile::fp8_experts``: every row times the weight of its own expert, in FP8 with the scales of ``fp8_linear``.
+
+    y[m, n] = Σ_g  x_descale[m, g] · descale[e, n / 128, g] · Σ_{k in g} x[m, k] · weight[e, n, k],    e = expert[m]
+
+Rows need not be in the order of their experts. Which experts have rows is asked on the host, so a graph with this op is
+not replayed as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlacompile.errors import UnsupportedInputError
+from mlacompile.geometry import scale_groups
+from mlacompile.ops.fp8_linear import E4M3, check_weight, fp8_linear_reference
+
+
+def fp8_experts_reference(
+    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The op in plain PyTorch: one product an expert that has rows."""
+    out = x.new_zeros((x.shape[0], weight.shape[1]), dtype=dtype)
+    for e in expert.unique().tolist():
+        if 0 <= e < weight.shape[0]:
+            rows = (expert == e).nonzero().squeeze(1)
+            picked = x.view(torch.uint8)[rows].view(E4M3)
+            out[rows] = fp8_linear_reference(picked, x_descale[rows], weight[e], weight_descale[e], dtype)
+    return out
+
+
+@torch.library.custom_op("mlacompile::fp8_experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def fp8_experts(
+    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``x[m] @ weight[expert[m]].T`` of scaled FP8 factors.
+
+    Args:
+        x: e4m3 ``[M, K]``. x_descale: float32 ``[M, ⌈K / 128⌉]``: both from ``fp8_quantize(x, 128, …)``.
+        weight: e4m3 ``[E, N, K]``. weight_descale: float32 ``[E, ⌈N / 128⌉, ⌈K / 128⌉]``.
+        expert: integers ``[M]``. Rows whose expert is not one of the E are zero.
+        dtype: of the result.
+    Returns:
+        ``[M, N]`` in ``dtype``, summed in float32.
+    Raises:
+        UnsupportedInputError: shapes or dtypes that do not fit together.
+    """
+    check_weight("fp8_experts", weight, weight_descale)
+    groups = scale_groups(weight.shape[-1])
+    fits = weight.dim() == 3 and x.dim() == 2 and x.dtype == E4M3 and x.shape[1] == weight.shape[2]
+    if not fits or tuple(x_descale.shape) != (x.shape[0], groups) or tuple(expert.shape) != (x.shape[0],):
+        raise UnsupportedInputError(
+            f"fp8_experts: got x of {x.dtype} {list(x.shape)} with scales {list(x_descale.shape)} and experts "
+            f"{list(expert.shape)} for weights {list(weight.shape)}; expected {E4M3} [M, K] with [M, {groups}] and [M] "
+            "for [E, N, K]"
+        )
+    return fp8_experts_reference(x, x_descale, weight, weight_descale, expert, dtype)
+
+
+@fp8_experts.register_fake
+def _(
+    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)

@@ -103,7 +103,12 @@ def _typical_inputs() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = [(1, 128, 1, 512), (1, 128, 1, 64), (1, 64, 512), (1, 64, 64)]
     queries_and_cache = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
-    return {"mla_decode": ((*queries_and_cache, None, None, None), {"scale": 1.0})}
+    row, weight = (torch.empty(n, 7168, dtype=torch.float8_e4m3fn, device=device) for n in (1, 2048))
+    scales = [torch.empty(n, 56, device=device) for n in (1, 16)]
+    return {
+        "mla_decode": ((*queries_and_cache, None, None, None), {"scale": 1.0}),
+        "fp8_linear": ((row, scales[0], weight, scales[1], torch.bfloat16), {}),
+    }
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

@@ -80,3 +80,23 @@ def test_the_table_marks_what_was_not_measured(scripts: Any, tmp_path: Path) -> 
     assert "old" not in readme_table.replace(page, text)
     with pytest.raises(ValueError, match="markers"):
         readme_table.replace("nothing", text)
+
+
+def test_a_model_and_its_cache_in_fp8_say_the_same_in_half_the_memory(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_step, _, _ = scripts
+    from mlacompile.testing import models
+
+    sizes = {"num_attention_heads": 2, "hidden_size": 256, "q_lora_rank": None, "intermediate_size": 256}
+    monkeypatch.setitem(decode_step.MODELS, "cpu", sizes)
+    model = decode_step.build("cpu", torch.bfloat16, "cpu")
+    cache = models.static_cache(model, 2, 24, random=True)
+    tokens = models.random_tokens(model.config, 2, 1)
+    own, held = decode_step.in_fp8(model, cache, latent=True)
+    want, got = decode_step.decode(model, cache, tokens, 24), decode_step.decode(own, held, tokens, 24)
+    assert 0 < decode_step.relative_error(got, want) < 0.2
+    before, after = decode_step.sizes(model, cache), decode_step.sizes(own, held)
+    assert after[1] / before[1] == pytest.approx(656 / 1152)
+    assert after[0] < before[0]
+    assert decode_step.in_fp8(model, cache, latent=False)[1] is cache

@@ -251,6 +251,23 @@ def test_a_model_is_absorbed_and_quantized(rest: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("mode", "linears", "heads"), [("weights", 7, 0), ("absorb", 0, 2), ("all", 7, 2)])
+def test_modes_take_their_kind_of_product(mode: str, linears: int, heads: int, graphs: Any) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "q_lora_rank": 128, "v_head_dim": 64, "qk_nope_head_dim": 64}
+    model = tiny_model("deepseek_v3", num_hidden_layers=1, first_k_dense_replace=1, **sizes)
+    want = decode(model, model)
+    got = decode(model, compiled(model, {"lm_head": "off", "*": mode}))
+    products = last_report().products
+    taken = [p for p in products if p.left is None]
+    assert sum(len(p.shape) == 2 for p in taken) == linears - (linears > 0), "but for the head"
+    assert sum(len(p.shape) == 3 for p in taken) == heads
+    reasons = {p.left for p in products if p.left and p.where != "lm_head"}
+    assert reasons <= {f"fp8 is {mode} for this source", "weights smaller than 128 × 128"}
+    assert ops(graphs[0])["bmm.default"] == 2 - heads
+    assert {p.where for p in taken if len(p.shape) == 3} <= {"model.layers.0.self_attn"}
+    assert 0 < float((got - want).abs().max() / want.abs().max()) < 0.1
+
+
 def test_options_say_what_is_there() -> None:
     assert Options(fp8={"*q_proj": "weights", "*": "off"}).fp8["*"] == "off"
     assert Options(fp8="all").fp8 == "all"

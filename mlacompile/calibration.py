@@ -73,7 +73,13 @@ class Calibration:
     @property
     def rise(self) -> float:
         """By how much the policy raises perplexity: 0.01 is one percent."""
-        return math.exp(self.losses["fp8"] - self.losses["original"]) - 1
+        return self.rises["fp8"]
+
+    @property
+    def rises(self) -> dict[str, float]:
+        """The same for every text and way of reading it: "fp8", "fp8, held back", …"""
+        pairs = {name: name.replace("fp8", "original", 1) for name in self.losses if name.startswith("fp8")}
+        return {name: math.exp(self.losses[name] - self.losses[other]) - 1 for name, other in pairs.items()}
 
     @property
     def gate(self) -> Gate:
@@ -93,8 +99,9 @@ class Calibration:
         for site in self.sites:
             sites[site.path][site.kind] = {k: v for k, v in asdict(site).items() if k not in ("path", "kind")}
         perplexity = {name: math.exp(loss) for name, loss in self.losses.items()}
-        head = {"format": FORMAT, "model": self.model, "budget": self.budget, "rise": self.rise, "tokens": self.tokens}
-        return {**head, "cache": self.cache, "perplexity": perplexity, **self.details, "sites": sites}
+        head = {"format": FORMAT, "model": self.model, "budget": self.budget, "tokens": self.tokens}
+        figures = {"perplexity": perplexity, "rise": self.rises, **self.details, "sites": sites}
+        return _short({**head, "cache": self.cache, **figures})
 
     def write(self, out: str | Path) -> None:
         """Write the file for ``fp8="….json"``, whole or not at all."""
@@ -102,6 +109,13 @@ class Calibration:
         partial = out.with_name(out.name + ".partial")
         partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         partial.replace(out)
+
+
+def _short(value: Any) -> Any:
+    """Plain data with six digits a number, which is more than was measured."""
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def calibrate(

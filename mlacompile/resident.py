@@ -46,7 +46,9 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
-        q, descale = fp8_quantize_weight(linear.weight.detach())
+        # Never inference tensors: their changes leave no trace, and what is derived from them could grow old.
+        with torch.inference_mode(False), torch.no_grad():
+            q, descale = fp8_quantize_weight(linear.weight.detach())
         self.weight = nn.Parameter(q, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(descale, requires_grad=False)
         self.bias = linear.bias

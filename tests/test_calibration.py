@@ -78,7 +78,7 @@ def test_the_spoilt_site_is_kept_and_the_rest_keeps_to_the_budget(found: tuple[A
     assert not spoilt.safe
     assert sum(site.safe for site in result.sites) >= 0.8 * len(result.sites)
     assert result.rise <= BUDGET
-    assert [name for name in result.losses if name.startswith("fp8")] == ["fp8", "fp8, held back", "fp8, 3 turns"]
+    assert list(result.rises) == ["fp8", "fp8, held back", "fp8, 3 turns"]
     assert result.losses["original, 3 turns"] == pytest.approx(result.losses["original, held back"], abs=1e-5)
     assert result.losses["fp8, held back"] == pytest.approx(result.losses["original, held back"], abs=0.01)
     assert result.cache == "fp8_e4m3"
@@ -161,9 +161,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["calibrate", "model", "--data", str(data), "--out", str(out), "--windows", "3", "--length", "32"]
     done = CliRunner().invoke(app, [*arguments, "--turns", "2", "--budget", "0.05"])
     assert done.exit_code == 0, done.output
-    assert "sites are safe; together they raise perplexity by" in done.output
+    assert "sites are safe" in done.output
+    assert "perplexity fp8, 2 turns" in done.output
     written = json.loads(out.read_text())
-    assert written["rise"] <= written["budget"] == 0.05
+    assert written["rise"]["fp8"] <= written["budget"] == 0.05
     assert all("output_error" in site["weights"] for site in written["sites"].values())
     monkeypatch.undo()
     missing = CliRunner().invoke(app, ["calibrate", str(tmp_path / "none"), "--data", str(data)])

@@ -101,6 +101,14 @@ def test_state_dicts_are_those_of_the_original_and_settle() -> None:
             model.load_state_dict(wrong)
 
 
+def test_weights_made_in_inference_mode_become_ordinary_ones() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(128, 128, bias=False)).requires_grad_(False)
+        quantize(model)
+    assert not model[0].weight.is_inference()
+    assert not model[0].weight_scale_inv.is_inference()
+
+
 def test_what_cannot_be_released_says_why() -> None:
     class Own(nn.Linear):
         pass

@@ -96,7 +96,8 @@ def _show(console: Console, found: Calibration) -> None:
             site.path, site.kind, f"{site.output_error:.2e}", f"{site.divergence:.2e}", "" if site.safe else "kept"
         )
     console.print(table)
-    for name, loss in found.losses.items():
-        console.print(f"perplexity, {name}: {math.exp(loss):.3f}")
+    for name, rise in found.rises.items():
+        perplexities = (math.exp(found.losses[n]) for n in (name.replace("fp8", "original", 1), name))
+        console.print("perplexity {}: {:.3f} → {:.3f} ({:+.2%})".format(name, *perplexities, rise))
     safe = sum(site.safe for site in found.sites)
-    console.print(f"{safe} of {len(found.sites)} sites are safe; together they raise perplexity by {found.rise:.2%}")
+    console.print(f"{safe} of {len(found.sites)} sites are safe")

@@ -193,7 +193,7 @@ class Contender:
         q_latent, q_pe = meta.split([RANK, ROPE], -1)
         chosen: Any
         if kernel.startswith("gluon"):
-            tensors = (q_latent, q_pe, call.c_kv, call.k_pe, None, None, call.block_table)
+            tensors = (q_latent, q_pe, call.c_kv, call.k_pe, None, None, call.block_table, call.descale)
             chosen = hopper_plan(hopper_shape(tensors), device)
         else:
             chosen = choose_plan(

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,3 +30,13 @@ def slow_hardware(tmp_path_factory: pytest.TempPathFactory) -> str:
     file: Path = tmp_path_factory.mktemp("hardware") / "slow.toml"
     file.write_text(text)
     return str(file)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of compiled kernels: registers, spills, shared memory, instructions, whoever compiled them."""
+    reports = [r for key in ("passed", "failed") for r in terminalreporter.stats.get(key, [])]
+    tables = [
+        text.splitlines() for r in reports for key, text in getattr(r, "user_properties", ()) if key == "compiled"
+    ]
+    if tables:
+        terminalreporter.section("compiled for a GPU that is not there")
+        for line in (tables[0][0], *(line for rows in tables for line in rows[1:])):
+            terminalreporter.write_line(line)

@@ -153,6 +153,21 @@ def quantized(
     )
 
 
+def in_one_run(inputs: LatentInputs) -> LatentInputs:
+    """The same call on an FP8 cache whose tokens lie in one run of bytes each: latent, factors, rotary key."""
+    c_kv, k_pe, descale = inputs.tensors[2], inputs.tensors[3], inputs.tensors[8]
+    assert c_kv is not None and descale is not None  # noqa: PT018
+    parts = [x.contiguous().view(torch.uint8) for x in (c_kv, descale, k_pe) if x is not None]
+    padded = [torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)) for x in parts]
+    run, at, views = torch.cat(padded, -1), 0, []
+    for part, whole, dtype in zip(parts, padded, (c_kv.dtype, descale.dtype, None if k_pe is None else k_pe.dtype)):
+        views.append(run[..., at : at + part.shape[-1]].view(dtype))
+        at += whole.shape[-1]
+    tensors = list(inputs.tensors)
+    tensors[2], tensors[8], tensors[3] = views if k_pe is not None else (*views, None)
+    return LatentInputs(tuple(tensors), dict(inputs.keywords))
+
+
 def _mask(case: LatentCase, gen: torch.Generator) -> Tensor | None:
     if case.mask is None:
         return None
@@ -206,11 +221,19 @@ class Exact:
     lse_bound: Tensor
 
 
-def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0.0, rows: int | None = None) -> Exact:
+def exact(
+    inputs: LatentInputs,
+    *,
+    unit: float = 2**-23,
+    operand_unit: float = 0.0,
+    key_unit: float = 0.0,
+    rows: int | None = None,
+) -> Exact:
     """Brute force in float64, one query at a time over the tokens it sees; nothing shared with the op's code.
 
     unit: relative error of one accumulation step. operand_unit: unit roundoff of the dtype in which P enters the second
-    product and in which ``out`` is stored (0: only ``unit``). rows: only the first batch rows, for large inputs.
+    product and in which ``out`` is stored (0: only ``unit``). key_unit: relative error of every cached value that the
+    kernel works with, as key and as value. rows: only the first batch rows, for large inputs.
 
     The bounds are first-order forward errors: a score of n products is off by at most (n + 3) * unit *
     sum|q||k|, which a softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit.
@@ -242,13 +265,13 @@ def exact(inputs: LatentInputs, *, unit: float = 2**-23, operand_unit: float = 0
             weights = torch.exp(scores - lse[:, None])
             result.out[row, :, query], result.lse[row, :, query] = weights @ v, lse
             # exp2(x) carries the rounding of x itself, hence + |score - lse|
-            score_error = ((q.shape[1] + 3) * unit * sizes + unit * (scores - lse[:, None]).abs()).amax(-1)
+            score_error = (((q.shape[1] + 3) * unit + key_unit) * sizes + unit * (scores - lse[:, None]).abs()).amax(-1)
             sum_error = (seen.numel() + 8) * unit
             spread = weights @ v.abs()
             stored = max(operand_unit, unit)
             result.lse_bound[row, :, query] = score_error + sum_error + 4 * unit * lse.abs()
             result.out_bound[row, :, query] = (
-                2 * score_error[:, None] + 2 * sum_error + operand_unit
+                2 * score_error[:, None] + 2 * sum_error + operand_unit + key_unit
             ) * spread + stored * result.out[row, :, query].abs()
     return result
 

@@ -24,7 +24,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "FFMA")
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG", "LDL", "STL", "FFMA")
+_JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
@@ -33,9 +34,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel costs. spill_bytes: stores and loads together; serialized: ptxas warnings that wgmma waits.
+    """What one kernel costs.
 
-    counts: instructions by name, and loads of 16 bytes as "LDG.128".
+    spill_bytes: stores and loads together. serialized: ptxas warnings that wgmma waits. counts: instructions by name,
+    and loads of 16 bytes as "LDG.128". local_in_loops: instructions that touch local memory inside innermost loops, as
+    (those of loops with wgmma, those of the others).
     """
 
     name: str
@@ -44,6 +47,7 @@ class Compiled:
     smem: int
     serialized: int
     counts: dict[str, int]
+    local_in_loops: tuple[int, int] = (0, 0)
 
     @property
     def local_memory(self) -> int:
@@ -104,7 +108,27 @@ def _inspect(built: Any, capability: int, name: str) -> Compiled:
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     counts = {word: len(re.findall(rf"\b{word}\b", sass)) for word in INSTRUCTIONS}
     counts["LDG.128"] = len(re.findall(r"\bLDG\S*\.128\b", sass))
-    return Compiled(name, registers, spilled, built.metadata.shared, len(re.findall(r"C75\d\d", log)), counts)
+    serialized = len(re.findall(r"C75\d\d", log))
+    return Compiled(name, registers, spilled, built.metadata.shared, serialized, counts, _local_in_loops(sass))
+
+
+def _local_in_loops(sass: str) -> tuple[int, int]:
+    """What innermost loops of a disassembly do to local memory: those with wgmma, and the others."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    jumps = ((labels.get(found[1], len(code)), at) for at, x in enumerate(code) if (found := _JUMP.search(x)))
+    loops = {(begin, end) for begin, end in jumps if begin <= end}
+    innermost = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    totals = [0, 0]
+    for begin, end in innermost:
+        body = " ".join(code[begin : end + 1])
+        totals["HGMMA" not in body] += len(re.findall(r"\b(?:LDL|STL)\b", body))
+    return totals[0], totals[1]
 
 
 def _run(*command: str | Path) -> str:
@@ -115,11 +139,11 @@ def _run(*command: str | Path) -> str:
 def table(rows: Iterable[Compiled]) -> str:
     """A fixed-width table, one kernel a line."""
     lines = [
-        f"{'kernel':44s} {'regs':>5s} {'spill B':>8s} {'smem':>8s} {'serial':>6s} "
+        f"{'kernel':44s} {'regs':>5s} {'spill B':>8s} {'smem':>8s} {'serial':>6s} {'in loops':>8s} "
         + " ".join(f"{w:>7s}" for w in INSTRUCTIONS)
     ]
     lines += [
-        f"{row.name:44s} {row.registers:5d} {row.spill_bytes:8d} {row.smem:8d} {row.serialized:6d} "
+        f"{row.name:44s} {row.registers:5d} {row.spill_bytes:8d} {row.smem:8d} {row.serialized:6d} {sum(row.local_in_loops):8d} "
         + " ".join(f"{row.counts[w]:7d}" for w in INSTRUCTIONS)
         for row in rows
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from mlacompile.cache.store import block_scaled_layout
 from mlacompile.kernels.mla_decode.hopper_launch import Columns, hopper_launches, hopper_shape
 from mlacompile.kernels.mla_decode.launch import launches
 from mlacompile.kernels.mla_decode.plan import Device, Plan, Shape, choose_plan, hopper_plan
@@ -20,7 +23,19 @@ SHAPE = Shape(batch=4, heads=128, queries=1, tokens=8192, rank=512, rope=64)
 SMEM = Device().smem
 
 
-def build(plan: Plan, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> Compiled:
+@pytest.fixture
+def build(record_property: Callable[[str, object], None]) -> Callable[..., Compiled]:
+    """``compiled``, whose figures go into the table at the end of the run."""
+
+    def recorded(plan: Plan, **settings: Any) -> Compiled:
+        built = compiled(plan, **settings)
+        record_property("compiled", table([built]))
+        return built
+
+    return recorded
+
+
+def compiled(plan: Plan, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> Compiled:
     """The main kernel of SHAPE, with lengths, from one fused cache, as it would be launched."""
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -32,12 +47,10 @@ def build(plan: Plan, capability: int = 90, dtype: torch.dtype = torch.bfloat16)
     out, lse = meta(b, h, s, r), meta(b, h, s, dtype=torch.float32)
     launch = launches(tensors, out, lse, plan, scale=0.1, causal=False)[0]
     name = f"{plan} {str(dtype).removeprefix('torch.')} sm_{capability}"
-    built = compile_for(launch.kernel, launch.arguments, launch.options, capability=capability, name=name)
-    print(table([built]))
-    return built
+    return compile_for(launch.kernel, launch.arguments, launch.options, capability=capability, name=name)
 
 
-def test_default_plan_on_hopper() -> None:
+def test_default_plan_on_hopper(build: Callable[..., Compiled]) -> None:
     built = build(choose_plan(SHAPE, Device()))
     assert built.counts["HGMMA"] > 0
     assert built.counts["HMMA"] == 0
@@ -48,7 +61,7 @@ def test_default_plan_on_hopper() -> None:
     assert built.smem <= SMEM
 
 
-def test_pointer_loads_on_hopper() -> None:
+def test_pointer_loads_on_hopper(build: Callable[..., Compiled]) -> None:
     built = build(Plan(64, 64, 8, 2, wide=True))
     assert built.counts["HGMMA"] > 0
     assert built.counts["LDGSTS"] > 0, "tiles should come by cp.async"
@@ -56,13 +69,13 @@ def test_pointer_loads_on_hopper() -> None:
     assert built.smem <= SMEM
 
 
-def test_float32_stays_float32() -> None:
+def test_float32_stays_float32(build: Callable[..., Compiled]) -> None:
     built = build(choose_plan(Shape(4, 128, 1, 8192, 512, 64, itemsize=4), Device()), dtype=torch.float32)
     assert built.counts["HGMMA"] == built.counts["HMMA"] == 0
     assert built.local_memory == 0
 
 
-def test_ampere() -> None:
+def test_ampere(build: Callable[..., Compiled]) -> None:
     ampere = Device((8, 0), 108, 166_912)
     built = build(choose_plan(SHAPE, ampere), capability=80)
     assert built.counts["HMMA"] > 0
@@ -83,19 +96,38 @@ HOPPER_VARIANTS = [
 
 
 @cache
-def build_hopper(heads: int, queries: int, rank: int, rope: int, page: int, dtype: torch.dtype) -> list[Compiled]:
-    """The Hopper kernel and its merge, with lengths, on one fused cache, as they would be launched."""
+def build_hopper(
+    heads: int, queries: int, rank: int, rope: int, page: int, dtype: torch.dtype, cached: str = "16 bits"
+) -> list[Compiled]:
+    """The Hopper kernel and its merge, with lengths, as they would be launched.
+
+    cached: "16 bits" in one fused cache, "per token" or "per block": FP8 in several arrays or in one run of bytes.
+    """
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
     batch, tokens = 4, 8192
-    cache = meta(1000, page, rank + rope) if page else meta(batch, tokens, rank + rope)
+    units = (1000, page) if page else (batch, tokens)
     table = meta(batch, tokens // page, dtype=torch.int32) if page else None
     q_latent, q_pe = meta(batch, heads, queries, rank), meta(batch, heads, queries, rope) if rope else None
-    k_pe, length = cache[..., rank:] if rope else None, meta(batch, dtype=torch.int32)
-    tensors = (q_latent, q_pe, cache[..., :rank], k_pe, None, length, table)
-    assert not hopper_shape_reasons(q_latent, q_pe, cache[..., :rank], k_pe, None, table, None, 0.1)
+    length, descale = meta(batch, dtype=torch.int32), None
+    if cached == "16 bits":
+        cache = meta(*units, rank + rope)
+        c_kv, k_pe = cache[..., :rank], cache[..., rank:]
+    elif cached == "per token":
+        c_kv, k_pe = meta(*units, rank, dtype=torch.float8_e4m3fn), meta(*units, rope)
+        descale = meta(*units, 1, dtype=torch.float32)
+    else:
+        layout = block_scaled_layout(rank, rope, torch.float8_e4m3fn, dtype)
+        assert layout.scale_at is not None
+        assert layout.rope_at is not None
+        run = meta(*units, layout.bytes_per_token, dtype=torch.uint8)
+        c_kv = run[..., :rank].view(torch.float8_e4m3fn)
+        descale = run[..., layout.scale_at : layout.scale_at + layout.scale_bytes].view(torch.float32)
+        k_pe = run[..., layout.rope_at : layout.rope_at + layout.rope_bytes].view(dtype)
+    tensors = (q_latent, q_pe, c_kv, k_pe if rope else None, None, length, table, descale)
+    assert not hopper_shape_reasons(*tensors[:4], None, table, descale, 0.1)  # type: ignore[arg-type]
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
     plan = hopper_plan(hopper_shape(tensors), Device())
     built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)
@@ -104,9 +136,11 @@ def build_hopper(heads: int, queries: int, rank: int, rope: int, page: int, dtyp
 
 
 @pytest.mark.parametrize("variant", HOPPER_VARIANTS, ids=str)
-def test_hopper(variant: tuple[int, int, int, int, int, torch.dtype]) -> None:
+def test_hopper(
+    variant: tuple[int, int, int, int, int, torch.dtype], record_property: Callable[[str, object], None]
+) -> None:
     main, merge = build_hopper(*variant)
-    print(table([main, merge]))
+    record_property("compiled", table([main, merge]))
     _, _, rank, rope, page, _ = variant
     columns = Columns.of(rank)
     assert main.counts["HMMA"] == 0
@@ -119,5 +153,33 @@ def test_hopper(variant: tuple[int, int, int, int, int, torch.dtype]) -> None:
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
     assert main.local_memory == main.spill_bytes == 0
     assert main.registers <= 168, "12 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM
+    assert merge.local_memory == 0
+
+
+#: The same, and how the FP8 cache lies.
+FP8_VARIANTS = [
+    (128, 1, 512, 64, 0, torch.bfloat16, "per token"),
+    (128, 1, 512, 64, 64, torch.bfloat16, "per block"),
+    (16, 4, 512, 64, 64, torch.bfloat16, "per token"),
+    (128, 1, 384, 32, 0, torch.float16, "per block"),
+    (40, 1, 256, 32, 128, torch.bfloat16, "per token"),
+    (20, 1, 128, 0, 0, torch.bfloat16, "per token"),
+]
+
+
+@pytest.mark.parametrize("variant", FP8_VARIANTS, ids=str)
+def test_hopper_fp8(
+    variant: tuple[int, int, int, int, int, torch.dtype, str], record_property: Callable[[str, object], None]
+) -> None:
+    main, merge = build_hopper(*variant)
+    record_property("compiled", table([main, merge]))
+    assert main.counts["HMMA"] == main.counts["UTMALDG"] == 0
+    assert main.counts["HGMMA"] >= 16
+    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    in_products, in_others = main.local_in_loops
+    assert in_products == 0, "the loops around products have registers enough"
+    assert in_others <= 40, "the loop that widens, of about 1150 instructions, keeps a few addresses in local memory"
+    assert main.registers <= 168
     assert main.smem <= SMEM
     assert merge.local_memory == 0

@@ -463,29 +463,18 @@ def _barriers(N: gl.constexpr):
         return bars.index(0)
 
 
-@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share"])
-def _mla_decode_hopper_kernel(
-    d_c, d_pe, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
-    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share,
-    stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
-    R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WORKER_REGS: gl.constexpr,
-    num_warps: gl.constexpr,
-):  # fmt: skip
-    """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
-
-    apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R],
-    p_part_lse likewise. p_parts: [B, 2], the first part of a batch row and how many parts it has.
-    """
+@gluon.jit
+def _begin():
+    """Let the merge be launched while this kernel drains, and wait for what was launched before this kernel."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    i_tile = gl.program_id(0)
-    part = gl.program_id(1)
-    share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
 
-    dtype: gl.constexpr = p_q.dtype.element_ty
+
+@gluon.jit
+def _setup(dtype: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Shared memory and barriers of a program."""
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=2)
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     NARROW: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
@@ -507,6 +496,29 @@ def _mla_decode_hopper_kernel(
         _barriers(1), _barriers(1), _barriers(1), _barriers(1), _barriers(1),
     )  # fmt: skip
     fence_async_shared()
+    return x, bar
+
+
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share"])
+def _mla_decode_hopper_kernel(
+    d_c, d_pe, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
+    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share,
+    stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+    R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WORKER_REGS: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
+
+    apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R],
+    p_part_lse likewise. p_parts: [B, 2], the first part of a batch row and how many parts it has.
+    """
+    _begin()
+    i_tile = gl.program_id(0)
+    part = gl.program_id(1)
+    share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
+
+    x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
+from mlacompile.kernels.mla_decode.hopper_fp8 import WIDEN, _mla_decode_hopper_fp8_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
@@ -18,6 +20,7 @@ from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, n
 TILE_ROWS = 64
 BLOCK = 64  # tokens
 WORKER_REGISTERS = 216
+FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 120
 MERGE_ELEMENTS = 4096
 MERGE_PROGRAMS = 2048
 
@@ -39,9 +42,10 @@ def mla_decode_hopper(
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
     # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
-    k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
-    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table)
+    if descale is None:
+        c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
+        k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
+    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
         plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
     b, h, s, r = q_latent.shape
@@ -71,7 +75,7 @@ class Columns:
 
 def hopper_shape(tensors: tuple[Tensor | None, ...]) -> Shape:
     """Sizes of a call. Tokens are those that a row can hold."""
-    q_latent, q_pe, c_kv, _, _, _, block_table = tensors
+    q_latent, q_pe, c_kv, _, _, _, block_table, _ = tensors
     assert q_latent is not None
     assert c_kv is not None
     b, h, s, r = q_latent.shape
@@ -95,40 +99,61 @@ def hopper_launches(
     tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor, plan: HopperPlan, *, scale: float, causal: bool
 ) -> list[Launch]:
     """The main kernel and, with several parts, the merge. Meta tensors do, to compile without a GPU."""
-    q_latent, q_pe, c_kv, k_pe, start, length, block_table = tensors
+    q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale = tensors
     assert q_latent is not None
     assert c_kv is not None
     shape = hopper_shape(tensors)
     b, h, s, r = q_latent.shape
     columns = Columns.of(r)
     tiles = -(-shape.rows // TILE_ROWS)
-    page = 0 if block_table is None else c_kv.shape[1]
-    box_rows = min(page, BLOCK) if page else BLOCK
-    d_c, apart_c = _descriptor(c_kv, box_rows, columns.panel)
-    block_p = max(next_power_of_2(shape.rope), 16) if shape.rope else 0
-    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, block_p)
     slots = 2 * plan.parts if plan.parts > 1 else 1
     partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1)
     partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
-        "d_c": d_c, "d_pe": d_pe, "p_q": q_latent, "p_qpe": q_pe, "p_start": start, "p_length": length,
-        "p_table": block_table, "p_out": out, "p_lse": lse, "p_part": partial, "p_part_lse": partial_lse,
-        "p_parts": parts,
+        "p_q": q_latent, "p_qpe": q_pe, "p_start": start, "p_length": length, "p_table": block_table,
+        "p_out": out, "p_lse": lse, "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts,
         "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
-        "apart_c": apart_c, "apart_pe": apart_pe, "n_pages": c_kv.shape[0],
-        "stride_table": 0 if block_table is None else block_table.stride(0),
+        "n_pages": c_kv.shape[0], "stride_table": 0 if block_table is None else block_table.stride(0),
         "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,
         **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
         "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
-        "BLOCK_P": block_p, "PAGE": page, "CAUSAL": causal and s > 1, "WORKER_REGS": WORKER_REGISTERS,
+        "BLOCK_P": max(next_power_of_2(shape.rope), 16) if shape.rope else 0,
+        "PAGE": 0 if block_table is None else c_kv.shape[1], "CAUSAL": causal and s > 1,
     }  # fmt: skip
-    result = [
-        Launch(_mla_decode_hopper_kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})
-    ]
+    kernel = _mla_decode_hopper_kernel if descale is None else _mla_decode_hopper_fp8_kernel
+    if descale is None:
+        arguments |= _described(c_kv, k_pe, arguments)
+    else:
+        arguments |= _addressed(c_kv, k_pe, descale, q_latent.dtype)
+    result = [Launch(kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})]
     if plan.parts > 1:
         result.append(_merge(partial, partial_lse, parts, out, lse, plan, shape))
     return result
+
+
+def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The cache as TMA sees it."""
+    box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
+    d_c, apart_c = _descriptor(c_kv, box_rows, arguments["PANEL"])
+    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "WORKER_REGS": WORKER_REGISTERS}
+
+
+def _addressed(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """An FP8 cache as pointers see it: words of 32 bits, strides in pairs of them."""
+    words = c_kv.view(torch.int32)
+    rope = None if k_pe is None else k_pe.view(torch.int32)
+    pairs = {
+        f"pair_{name}{dim}": apart // 2
+        for name, x in (("c", words), ("k", rope))
+        for dim, apart in zip("bt", strides(name, "bt", x).values(), strict=True)
+    }
+    return {
+        "p_c": words, "p_pe": rope, "p_scale": descale, **pairs, **strides("f", "bt", descale),
+        "GROUPS": descale.shape[2], "G": next_power_of_2(descale.shape[2]), "CODE": WIDEN[c_kv.dtype, dtype],
+        "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
+    }  # fmt: skip
 
 
 def _merge(

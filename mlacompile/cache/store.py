@@ -162,10 +162,13 @@ class BlockScaledStore(ScaledStore):
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Views of the bytes: FP8 latents ``[B, T, R]``, float32 scales ``[B, T, G]``, rotary keys ``[B, T, P]``."""
         scale_at, rope_at = self._starts()
+        rope_size = self.rope_dtype.itemsize
+        # Cut after the dtype is changed: of a whole array Inductor takes a view, a part of one it would copy first.
+        scales, ropes = self.bytes.view(torch.float32), self.bytes.view(self.rope_dtype)
         return (
-            self.bytes[..., : self.rank].view(self.fp8),
-            self.bytes[..., scale_at : scale_at + self.layout.scale_bytes].view(torch.float32),
-            self.bytes[..., rope_at : rope_at + self.layout.rope_bytes].view(self.rope_dtype),
+            self.bytes.view(self.fp8)[..., : self.rank],
+            scales[..., scale_at // 4 : (scale_at + self.layout.scale_bytes) // 4],
+            ropes[..., rope_at // rope_size : (rope_at + self.layout.rope_bytes) // rope_size],
         )
 
     def _starts(self) -> tuple[int, int]:

@@ -22,12 +22,13 @@ _BODIES: dict[Any, Callable[..., Any]] = {
 def inline_references(gm: GraphModule) -> None:
     """Put the reference bodies of FP8 ops in their places, where the device can compile casts to FP8."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in _BODIES and _compiles_fp8(node):
+        if node.op == "call_function" and node.target in _BODIES and compiles_fp8(node.args[0]):  # type: ignore[arg-type]
             node.target = _BODIES[node.target]
     gm.recompile()
 
 
-def _compiles_fp8(node: Node) -> bool:
-    """Triton casts to e4m3 from compute capability 8.9 on; PyTorch, which runs an op that is left alone, everywhere."""
-    device = node.args[0].meta["val"].device  # type: ignore[union-attr]
+def compiles_fp8(x: Node) -> bool:
+    """Whether Inductor can, where x lives: Triton casts to e4m3 from compute capability 8.9 on; PyTorch, which runs an
+    op that is left alone, everywhere."""
+    device = x.meta["val"].device
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

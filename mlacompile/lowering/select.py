@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from mlacompile.geometry import scale_groups
 from mlacompile.kernels import registry
 from mlacompile.kernels.fp8_linear.supports import slower_than_16_bits
+from mlacompile.lowering.inline import compiles_fp8
 from mlacompile.ops import mla_decode_reference
 from mlacompile.ops.fp8_linear import E4M3, WEIGHT_ONLY_ROWS, block_grid
 
@@ -73,8 +74,10 @@ def place_kernels(gm: GraphModule, chosen: dict[Node, str]) -> None:
     for node, name in chosen.items():
         kwargs = dict(node.kwargs)
         kwargs.pop("impl", None)
-        if name == "inductor":
+        if name == "inductor" and (node.args[_DECODE_ARGS - 1 :] in ((), (None,)) or compiles_fp8(node.args[0])):  # type: ignore[arg-type]
             node.target = mla_decode_reference
+        elif name == "inductor":
+            kwargs["impl"] = "reference"
         elif name in {k.name for k in registry.kernels("mla_decode")}:
             kwargs["impl"] = name
         node.kwargs = kwargs

@@ -24,6 +24,7 @@ from mlacompile.passes.cone import dynamic_nodes
 from mlacompile.passes.forms import Choice, choose_form
 from mlacompile.passes.hoist import Hoisted, hoist
 from mlacompile.passes.quantize import Policy, quantize
+from mlacompile.passes.read_stored import read_stored
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
 from mlacompile.passes.see_through import put_back, see_through
 from mlacompile.passes.share import share_heads
@@ -77,6 +78,8 @@ class Pipeline:
             found = list(Recognizer(gm.graph, weights).find())
         self._rewrite(gm, found)
         put_back(gm.graph, in_fp8)
+        with self.stage("read stored"):
+            read_stored(gm.graph)
         _remove_dead(gm)
         gm.graph.lint()
         gm.recompile()

@@ -157,14 +157,15 @@ def in_one_run(inputs: LatentInputs) -> LatentInputs:
     """The same call on an FP8 cache whose tokens lie in one run of bytes each: latent, factors, rotary key."""
     c_kv, k_pe, descale = inputs.tensors[2], inputs.tensors[3], inputs.tensors[8]
     assert c_kv is not None and descale is not None  # noqa: PT018
-    parts = [x.contiguous().view(torch.uint8) for x in (c_kv, descale, k_pe) if x is not None]
+    arrays = [x for x in (c_kv, descale, k_pe) if x is not None]
+    parts = [x.contiguous().view(torch.uint8) for x in arrays]
     padded = [torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)) for x in parts]
     run, at, views = torch.cat(padded, -1), 0, []
-    for part, whole, dtype in zip(parts, padded, (c_kv.dtype, descale.dtype, None if k_pe is None else k_pe.dtype)):
-        views.append(run[..., at : at + part.shape[-1]].view(dtype))
+    for array, part, whole in zip(arrays, parts, padded, strict=True):
+        views.append(run[..., at : at + part.shape[-1]].view(array.dtype))
         at += whole.shape[-1]
     tensors = list(inputs.tensors)
-    tensors[2], tensors[8], tensors[3] = views if k_pe is not None else (*views, None)
+    tensors[2], tensors[8], tensors[3] = views[0], views[1], None if k_pe is None else views[2]
     return LatentInputs(tuple(tensors), dict(inputs.keywords))
 
 

@@ -143,8 +143,8 @@ def table(rows: Iterable[Compiled]) -> str:
         + " ".join(f"{w:>7s}" for w in INSTRUCTIONS)
     ]
     lines += [
-        f"{row.name:44s} {row.registers:5d} {row.spill_bytes:8d} {row.smem:8d} {row.serialized:6d} {sum(row.local_in_loops):8d} "
-        + " ".join(f"{row.counts[w]:7d}" for w in INSTRUCTIONS)
+        f"{row.name:44s} {row.registers:5d} {row.spill_bytes:8d} {row.smem:8d} {row.serialized:6d} "
+        f"{sum(row.local_in_loops):8d} " + " ".join(f"{row.counts[w]:7d}" for w in INSTRUCTIONS)
         for row in rows
     ]
     return "\n".join(lines)

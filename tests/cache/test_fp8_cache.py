@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from mlacompile.testing.models import random_tokens, tiny_config, tiny_model
 from mlacompile.testing.registration import ensure_registered
 from tests.cache.test_latent_cache import EAGER, LENGTH, decode, full_by_one, generate, padding, relative, small
 from tests.ops.test_fp8_quantize import allowed
+
+mla_decode_module = import_module("mlacompile.ops.mla_decode")  # the package has a function of that name
 
 #: What is asked for, and the bytes of a token at the tiny models' rank 64 and rope 16, and at 512 and 64.
 KINDS: list[tuple[dict[str, str], int, int]] = [
@@ -131,22 +134,47 @@ def test_every_layer_is_absorbed_and_equal_to_eager_with_the_same_cache(kind: di
     assert layout.scale_bytes == cache.layout.scale_bytes
 
 
-def test_the_latent_is_dequantized_once_a_layer_and_nothing_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_attention_reads_the_bytes_of_the_cache(kind: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graph that is lowered nothing is dequantized, and no tensor of the cache's length is wider than it."""
     graphs: list[torch.fx.GraphModule] = []
     lowered = compiler.compile_rest
     monkeypatch.setattr(compiler, "compile_rest", lambda gm, *rest: graphs.append(gm) or lowered(gm, *rest))
     model = small("deepseek_v3")
     compiled = torch.compile(model, backend=backend, options=EAGER)
-    decode(model, compiled, LatentCache(model.config, max_cache_len=LENGTH, dtype="fp8_e4m3"), steps=1)
+    decode(model, compiled, LatentCache(model.config, max_cache_len=LENGTH, **kind), steps=1)
     (graph,) = graphs
     called = Counter(getattr(n.target, "__name__", str(n.target)) for n in graph.graph.nodes)
-    assert called["fp8_dequantize_reference"] == 2
-    assert called["fp8_quantize_reference"] == 2
-    largest = 2 * LENGTH * (64 + 16)
+    assert not any("dequantize" in name for name in called)
+    assert called["fp8_quantize_reference"] == 2 * (1 + kind.get("rope_dtype", "").startswith("fp8"))
+    decodes = graph.graph.find_nodes(op="call_function", target=torch.ops.mlacompile.mla_decode.default)
+    assert len(decodes) == 2
+    for node in decodes:
+        c_kv, k_pe, descale = (node.args[i].meta["val"] for i in (2, 3, 8))
+        assert c_kv.dtype == Storage.parse(**kind).dtype
+        assert descale.dtype == torch.float32
+        assert descale.shape[2] == 1 + (k_pe.dtype.itemsize == 1)
     for node in graph.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and LENGTH in value.shape and value.is_floating_point():
-            assert value.numel() <= largest, node.format_node()
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and LENGTH in value.shape[1:2]:
+            assert value.shape[-1] <= 16, f"wider than rotary keys and factors: {node.format_node()}"
+
+
+def test_inductor_hands_the_cache_itself_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    choose = mla_decode_module._implementation
+
+    def spy(impl: str, tensors: tuple[torch.Tensor, ...], *settings: Any) -> Any:
+        given.extend((tensors[2], tensors[8]))
+        return choose(impl, tensors, *settings)
+
+    monkeypatch.setattr(mla_decode_module, "_implementation", spy)
+    model = small("deepseek_v3", num_hidden_layers=1)
+    cache = LatentCache(model.config, max_cache_len=LENGTH, dtype="fp8_e4m3")
+    decode(model, torch.compile(model, backend=backend), cache, steps=1)
+    memory = cache.latent_layers[0].store.bytes.untyped_storage().data_ptr()
+    assert given
+    assert {x.untyped_storage().data_ptr() for x in given} == {memory}
 
 
 @pytest.mark.parametrize("name", ["ours", "stock"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mlacompile.kernels import registry
 from mlacompile.kernels.mla_decode import cpu
 from mlacompile.kernels.mla_decode.cpu import mla_decode_cpu
 from mlacompile.ops import mla_decode
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, worst
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, quantized, worst
 
 #: Relative error of an accumulation step (the float32 exponential is good to 20 ULP, hence not 2^-23), unit roundoff of
 #: P and of what is stored (0: no less than a step's), relative error of an exponential where P has 16 bits.
@@ -43,11 +44,19 @@ cases = st.builds(
 )
 
 
-def check(inputs: LatentInputs, stretches: int | None = None) -> None:
+def check(inputs: LatentInputs, stretches: int | None = None, *, stored: LatentInputs | None = None) -> None:
+    """stored: the call that is made, whose FP8 cache says what that of ``inputs`` holds."""
     dtype = inputs.tensors[0].dtype  # type: ignore[union-attr]
     unit, operand_unit, exponential = UNITS[dtype]
-    out, lse = mla_decode_cpu(*inputs.tensors, **inputs.keywords, stretches=stretches)  # type: ignore[arg-type]
-    want = exact(inputs, unit=unit, operand_unit=operand_unit + 2 * exponential)
+    call = inputs if stored is None else stored
+    out, lse = mla_decode_cpu(*call.tensors, **call.keywords, stretches=stretches)  # type: ignore[arg-type]
+    want = exact(
+        inputs,
+        unit=unit,
+        operand_unit=operand_unit + 2 * exponential,
+        # Values times factors: rounded to the dtype of the queries here, to float32 in what ``inputs`` holds.
+        key_unit=0.0 if stored is None else max(operand_unit, 2**-24),
+    )
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     assert out.is_contiguous()
     assert lse.is_contiguous()
@@ -61,6 +70,35 @@ def check(inputs: LatentInputs, stretches: int | None = None) -> None:
 @given(case=cases, seed=st.integers(0, 9), stretches=st.sampled_from([None, 2, 3, 7]))
 def test_matches_brute_force(case: LatentCase, seed: int, stretches: int | None) -> None:
     check(make_inputs(case, seed=seed), stretches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    case=cases,
+    seed=st.integers(0, 9),
+    fp8=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
+    per=st.sampled_from(["token", "block"]),
+    rope=st.booleans(),
+    chunk=st.sampled_from([8, 17, 1000]),
+)
+def test_fp8_caches_in_chunks_match_brute_force(
+    case: LatentCase, seed: int, fp8: torch.dtype, per: str, rope: bool, chunk: int
+) -> None:
+    case = replace(case, rank=case.rank if per == "token" else 8 * case.rank)
+    stored, said = quantized(make_inputs(case, seed=seed), per=per, dtype=fp8, rope=rope)
+    with mock.patch.multiple(cpu, _CHUNK=chunk * case.batch * case.rank, _STRETCH=1):
+        check(said, stored=stored)
+
+
+def test_of_an_fp8_cache_only_chunks_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, said = quantized(make_inputs(LatentCase(1, 4, 1, 5000, 512, 64, torch.bfloat16, length=True)))
+    said.tensors[6][0] = stored.tensors[6][0] = 3000  # type: ignore[index]
+    widened: list[tuple[int, ...]] = []
+    widen = cpu._widened
+    monkeypatch.setattr(cpu, "_widened", lambda c_kv, *rest: widened.append(c_kv.shape) or widen(c_kv, *rest))
+    check(said, stored=stored)
+    assert sum(shape[1] for shape in widened) == 3000, "tokens that nobody sees were looked at"
+    assert max(shape[1] for shape in widened) <= cpu._CHUNK // 512
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)

@@ -5,6 +5,8 @@ hands threads whole heads, and a latent cache has one. So the H*S rows become th
 gets another stretch of the same cache (a strided view, no copy), and log-sum-exps merge the stretches. Rotary scores
 and masks enter as a bias. All of it runs eagerly inside the op and may look at data: tokens outside the window that
 somebody sees are never touched.
+
+An FP8 cache is widened a chunk of tokens at a time, into memory that the processor's cache holds, and of the window only.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.supports import interpreted
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _STRETCH = 512  # tokens; a shorter stretch costs more than the thread it occupies brings
+_CHUNK = 1 << 20  # values of an FP8 cache that are widened at a time, unless threads ask for more tokens
 _ROWS = 32  # rows that flash attention gives a thread at least
 _FAR_FROM_OVERFLOW = 2.0**100  # a sum of products this large stays finite in float32 at any rank
 
@@ -45,8 +49,6 @@ def cpu_reasons(
         reasons.append(f"inputs are on {q_latent.device}, the kernel needs a CPU")
     if block_table is not None:
         reasons.append("the cache is paged")
-    if descale is not None:
-        reasons.append("the cache is in FP8")
     if interpreted():
         reasons.append("TRITON_INTERPRET=1 asks for Triton's interpreter")
     if not hasattr(torch.ops.aten, _FLASH):
@@ -56,7 +58,10 @@ def cpu_reasons(
 
 @dataclass(frozen=True)
 class _Call:
-    """One call, its cache cut to a window. visible: bool, broadcastable to [B, S, T]; None when everything is seen."""
+    """One call, its cache cut to a window.
+
+    additive: [B, S, T] or broadcastable. visible: bool, broadcastable to [B, S, T]; None when everything is seen.
+    """
 
     q_latent: Tensor
     q_pe: Tensor | None
@@ -65,6 +70,18 @@ class _Call:
     additive: Tensor | None
     visible: Tensor | None
     scale: float
+    descale: Tensor | None = None
+
+    def part(self, first: int, end: int) -> _Call:
+        """The call on some of its tokens, in the dtype of the queries."""
+        tokens = slice(first, end)
+        additive, visible = (
+            x if x is None or x.shape[2] == 1 else x[..., tokens] for x in (self.additive, self.visible)
+        )
+        c_kv, k_pe = self.c_kv[:, tokens], None if self.k_pe is None else self.k_pe[:, tokens]
+        if self.descale is not None:
+            c_kv, k_pe = _widened(c_kv, k_pe, self.descale[:, tokens], self.q_latent.dtype)
+        return replace(self, c_kv=c_kv, k_pe=k_pe, additive=additive, visible=visible, descale=None)
 
 
 def mla_decode_cpu(
@@ -83,7 +100,7 @@ def mla_decode_cpu(
     stretches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` for inputs that ``cpu_reasons`` has nothing against. stretches: None lets the shape decide."""
-    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length)
+    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, None, descale)
     b, h, s, r = q_latent.shape
     windows = _windows(mask, start, length, b, c_kv.shape[1])
     occupied = [w for w in windows if w[0] < w[1]]
@@ -100,8 +117,9 @@ def mla_decode_cpu(
     visible = _visible(mask, windows, last, s, first, end)
     additive = None if mask is None or mask.dtype == torch.bool else mask
     k_pe = None if k_pe is None else k_pe[:, first:end]
-    call = _Call(q_latent, q_pe, c_kv[:, first:end], k_pe, additive, visible, scale)
-    out, lse = _attend(_without_dead_rows(call), stretches)
+    descale = None if descale is None else descale[:, first:end]
+    call = _Call(q_latent, q_pe, c_kv[:, first:end], k_pe, additive, visible, scale, descale)
+    out, lse = _attend_widened(call, stretches)
     return out.view(b, h, s, r), lse.view(b, h, s).to(torch.float32)
 
 
@@ -161,6 +179,35 @@ def _without_dead_rows(call: _Call) -> _Call:
     if reach < _FAR_FROM_OVERFLOW:  # not so for NaN
         return call
     return replace(call, c_kv=call.c_kv.masked_fill(dead.unsqueeze(-1), 0.0))
+
+
+def _attend_widened(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]:
+    """out [B, H*S, R] and lse [B, H*S]; an FP8 cache a chunk at a time."""
+    if call.descale is None:
+        return _attend(_without_dead_rows(call), stretches)
+    b, h, s, r = call.q_latent.shape
+    tokens = call.c_kv.shape[1]
+    step = max(_CHUNK // (b * r), _STRETCH * _stretches(b, h * s, tokens))
+    out, lse = _attend(_without_dead_rows(call.part(0, step)), stretches)
+    for first in range(step, tokens, step):
+        more, lse_more = _attend(_without_dead_rows(call.part(first, first + step)), stretches)
+        both = torch.stack((lse, lse_more), 1)
+        out, lse = _merge(torch.stack((out, more), 1), both, both == -math.inf)
+    return out, lse
+
+
+def _widened(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """An FP8 cache times its factors, rounded once."""
+    compute = torch.promote_types(dtype, torch.float32)
+    scaled_rope = k_pe is not None and k_pe.dtype.itemsize == 1
+    groups, rank = descale.shape[2] - scaled_rope, c_kv.shape[2]
+    values = torch.empty(c_kv.shape, dtype=dtype)
+    for i in range(groups):
+        columns = slice(i * SCALE_GROUP, (i + 1) * SCALE_GROUP if groups > 1 else rank)
+        values[..., columns] = c_kv[..., columns].to(compute) * descale[..., i : i + 1]
+    if k_pe is not None and scaled_rope:
+        k_pe = (k_pe.to(compute) * descale[..., groups:]).to(dtype)
+    return values, k_pe
 
 
 def _attend(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]:

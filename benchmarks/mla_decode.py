@@ -265,14 +265,17 @@ def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[st
 
 def compile_one(row: Row, contender: Contender) -> None:
     """Run once on a short cache, in a worker: the binaries go to Triton's cache on disk."""
-    short = replace(row, batch=min(row.batch, 8), context=512, ragged=False)
+    short = replace(row, batch=min(row.batch, 33), context=512, ragged=False)
     measure(short, contender, Pool(2 * short.bytes()), 1)
 
 
 def precompile(work: list[tuple[Row, Contender]], workers: int) -> None:
-    # What reaches the code: divisibility of the heads by 16, the number of queries, and whether a batch is small.
+    # What reaches the code: divisibility of the heads by 16, the number of queries, and how large a batch is.
     kinds = {
-        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, c.name.partition("@")[0]): (row, c)
+        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, row.batch > 32, c.name.partition("@")[0]): (
+            row,
+            c,
+        )
         for row, c in work
     }
     context = multiprocessing.get_context("spawn")

@@ -84,9 +84,9 @@ class _Stored:
         for step in self.steps:
             if step.target in _ALIKE:
                 continue
-            args = list(step.args[1:])
+            args: list[Any] = list(step.args[1:])
             if step.target in (aten.reshape.default, aten.view.default, aten.expand.default):
-                args[0] = [*args[0][:-1], node.meta["val"].shape[-1]]  # type: ignore[misc]
+                args[0] = [*args[0][:-1], node.meta["val"].shape[-1]]
             node = emit(step.target, node, *args)
         return node
 
@@ -99,28 +99,27 @@ def _keeps_last(node: Node) -> bool:
     if before is None or after is None or len(before) < 2 or len(after) < 2:
         return False
     last = len(before) - 1
-    if node.target is aten.slice.Tensor:
-        return len(node.args) > 1 and node.args[1] not in (last, -1)
+    argument: Any = node.args[1] if len(node.args) > 1 else None
+    if node.target in (aten.slice.Tensor, aten.squeeze.dim):
+        return argument not in (None, last, -1)
     if node.target is aten.unsqueeze.default:
-        return node.args[1] not in (len(before), -1)
-    if node.target is aten.squeeze.dim:
-        return node.args[1] not in (last, -1)
+        return argument not in (len(before), -1)
     if node.target is aten.permute.default:
-        return node.args[1][-1] in (last, -1)  # type: ignore[index]
+        return argument[-1] in (last, -1)
     if node.target in (aten.reshape.default, aten.view.default, aten.expand.default):
-        return isinstance(before[-1], int) and before[-1] == after[-1] > 1 and node.args[1][-1] in (-1, after[-1])  # type: ignore[index]
+        return isinstance(before[-1], int) and before[-1] == after[-1] and before[-1] > 1
     return False
 
 
 def _beside(latent: _Stored, rope: _Stored) -> Node | None:
     """The tensor whose columns are the factors of both, one after the other, or None."""
-    ends = []
-    for node in (latent.descale, rope.descale):
-        if node.target is not aten.slice.Tensor or len(node.args) < 4:
-            return None
-        ends.append(node.args[:4])
-    (whole, dim, first, middle), (same, dim_, begin, end) = ends
+    cuts: list[list[Any]] = [
+        list(node.args) for node in (latent.descale, rope.descale) if node.target is aten.slice.Tensor
+    ]
+    if [len(cut) for cut in cuts] != [4, 4]:
+        return None
+    (whole, dim, first, middle), (same, dim_too, begin, end) = cuts
     shape = shape_of(whole)
-    if whole is not same or shape is None or dim not in (len(shape) - 1, -1) or dim_ not in (len(shape) - 1, -1):
+    if whole is not same or shape is None or not {dim, dim_too} <= {len(shape) - 1, -1}:
         return None
     return whole if first == 0 and middle == begin and end >= shape[-1] else None

@@ -1,4 +1,4 @@
-"""``mla_decode`` reads what a cache in FP8 stores: through views, with rotary keys of their own factor; and when not."""
+"""``mla_decode`` reads what an FP8 cache stores: through views, with rotary keys of their own factor; and when not."""
 
 from __future__ import annotations
 

@@ -91,18 +91,34 @@ class Signals:
 
 
 @gluon.jit
-def _rows(i_tile, H, layout: gl.constexpr):
-    """Row numbers of a tile, and the head and query of each."""
-    o_row = i_tile * ROWS + gl.arange(0, ROWS, layout)
-    return o_row, o_row % H, o_row // H
+def _here(x):
+    """x, but the compiler must not know: what follows from it is computed here, not kept in registers from before."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr):
+def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr):
+    """Row numbers of a tile, and the head and query of each."""
+    o_row = _here(i_tile) * ROWS + gl.arange(0, ROWS, layout)
+    if ONE_QUERY:
+        return o_row, o_row, o_row * 0
+    else:
+        return o_row, o_row % H, o_row // H
+
+
+@gluon.constexpr_function
+def _row_wise(width):
+    """A layout in which a warp holds whole rows, 16 bytes a thread, for global memory."""
+    across = min(width // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr, WIDTH: gl.constexpr,
+             D: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Columns [COLUMN, COLUMN + WIDTH) of a tile's queries; zeros beyond the last row and beyond column D."""
-    across: gl.constexpr = 32 if WIDTH >= 256 else WIDTH // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-    o_row, o_h, o_s = _rows(i_tile, H, gl.SliceLayout(1, layout))
+    layout: gl.constexpr = _row_wise(WIDTH)
+    o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
     o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     p_row = p + (o_h * stride_h + o_s * stride_s)[:, None] + (o_c * stride_r)[None, :]
     return gl.load(p_row, mask=(o_row < H * S)[:, None] & (o_c < D)[None, :], other=0.0)
@@ -111,8 +127,7 @@ def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr
 @gluon.jit
 def _clear_dead(tile, t, lo, hi, WIDTH: gl.constexpr, PANEL: gl.constexpr):
     """Zero the rows of a [64, WIDTH] tile of values whose tokens nobody sees: 0 * NaN is NaN."""
-    across: gl.constexpr = PANEL // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    layout: gl.constexpr = _row_wise(PANEL)
     o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     live = (o_t >= lo) & (o_t < hi)
     for i in gl.static_range(WIDTH // PANEL):
@@ -138,20 +153,25 @@ def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, lay
 
 
 @gluon.jit
-def _store_columns(o, total, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S,
-                   COLUMN: gl.constexpr, WIDTH: gl.constexpr, R: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Normalize output columns and write them: to the result if the item is a whole row, else to its slot."""
-    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    o = o / gl.where(total == 0, 1.0, total)[:, None]
-    o_row, o_h, o_s = _rows(i_tile, H, row_layout)
+def _store_columns(o, total, through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, COLUMN: gl.constexpr,
+                   WIDTH: gl.constexpr, R: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Normalize output columns and write them: to the result if the item is a whole row, else to its slot.
+
+    through: shared memory of the same shape, free by now, that turns fragments of a product into whole rows.
+    """
+    share = 1.0 / gl.where(total == 0, 1.0, total)
+    through.store((o * share[:, None]).to(through.dtype))
+    layout: gl.constexpr = _row_wise(WIDTH)
+    o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
     o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     mask = (o_row < H * S)[:, None] & (o_c < R)[None, :]
     if whole:
-        o_out = (i_b.to(gl.int64) * H + o_h) * S + o_s
-        gl.store(p_out + o_out[:, None] * R + o_c[None, :], o.to(p_out.dtype.element_ty), mask=mask)
+        p_to = p_out + i_b.to(gl.int64) * H * S * R
+        o_to = o_h * S + o_s
     else:
-        o_part = (slot * n_tiles).to(gl.int64) * ROWS + o_row
-        gl.store(p_part + o_part[:, None] * R + o_c[None, :], o.to(p_part.dtype.element_ty), mask=mask)
+        p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * R
+        o_to = o_row
+    gl.store(p_to + (o_to * R)[:, None] + o_c[None, :], through.load(layout), mask=mask)
 
 
 @gluon.jit
@@ -259,7 +279,7 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, 
 def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, share,
           overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
-          CAUSAL: gl.constexpr):  # fmt: skip
+          CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block, and the left columns of the output."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
@@ -278,12 +298,12 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         sure = hi
         limit = gl.full((ROWS,), 0, gl.int32, s_row)
         if CAUSAL:
-            _r_row, _r_h, r_s = _rows(i_tile, H, s_row)
+            _r_row, _r_h, r_s = _rows(i_tile, H, ONE_QUERY, s_row)
             limit = gl.minimum(end - S + r_s + 1, T)
             sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
 
         p = p_q + row.to(gl.int64) * stride_qb
-        x.q_left.store(_queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R))
+        x.q_left.store(_queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R, ONE_QUERY))
         fence_async_shared()
         o = gl.zeros((ROWS, LEFT), gl.float32, o_layout)
         m = gl.full((ROWS,), LOWEST, gl.float32, s_row)
@@ -367,8 +387,10 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
         total_o = gl.convert_layout(total, o_row)
-        _store_columns(o, total_o, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, LEFT, R, o_layout)
-        r_row, r_h, r_s = _rows(i_tile, H, s_row)
+        _store_columns(
+            o, total_o, x.q_left, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, LEFT, R, ONE_QUERY
+        )
+        r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, s_row)
         lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
         if whole:
             o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
@@ -390,7 +412,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
 def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-           BLOCK_P: gl.constexpr):  # fmt: skip
+           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUARTER, 16]
@@ -404,11 +426,12 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
         # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
         p = p_q + row.to(gl.int64) * stride_qb
         for k in gl.static_range(2):
-            q = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, LEFT + k * QUARTER, QUARTER, R)
-            x.q_right.index(k).store(q)
+            x.q_right.index(k).store(
+                _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, LEFT + k * QUARTER, QUARTER, R, ONE_QUERY)
+            )
         if BLOCK_P > 0:
             p = p_qpe + row.to(gl.int64) * stride_pb
-            x.q_pe.store(_queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, 0, BLOCK_P, P))
+            x.q_pe.store(_queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, 0, BLOCK_P, P, ONE_QUERY))
         fence_async_shared()
         mbarrier.arrive(bar.queries, count=1)
 
@@ -442,10 +465,14 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
         total = x.total.load(o_row)
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
-        _store_columns(o1, total, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, LEFT, QUARTER, R, layout)
         _store_columns(
-            o2, total, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, LEFT + QUARTER, QUARTER, R, layout
-        )
+            o1, total, x.q_right.index(0), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, LEFT, QUARTER, R,
+            ONE_QUERY,
+        )  # fmt: skip
+        _store_columns(
+            o2, total, x.q_right.index(1), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, LEFT + QUARTER,
+            QUARTER, R, ONE_QUERY,
+        )  # fmt: skip
         item += 1
         todo -= taken
         row += 1
@@ -499,14 +526,14 @@ def _setup(dtype: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL
     return x, bar
 
 
-@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share"])
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead"])
 def _mla_decode_hopper_kernel(
     d_c, d_pe, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
-    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share,
+    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, n_pages, stride_table, n_columns, min_share, overhead,
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WORKER_REGS: gl.constexpr,
-    num_warps: gl.constexpr,
+    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+    CHUNK: gl.constexpr, MANY: gl.constexpr, RIGHT_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
 
@@ -516,20 +543,22 @@ def _mla_decode_hopper_kernel(
     _begin()
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
-    share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
+    share, overhead, row, position = _plan(
+        p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
+    )
 
     x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P)),
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
             (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c,
                       apart_pe, n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
         ],
         [4, 1],
-        [WORKER_REGS, 32],
+        [RIGHT_REGS, 32],
     )  # fmt: skip

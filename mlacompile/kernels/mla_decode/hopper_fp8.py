@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mlacompile.kernels.mla_decode.hopper import _begin, _left, _right, _setup, _unit
+from mlacompile.kernels.mla_decode.hopper import _begin, _here, _left, _right, _setup, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
 
 GROUP = gl.constexpr(128)  # values of a latent that share a factor, where there is more than one
@@ -93,9 +93,8 @@ def _tokens(t, T, PAGE: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _offsets(t, T, apart, PAGE: gl.constexpr, layout: gl.constexpr):
-    """Where each token of a block begins in its unit; computed here and not kept from block to block in registers."""
-    apart = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [apart], dtype=gl.int32, is_pure=False, pack=1)
-    return _tokens(t, T, PAGE, layout) * apart
+    """Where each token of a block begins in its unit."""
+    return _tokens(t, T, PAGE, layout) * _here(apart)
 
 
 @gluon.jit
@@ -215,15 +214,16 @@ def _widen(x, factors, bar, p_c, p_pe, p_scale, p_start, p_length, p_table, row,
         position = 0
 
 
-@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share"])
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead"])
 def _mla_decode_hopper_fp8_kernel(
     p_c, p_pe, p_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
-    scale_log2, B, H, S, T, n_tiles, n_pages, stride_table, n_columns, min_share,
+    scale_log2, B, H, S, T, n_tiles, n_pages, stride_table, n_columns, min_share, overhead,
     pair_cb, pair_ct, pair_kb, pair_kt, stride_fb, stride_ft,
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, CAUSAL: gl.constexpr,
-    CODE: gl.constexpr, RIGHT_REGS: gl.constexpr, WIDEN_REGS: gl.constexpr, num_warps: gl.constexpr,
+    ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, RIGHT_REGS: gl.constexpr,
+    WIDEN_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. cb, kb, fb: from one batch row or page to the next; ct, kt, ft: a token.
 
@@ -233,17 +233,19 @@ def _mla_decode_hopper_fp8_kernel(
     _begin()
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
-    share, overhead, row, position = _plan(p_start, p_length, B, T, part, gl.num_programs(1), min_share)
+    share, overhead, row, position = _plan(
+        p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
+    )
     x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
     factors = gl.allocate_shared_memory(gl.float32, [G, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P)),
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
             (_widen, (x, factors, bar, p_c, p_pe, p_scale, p_start, p_length, p_table, row, position, share, overhead,
                       B, T, pair_cb, pair_ct, pair_kb, pair_kt, stride_fb, stride_ft, n_pages, stride_table, n_columns,
                       R, P, LEFT, QUARTER, BLOCK_P, PAGE, GROUPS, CODE)),

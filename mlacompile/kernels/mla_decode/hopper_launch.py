@@ -19,8 +19,9 @@ from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, n
 
 TILE_ROWS = 64
 BLOCK = 64  # tokens
-WORKER_REGISTERS = 216
+RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 120
+CHUNK = 256  # batch rows that the planner looks at together
 MERGE_ELEMENTS = 4096
 MERGE_PROGRAMS = 2048
 
@@ -116,10 +117,11 @@ def hopper_launches(
         "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
         "n_pages": c_kv.shape[0], "stride_table": 0 if block_table is None else block_table.stride(0),
         "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,
+        "overhead": plan.overhead, "CHUNK": 32 if b <= 32 else CHUNK, "MANY": b > CHUNK,
         **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
         "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
         "BLOCK_P": max(next_power_of_2(shape.rope), 16) if shape.rope else 0,
-        "PAGE": 0 if block_table is None else c_kv.shape[1], "CAUSAL": causal and s > 1,
+        "PAGE": 0 if block_table is None else c_kv.shape[1], "CAUSAL": causal and s > 1, "ONE_QUERY": s == 1,
     }  # fmt: skip
     kernel = _mla_decode_hopper_kernel if descale is None else _mla_decode_hopper_fp8_kernel
     if descale is None:
@@ -137,7 +139,7 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_c, apart_c = _descriptor(c_kv, box_rows, arguments["PANEL"])
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
-    return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "WORKER_REGS": WORKER_REGISTERS}
+    return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
 
 
 def _addressed(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> dict[str, Any]:

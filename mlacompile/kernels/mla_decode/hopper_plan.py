@@ -10,8 +10,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 BLOCK = gl.constexpr(64)  # tokens of a block
-CHUNK = gl.constexpr(256)  # batch rows that the planner looks at together
-OVERHEAD = gl.constexpr(2)  # what beginning another row costs a program, in blocks
 SNAP = gl.constexpr(1.08)  # rows of equal length are cut evenly if that makes the longest share at most so much longer
 
 
@@ -53,10 +51,12 @@ def _add(a, b):
 
 
 @gluon.jit
-def _plan(p_start, p_length, B, T, part, n_parts, min_share):
+def _plan(p_start, p_length, B, T, part, n_parts, min_share, overhead, CHUNK: gl.constexpr, MANY: gl.constexpr):
     """How much each part does, and where this one begins: share, overhead, row, position in that row's blocks.
 
-    Positions count ``overhead`` imaginary blocks before a row's first: many short rows weigh more than one long one.
+    overhead: what beginning another row costs a program, in blocks. Positions count so many imaginary blocks before a
+    row's first: many short rows weigh more than one long one. CHUNK: batch rows that are looked at together. MANY:
+    there are more rows than that.
     """
     # Every warp holds all rows of a chunk, so sums and maxima need no shared memory.
     layout: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [gl.num_warps()], [0])
@@ -66,13 +66,14 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
     total = gl.sum(gl.where(m_b, chunk, 0), 0)
     most = gl.max(gl.where(m_b, chunk, 0), 0)
     least = gl.min(gl.where(m_b, chunk, 0x7FFFFFFF), 0)
-    for b in range(CHUNK, B, CHUNK):
-        m_b = b + o_b < B
-        blocks = _blocks_of(p_start, p_length, b + o_b, m_b, T)
-        total += gl.sum(gl.where(m_b, blocks, 0), 0)
-        most = gl.maximum(most, gl.max(gl.where(m_b, blocks, 0), 0))
-        least = gl.minimum(least, gl.min(gl.where(m_b, blocks, 0x7FFFFFFF), 0))
-    overhead = gl.where(least == most, 0, OVERHEAD)
+    if MANY:
+        for b in range(CHUNK, B, CHUNK):
+            m_b = b + o_b < B
+            blocks = _blocks_of(p_start, p_length, b + o_b, m_b, T)
+            total += gl.sum(gl.where(m_b, blocks, 0), 0)
+            most = gl.maximum(most, gl.max(gl.where(m_b, blocks, 0), 0))
+            least = gl.minimum(least, gl.min(gl.where(m_b, blocks, 0x7FFFFFFF), 0))
+    overhead = gl.where(least == most, 0, overhead)
     share = gl.maximum((total + overhead * B + n_parts - 1) // n_parts, overhead + min_share)
     if least == most:
         even = (share + most - 1) // most * most  # whole rows
@@ -91,15 +92,16 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share):
     done = m_b & (ends <= begin)
     row = gl.sum(done.to(gl.int32), 0)
     before = gl.max(gl.where(done, ends, 0), 0)
-    seen = gl.max(ends, 0)
-    for b in range(CHUNK, B, CHUNK):
-        m_b = b + o_b < B
-        blocks = gl.where(m_b, _blocks_of(p_start, p_length, b + o_b, m_b, T) + overhead, 0)
-        ends = seen + gl.associative_scan(blocks, 0, _add)
-        done = m_b & (ends <= begin)
-        row += gl.sum(done.to(gl.int32), 0)
-        before = gl.maximum(before, gl.max(gl.where(done, ends, 0), 0))
+    if MANY:
         seen = gl.max(ends, 0)
+        for b in range(CHUNK, B, CHUNK):
+            m_b = b + o_b < B
+            blocks = gl.where(m_b, _blocks_of(p_start, p_length, b + o_b, m_b, T) + overhead, 0)
+            ends = seen + gl.associative_scan(blocks, 0, _add)
+            done = m_b & (ends <= begin)
+            row += gl.sum(done.to(gl.int32), 0)
+            before = gl.maximum(before, gl.max(gl.where(done, ends, 0), 0))
+            seen = gl.max(ends, 0)
     return share, overhead, row, begin - before
 
 

@@ -138,14 +138,16 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
 class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
-    min_share: blocks of 64 tokens; fewer are not worth a program and its partial.
+    min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
+    costs a program, in blocks.
     """
 
     parts: int
     min_share: int = 2
+    overhead: int = 2
 
     def __str__(self) -> str:
-        return f"x{self.parts}-min{self.min_share}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}"
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

@@ -148,7 +148,7 @@ class BlockScaledStore(ScaledStore):
 
     def write(self, slots: Tensor, c_kv: Tensor, k_pe: Tensor) -> None:
         scale_at, rope_at = self._starts()
-        parts = [part.view(torch.uint8) for part in self._quantized(c_kv, k_pe)]
+        parts = [_as_bytes(part) for part in self._quantized(c_kv, k_pe)]
         ends = (scale_at, rope_at, self.layout.bytes_per_token)
         padded, at = [], 0
         for part, end in zip(parts, ends, strict=True):
@@ -174,6 +174,19 @@ class BlockScaledStore(ScaledStore):
     def _starts(self) -> tuple[int, int]:
         assert self.layout.scale_at is not None and self.layout.rope_at is not None  # noqa: PT018
         return self.layout.scale_at, self.layout.rope_at
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """``[…, N]`` as bytes ``[…, N * itemsize]``, in the order of memory of every device there is.
+
+    In compiled code by shifting: Inductor may give a tensor of width 1 strides with which it cannot be viewed as bytes
+    (torch 2.11), and this is fused with what computes x.
+    """
+    size = x.dtype.itemsize
+    if size == 1 or not torch.compiler.is_compiling():
+        return x.contiguous().view(torch.uint8)
+    bits = x.view(torch.int16 if size == 2 else torch.int32)
+    return torch.stack([(bits >> 8 * i & 255).to(torch.uint8) for i in range(size)], dim=-1).flatten(-2)
 
 
 class TokenScaledStore(ScaledStore):

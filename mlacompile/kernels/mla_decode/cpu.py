@@ -6,7 +6,7 @@ gets another stretch of the same cache (a strided view, no copy), and log-sum-ex
 and masks enter as a bias. All of it runs eagerly inside the op and may look at data: tokens outside the window that
 somebody sees are never touched.
 
-An FP8 cache is widened a chunk of tokens at a time, into memory that the processor's cache holds, and of the window only.
+Of an FP8 cache only the window is widened, a chunk of tokens at a time, into memory that the processor's cache holds.
 """
 
 from __future__ import annotations

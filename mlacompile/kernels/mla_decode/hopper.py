@@ -87,6 +87,19 @@ class Signals:
         self.queries, self.total = queries, total
 
 
+@aggregate
+class Parts:
+    """Barriers of the three parts of a stage, once a stage each."""
+
+    first: gl.shared_memory_descriptor
+    left: gl.shared_memory_descriptor
+    last: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, first, left, last):
+        self.first, self.left, self.last = first, left, last
+
+
 # ---- pieces of the partitions --------------------------------------------------------------------------------------
 
 
@@ -134,6 +147,42 @@ def _clear_dead(tile, t, lo, hi, WIDTH: gl.constexpr, PANEL: gl.constexpr):
         panel = tile.slice(i * PANEL, PANEL, dim=1)
         panel.store(gl.where(live[:, None], panel.load(layout), 0.0))
     fence_async_shared()
+
+
+@gluon.jit
+def _rope_scores(q_pe, pe, s, s0, FACTORED: gl.constexpr):
+    """Adds the scores of the rotary keys to s, or begins a sum of their own, as they have no factor."""
+    if FACTORED:
+        return s, warpgroup_mma(q_pe, pe.permute((1, 0)), s0, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(q_pe, pe.permute((1, 0)), s, is_async=True), s0
+
+
+@gluon.jit
+def _computed(s, s_pe, factors, FACTORED: gl.constexpr, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+    """Waits for the scores of a block."""
+    if FACTORED:
+        if BLOCK_P > 0:
+            s, s_pe = warpgroup_mma_wait(0, deps=(s, s_pe))
+            s = s * factors.load(gl.SliceLayout(0, layout))[None, :] + s_pe
+        else:
+            s = warpgroup_mma_wait(0, deps=(s,))
+            s = s * factors.load(gl.SliceLayout(0, layout))[None, :]
+    else:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    return s
+
+
+@gluon.jit
+def _weights(e, factors, t, lo, hi, dtype: gl.constexpr, FACTORED: gl.constexpr, layout: gl.constexpr):
+    """P as it is multiplied with the values in shared memory."""
+    if FACTORED:
+        factor = factors.load(gl.SliceLayout(0, layout))
+        if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be NaN
+            o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+            factor = gl.where((o_t >= lo) & (o_t < hi), factor, 0.0)
+        e = e * factor[None, :]
+    return e.to(dtype)
 
 
 @gluon.jit
@@ -194,6 +243,24 @@ def _unit(p_pages, row, t, n_pages, n_columns, PAGE: gl.constexpr):
         return row
 
 
+@gluon.constexpr_function
+def _columns(shape):
+    """Columns of a box: a box of rank 1 has one."""
+    return shape[1] if len(shape) > 1 else 1
+
+
+@gluon.constexpr_function
+def _boxes(count, shape):
+    """The shape of so many boxes."""
+    return [count, *shape]
+
+
+@gluon.jit
+def _scales_at(stage, QUARTER: gl.constexpr, G: gl.constexpr):
+    """Where a stage's [64, G] factors stand, counted in such boxes: behind the bytes of its first quarter."""
+    return stage * (QUARTER // G) + QUARTER // (4 * G)
+
+
 @gluon.jit
 def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, t, n_pages, n_columns,
           PAGE: gl.constexpr):  # fmt: skip
@@ -210,26 +277,40 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, 
         if PAGE > 0:
             o_t = o_t & (PAGE - 1)
         o_row = unit * apart + o_t
-        for k in gl.static_range(N):
-            o_c = column + k * desc.block_type.shape[1]
-            load_tile(desc, [o_row, o_c], full, to.index((first + k) * SUB + j))
+        if len(desc.block_type.shape) == 1:
+            load_tile(desc, [o_row], full, to.index(first * SUB + j))
+        else:
+            for k in gl.static_range(N):
+                o_c = column + k * desc.block_type.shape[1]
+                load_tile(desc, [o_row, o_c], full, to.index((first + k) * SUB + j))
 
 
 @gluon.jit
-def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c, apart_pe,
-           n_pages, stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B, T,
+           apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr,
            BLOCK_P: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
-    """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time."""
+    """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time.
+
+    arrived: barriers of the three parts. What is narrower than 16 bits fills the first half of its part only; its
+    factors (d_scale) stand where the second half of the first quarter begins.
+    """
     BOX: gl.constexpr = d_c.block_type.shape[0]
+    PANEL: gl.constexpr = d_c.block_type.shape[1]
     SUB: gl.constexpr = BLOCK // BOX
+    BYTES: gl.constexpr = d_c.dtype.primitive_bitwidth // 8
     N_LEFT: gl.constexpr = LEFT // PANEL
     N_QUARTER: gl.constexpr = QUARTER // PANEL
-    dtype: gl.constexpr = d_c.dtype
-    left = x.left._reinterpret(dtype, [2 * N_LEFT * SUB, BOX, PANEL], d_c.layout)
-    right = x.right._reinterpret(dtype, [4 * N_QUARTER * SUB, BOX, PANEL], d_c.layout)
+    PITCH: gl.constexpr = 2 // BYTES
+    left = x.left._reinterpret(d_c.dtype, [2 * N_LEFT * PITCH * SUB, BOX, PANEL], d_c.layout)
+    right = x.right._reinterpret(d_c.dtype, [4 * N_QUARTER * PITCH * SUB, BOX, PANEL], d_c.layout)
     pe = x.pe
     if BLOCK_P > 0:
-        pe = x.pe._reinterpret(dtype, [2 * SUB, BOX, BLOCK_P], d_pe.layout)
+        pe = x.pe._reinterpret(d_pe.dtype, [2 * SUB, BOX, BLOCK_P], d_pe.layout)
+    scales = x.right
+    G: gl.constexpr = 0 if d_scale is None else _columns(d_scale.block_type.shape)
+    if d_scale is not None:
+        count: gl.constexpr = 2 * QUARTER // G * SUB
+        scales = x.right._reinterpret(gl.float32, _boxes(count, d_scale.block_type.shape), d_scale.layout)
     g = 0
     todo = share
     while (row < B) & (todo > overhead):
@@ -248,24 +329,27 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, 
                 ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
 
             mbarrier.wait(bar.first_empty.index(stage), free)
-            full = bar.first_full.index(stage)
-            mbarrier.expect(full, BLOCK * (QUARTER + BLOCK_P) * 2)
-            _copy(d_c, apart_c, LEFT, full, right, 2 * stage * N_QUARTER, N_QUARTER,
+            full = arrived.first.index(stage)
+            mbarrier.expect(full, BLOCK * (QUARTER * BYTES + BLOCK_P * 2 + G * 4))
+            _copy(d_c, apart_c, LEFT, full, right, 2 * stage * N_QUARTER * PITCH, N_QUARTER,
                   unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             if BLOCK_P > 0:
                 _copy(d_pe, apart_pe, 0, full, pe, stage, 1,
                       unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+            if d_scale is not None:
+                _copy(d_scale, apart_scale, 0, full, scales, _scales_at(stage, QUARTER, G), 1,
+                      unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.left_empty.index(stage), free)
-            full = bar.left_full.index(stage)
-            mbarrier.expect(full, BLOCK * LEFT * 2)
-            _copy(d_c, apart_c, 0, full, left, stage * N_LEFT, N_LEFT,
+            full = arrived.left.index(stage)
+            mbarrier.expect(full, BLOCK * LEFT * BYTES)
+            _copy(d_c, apart_c, 0, full, left, stage * N_LEFT * PITCH, N_LEFT,
                   unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.last_empty.index(stage), free)
-            full = bar.last_full.index(stage)
-            mbarrier.expect(full, BLOCK * QUARTER * 2)
-            _copy(d_c, apart_c, LEFT + QUARTER, full, right, (2 * stage + 1) * N_QUARTER, N_QUARTER,
+            full = arrived.last.index(stage)
+            mbarrier.expect(full, BLOCK * QUARTER * BYTES)
+            _copy(d_c, apart_c, LEFT + QUARTER, full, right, (2 * stage + 1) * N_QUARTER * PITCH, N_QUARTER,
                   unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             unit = ahead
             t += BLOCK
@@ -279,12 +363,19 @@ def _fetch(x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, 
 def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, share,
           overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
-          CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Scores and softmax of every block, and the left columns of the output."""
+          CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, WIDEST: gl.constexpr, factors,
+          FACTORED: gl.constexpr):  # fmt: skip
+    """Scores and softmax of every block, and the left columns of the output.
+
+    WIDEST: columns of one wgmma. factors: if FACTORED [2, 64], what the latents of a stage are still to be multiplied
+    with.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
     )
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, LEFT, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(LEFT, WIDEST), 16]
+    )
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -316,19 +407,20 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         s = warpgroup_mma(
             x.q_right.index(0), x.right.index(2 * stage).permute((1, 0)), s0, use_acc=False, is_async=True
         )
+        s_pe = s0
         if BLOCK_P > 0:
-            s = warpgroup_mma(x.q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
+            s, s_pe = _rope_scores(x.q_pe, x.pe.index(stage), s, s0, FACTORED)
         mbarrier.wait(bar.left_full.index(stage), phase)
         s = warpgroup_mma(x.q_left, x.left.index(stage).permute((1, 0)), s, is_async=True)
         mbarrier.wait(bar.last_full.index(stage), phase)
         s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        s = _computed(s, s_pe, factors.index(stage), FACTORED, BLOCK_P, s_layout)
         s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
         x.alpha.index(stage).store(alpha)
         mbarrier.arrive(bar.alpha.index(stage), count=1)
         e = gl.exp2(s * scale_log2 - m[:, None])
         total = gl.sum(e, 1)
-        b_p = e.to(dtype)
+        b_p = _weights(e, factors.index(stage), t, lo, hi, dtype, FACTORED, s_layout)
         x.p.store(b_p)
         fence_async_shared()
         mbarrier.arrive(bar.p_full, count=1)
@@ -346,7 +438,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
                 x.q_right.index(0), x.right.index(2 * other).permute((1, 0)), s0, use_acc=False, is_async=True
             )
             if BLOCK_P > 0:
-                s = warpgroup_mma(x.q_pe, x.pe.index(other).permute((1, 0)), s, is_async=True)
+                s, s_pe = _rope_scores(x.q_pe, x.pe.index(other), s, s0, FACTORED)
                 o = warpgroup_mma_wait(2, deps=(o,))
             else:
                 o = warpgroup_mma_wait(1, deps=(o,))
@@ -355,14 +447,14 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             s = warpgroup_mma(x.q_left, x.left.index(other).permute((1, 0)), s, is_async=True)
             mbarrier.wait(bar.last_full.index(other), phase)
             s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * other + 1).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
+            s = _computed(s, s_pe, factors.index(other), FACTORED, BLOCK_P, s_layout)
             mbarrier.arrive(bar.scores, count=1)
             t += BLOCK
             s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
             x.alpha.index(other).store(alpha)
             mbarrier.arrive(bar.alpha.index(other), count=1)
             e = gl.exp2(s * scale_log2 - m[:, None])
-            b_p = e.to(dtype)
+            b_p = _weights(e, factors.index(other), t, lo, hi, dtype, FACTORED, s_layout)
             mbarrier.wait(bar.p_empty, g & 1)
             x.p.store(b_p)
             fence_async_shared()
@@ -548,16 +640,17 @@ def _mla_decode_hopper_kernel(
     )
 
     x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
+    arrived = Parts(bar.first_full, bar.left_full, bar.last_full)
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                       stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
-            (_fetch, (x, bar, d_c, d_pe, p_start, p_length, p_table, row, position, share, overhead, B, T, apart_c,
-                      apart_pe, n_pages, stride_table, n_columns, LEFT, QUARTER, PANEL, BLOCK_P, PAGE)),
+            (_fetch, (x, bar, arrived, d_c, d_pe, None, p_start, p_length, p_table, row, position, share, overhead, B,
+                      T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE)),
         ],
         [4, 1],
         [RIGHT_REGS, 32],

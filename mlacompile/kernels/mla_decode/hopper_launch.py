@@ -20,7 +20,8 @@ from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, n
 TILE_ROWS = 64
 BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
-FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 120
+FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
+FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
 MERGE_ELEMENTS = 4096
 MERGE_PROGRAMS = 2048
@@ -43,9 +44,9 @@ def mla_decode_hopper(
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
     # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    if descale is None:
-        c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
-        k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
+    c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
+    k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
+    descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
         plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
@@ -84,16 +85,14 @@ def hopper_shape(tensors: tuple[Tensor | None, ...]) -> Shape:
     return Shape(b, h, s, tokens, r, 0 if q_pe is None else q_pe.shape[3], q_latent.element_size())
 
 
-def _layout(panel: int) -> NVMMASharedLayout:
-    return NVMMASharedLayout(swizzle_byte_width=2 * panel, element_bitwidth=16, rank=2)
-
-
-def _descriptor(x: Tensor, box_rows: int, panel: int) -> tuple[TensorDescriptor, int]:
+def _descriptor(x: Tensor, box_rows: int, panel: int, *, swizzle: int | None = None) -> tuple[TensorDescriptor, int]:
     """[units, tokens, D] seen as [rows, D], and how many rows lie between units (batch rows or pages)."""
     units, tokens, columns = x.shape
     apart = tokens if units == 1 else x.stride(0) // x.stride(1)
     rows = (units - 1) * apart + tokens
-    return TensorDescriptor(x, [rows, columns], [x.stride(1), 1], [box_rows, panel], _layout(panel)), apart
+    size = x.element_size()
+    layout = NVMMASharedLayout(size * panel if swizzle is None else swizzle, element_bitwidth=8 * size, rank=2)
+    return TensorDescriptor(x, [rows, columns], [x.stride(1), 1], [box_rows, panel], layout), apart
 
 
 def hopper_launches(
@@ -127,7 +126,7 @@ def hopper_launches(
     if descale is None:
         arguments |= _described(c_kv, k_pe, arguments)
     else:
-        arguments |= _addressed(c_kv, k_pe, descale, q_latent.dtype)
+        arguments |= _described_fp8(c_kv, k_pe, descale, q_latent.dtype, arguments)
     result = [Launch(kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})]
     if plan.parts > 1:
         result.append(_merge(partial, partial_lse, parts, out, lse, plan, shape))
@@ -142,18 +141,23 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
 
 
-def _addressed(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """An FP8 cache as pointers see it: words of 32 bits, strides in pairs of them."""
-    words = c_kv.view(torch.int32)
-    rope = None if k_pe is None else k_pe.view(torch.int32)
-    pairs = {
-        f"pair_{name}{dim}": apart // 2
-        for name, x in (("c", words), ("k", rope))
-        for dim, apart in zip("bt", strides(name, "bt", x).values(), strict=True)
-    }
+def _described_fp8(
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """An FP8 cache as TMA sees it: bytes in boxes as wide as a quarter, and factors."""
+    box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
+    d_c, apart_c = _descriptor(c_kv.view(torch.uint8), box_rows, arguments["QUARTER"])
+    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    groups = descale.shape[2]
+    if groups == 1:
+        layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+        line = descale.flatten()
+        d_scale, apart_scale = TensorDescriptor(line, list(line.shape), [1], [box_rows], layout), descale.shape[1]
+    else:
+        d_scale, apart_scale = _descriptor(descale, box_rows, FACTORS, swizzle=0)
     return {
-        "p_c": words, "p_pe": rope, "p_scale": descale, **pairs, **strides("f", "bt", descale),
-        "GROUPS": descale.shape[2], "G": next_power_of_2(descale.shape[2]), "CODE": WIDEN[c_kv.dtype, dtype],
+        "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
+        "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, dtype, groups > 1],
         "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
     }  # fmt: skip
 

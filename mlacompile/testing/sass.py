@@ -29,6 +29,7 @@ _JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 
 

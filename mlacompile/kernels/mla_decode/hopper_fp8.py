@@ -1,159 +1,197 @@
-"""The Hopper kernel on an FP8 cache: four more warps widen values to 16 bits between the fetching and the multiplying.
+"""The Hopper kernel on an FP8 cache: the fetching warp gives way to four that widen values to 16 bits on their way in.
 
-``_fetch``, ``_left`` and ``_right`` are those of ``hopper.py``, and the latter two see tiles of 16 bits. FP8 values are
-fetched into the first half of the very memory that their tile of 16 bits will fill. ``_widen`` reads them and writes
-the tile over them, last columns first: so there are two stages in flight, as without it, and no memory beside them.
+``_left`` and ``_right`` are those of ``hopper.py``, and see tiles of 16 bits. ``_widen`` loads a block of 64 tokens
+ahead, multiplies each value with its factor (one a token, or one for every 128 values of a latent), rounds the product
+to 16 bits and stores it where TMA would have put it. A block is in flight for as long as the one before it is computed,
+and addresses are free, so a cache may lie in runs of 656 bytes or in several arrays. Much of that time is lost again:
+ptxas gives all loads in flight one scoreboard, so whatever waits for one waits for all. ``hopper_in_place.py`` is to
+take this file's place when it has run on a GPU.
 
-One factor a token multiplies scores and P in float32, and the tile holds the FP8 values exactly. With a factor for
-every 128 values of a latent the tile holds products, rounded once.
-
-Products in FP8 would need queries in FP8, and those alone cost 4e-2 of relative error on random data.
+Products in FP8 would need queries in FP8, and those alone cost 4e-2 of relative error on random data; so only the cache
+is small, and what it says is rounded once, as a cache of 16 bits would have been.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mlacompile.kernels.mla_decode.hopper import Parts, _barriers, _begin, _fetch, _left, _right, _scales_at, _setup
+from mlacompile.kernels.mla_decode.hopper import _begin, _here, _left, _right, _setup, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
+from mlacompile.kernels.mla_decode.widen import _in_words, _rows_of_words
 
-WIDEST = gl.constexpr(128)  # with 16 warps a thread has 128 registers, and a wgmma of 256 columns would need them all
 GROUP = gl.constexpr(128)  # values of a latent that share a factor, where there is more than one
 
 
-def _widened(fp8: str, wide: str, scaled: bool) -> str:
-    """PTX: four FP8 values $2, times a float32 factor $3 if scaled, as two words $0 and $1 of two 16-bit values.
-
-    float16 holds every FP8 value, so there is one rounding at most, that of the product.
-    """
-    lines = [".reg .b16 a0, a1, h0, h1;", ".reg .b32 x0, x1;", ".reg .f32 u, v;", "mov.b32 {a0, a1}, $2;"]
-    for i in range(2):
-        exact = not scaled and wide == "f16"
-        lines.append(f"cvt.rn.f16x2.{fp8}x2 {f'${i}' if exact else f'x{i}'}, a{i};")
-        if not exact:
-            lines += [f"mov.b32 {{h0, h1}}, x{i};", "cvt.f32.f16 u, h0;", "cvt.f32.f16 v, h1;"]
-            lines += ["mul.f32 u, u, $3;", "mul.f32 v, v, $3;"] if scaled else []
-            lines.append(f"cvt.rn.{wide}x2.f32 ${i}, v, u;")
-    return "{ " + " ".join(lines) + " }"
-
-
-#: PTX by what the cache holds, what the products take, and whether values are multiplied.
-WIDEN = {
-    (fp8, wide, scaled): _widened(short, name, scaled)
-    for fp8, short in ((torch.float8_e4m3fn, "e4m3"), (torch.float8_e5m2, "e5m2"))
-    for wide, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16"))
-    for scaled in (False, True)
-}
-
-
-@gluon.constexpr_function
-def _in_words(layout):
-    return gl.NVMMASharedLayout(swizzle_byte_width=layout.swizzle_byte_width, element_bitwidth=32, rank=2)
-
-
-@gluon.constexpr_function
-def _rows_of_words(words):
-    """Rows of words, two words a thread: what is stored as 16 bytes a thread meets no bank twice."""
-    across = min(words // 2, 32)
-    return gl.BlockedLayout([1, 2], [32 // across, across], [4, 1], [1, 0])
-
-
 @gluon.jit
-def _store_widened(tile, words, factors, group: gl.constexpr, SCALED: gl.constexpr, CODE: gl.constexpr):
-    """Store [64, W / 4] words of four FP8 values each as a [64, W] tile, times the factors of their rows if SCALED.
-
-    All of it moves as words: of single values each would take a register.
-    """
-    if SCALED:
-        factor = factors.index(group).load(gl.SliceLayout(1, words.type.layout))
-        words, factor = gl.broadcast(words, factor[:, None])
-        low, high = gl.inline_asm_elementwise(
-            CODE, "=r,=r,r,f", [words, factor], (gl.int32, gl.int32), is_pure=True, pack=1
-        )
-    else:
-        low, high = gl.inline_asm_elementwise(CODE, "=r,=r,r", [words], (gl.int32, gl.int32), is_pure=True, pack=1)
-    WIDTH: gl.constexpr = 2 * words.shape[1]
+def _store_words(tile, words):
+    """Store pairs of 16-bit values, as words, into a tile of 16-bit values."""
+    WIDTH: gl.constexpr = words.shape[1]
     layout: gl.constexpr = _in_words(tile.layout)
-    tile._reinterpret(gl.int32, [BLOCK, WIDTH], layout).store(gl.reshape(gl.join(low, high), [BLOCK, WIDTH]))
+    tile._reinterpret(gl.int32, [BLOCK, WIDTH], layout).store(words)
 
 
 @gluon.jit
-def _widen(x, bar, arrived, factors, p_start, p_length, row, position, share, overhead, B, T, LEFT: gl.constexpr,
-           QUARTER: gl.constexpr, GROUPS: gl.constexpr, CODE: gl.constexpr):  # fmt: skip
-    """Widens each part of a stage when it has arrived.
+def _store_widened(tile, words, factor, CODE: gl.constexpr):
+    """Store [64, W / 4] words of four FP8 values each, times the factor of their row, as a [64, W] tile.
 
-    factors: shared memory that keeps a block's factors beyond the first quarter. With one a token [2, 64], for
-    ``_left``; else [G, 64], for use here.
+    All of it moves as words: single values that live from one block to the next would take a register each.
+    """
+    words, factor = gl.broadcast(words, factor[:, None])
+    low, high = gl.inline_asm_elementwise(
+        CODE, "=r,=r,r,f", [words, factor], (gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    _store_words(tile, gl.reshape(gl.join(low, high), [BLOCK, 2 * words.shape[1]]))
+
+
+@gluon.jit
+def _tokens(t, T, PAGE: gl.constexpr, layout: gl.constexpr):
+    """Tokens of a block counted from its unit, which is the batch row or the page; none beyond the cache."""
+    o_t = t + gl.arange(0, BLOCK, layout)
+    if PAGE == 0:
+        return gl.minimum(o_t, T - 1)
+    else:
+        return o_t & (PAGE - 1)
+
+
+@gluon.jit
+def _offsets(t, T, apart, PAGE: gl.constexpr, layout: gl.constexpr):
+    """Where each token of a block begins in its unit."""
+    return _tokens(t, T, PAGE, layout) * _here(apart)
+
+
+@gluon.jit
+def _words(p, o_pair, more, COLUMN: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    """Words [COLUMN, COLUMN + WIDTH) of each token of a block, if there is more; zeros beyond word D.
+
+    o_pair: where each token begins, in pairs of words, so that the compiler knows it may load two at once.
+    """
+    o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    mask = gl.full([BLOCK, WIDTH], more, gl.int1, layout)
+    if COLUMN + WIDTH > D:
+        mask = mask & (o_c < D)[None, :]
+    return gl.load(p + (2 * o_pair)[:, None] + o_c[None, :], mask=mask, other=0)
+
+
+@gluon.jit
+def _scales(p, o_token, more, GROUPS: gl.constexpr, G: gl.constexpr, layout: gl.constexpr):
+    """The factors of a block, [G, 64]."""
+    o_g = gl.arange(0, G, gl.SliceLayout(1, layout))
+    mask = gl.full([G, BLOCK], more, gl.int1, layout) & (o_g < GROUPS)[:, None]
+    return gl.load(p + o_token[None, :] + o_g[:, None], mask=mask, other=0.0)
+
+
+@gluon.jit
+def _widen(x, factors, bar, p_c, p_pe, p_scale, p_start, p_length, p_table, row, position, share, overhead, B, T,
+           pair_cb, pair_ct, pair_kb, pair_kt, stride_fb, stride_ft, n_pages, stride_table, n_columns,
+           R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, BLOCK_P: gl.constexpr,
+           PAGE: gl.constexpr, GROUPS: gl.constexpr, CODE: gl.constexpr):  # fmt: skip
+    """Fills the two stages, part by part, as soon as each part has been used for the last time.
+
+    Each part is loaded one block before it is stored, so that it has that long to arrive. factors: [G, 64] of shared
+    memory, in which a block's factors change places: one thread loads one, sixteen need it.
     """
     W: gl.constexpr = QUARTER // 4
+    W_P: gl.constexpr = BLOCK_P // 2 if BLOCK_P > 0 else 8
     layout: gl.constexpr = _rows_of_words(W)
-    raw_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=QUARTER, element_bitwidth=32, rank=2)
-    N_LEFT: gl.constexpr = LEFT // QUARTER
-    left = x.left._reinterpret(gl.int32, [4 * N_LEFT, BLOCK, W], raw_layout)
-    right = x.right._reinterpret(gl.int32, [8, BLOCK, W], raw_layout)
-    G: gl.constexpr = 1 if GROUPS == 1 else factors.shape[0]
-    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    columns: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-    scale_layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
-    scales = x.right._reinterpret(gl.float32, [2 * QUARTER // G, BLOCK, G], rows)
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    pe_layout: gl.constexpr = _rows_of_words(W_P)
+    by_pe_row: gl.constexpr = gl.SliceLayout(1, pe_layout)
+    G: gl.constexpr = factors.shape[0]
+    scale_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2 if G > 1 else 1, 2 if G > 1 else 4], [1, 0])
+    by_token: gl.constexpr = gl.SliceLayout(0, scale_layout)
+    W_HALF: gl.constexpr = LEFT // 8
+    half_layout: gl.constexpr = _rows_of_words(W_HALF)
+    by_half_row: gl.constexpr = gl.SliceLayout(1, half_layout)
+    G_FIRST: gl.constexpr = 0 if GROUPS == 1 else min(LEFT // GROUP, GROUPS - 1)
+    G_LAST: gl.constexpr = 0 if GROUPS == 1 else min((LEFT + QUARTER) // GROUP, GROUPS - 1)
+    G_MORE: gl.constexpr = 0 if GROUPS == 1 else min((LEFT // 2) // GROUP, GROUPS - 1)
+    square = factors._reinterpret(gl.float32, [G, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     g = 0
     todo = share
     while (row < B) & (todo > overhead):
-        _lo, _hi, _end, _t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages += row.to(gl.int64) * stride_table
+        unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE).to(gl.int64)
+        p_block = p_c + 2 * (unit * pair_cb)
+        o_t = _offsets(t, T, pair_ct, PAGE, by_row)
+        first = _words(p_block, o_t, True, LEFT // 4, W, R // 4, layout)
+        o_half = _offsets(t, T, pair_ct, PAGE, by_half_row)
+        left0 = _words(p_block, o_half, True, 0, W_HALF, R // 4, half_layout)
+        left1 = _words(p_block, o_half, True, W_HALF, W_HALF, R // 4, half_layout)
+        o_f = _offsets(t, T, stride_ft, PAGE, by_token)
+        scales = _scales(p_scale + unit * stride_fb, o_f, True, GROUPS, G, scale_layout)
+        pe = gl.full((BLOCK, 1), 0, gl.int32, pe_layout)
+        if BLOCK_P > 0:
+            o_pe = _offsets(t, T, pair_kt, PAGE, by_pe_row)
+            pe = _words(p_pe + 2 * (unit * pair_kb), o_pe, True, 0, W_P, P // 2, pe_layout)
+        t += BLOCK
+        ahead = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         for i in range(g, g + n):
             stage = i & 1
-            phase = (i >> 1) & 1
-            mbarrier.wait(arrived.first.index(stage), phase)
-            kept = factors.index(stage) if GROUPS == 1 else factors
-            kept = kept._reinterpret(gl.float32, [BLOCK, G], columns)
-            kept.store(scales.index(_scales_at(stage, QUARTER, G)).load(scale_layout))
-            words = right.index(4 * stage).load(layout)
-            _store_widened(x.right.index(2 * stage), words, factors, _group(LEFT, GROUPS), GROUPS > 1, CODE)
+            free = ((i >> 1) & 1) ^ 1
+            more = i + 1 < g + n
+            o_t = _offsets(t - BLOCK, T, pair_ct, PAGE, by_row)
+            last = _words(p_block, o_t, True, (LEFT + QUARTER) // 4, W, R // 4, layout)
+            unit = ahead.to(gl.int64)
+            p_block = p_c + 2 * (unit * pair_cb)
+            square.store(scales)
+            o_f = _offsets(t, T, stride_ft, PAGE, by_token)
+            scales = _scales(p_scale + unit * stride_fb, o_f, more, GROUPS, G, scale_layout)
+
+            mbarrier.wait(bar.first_empty.index(stage), free)
+            _store_widened(x.right.index(2 * stage), first, factors.index(G_FIRST).load(by_row), CODE)
+            if BLOCK_P > 0:
+                _store_words(x.pe.index(stage), pe)
             fence_async_shared()
             mbarrier.arrive(bar.first_full.index(stage), count=1)
 
-            mbarrier.wait(arrived.left.index(stage), phase)
-            tile = x.left.index(stage)
-            for k in gl.static_range(N_LEFT):
-                words = left.index(2 * N_LEFT * stage + N_LEFT - 1 - k).load(layout)
-                part = tile.slice(LEFT - (k + 1) * QUARTER, QUARTER, dim=1)
-                _store_widened(part, words, factors, _group(LEFT - (k + 1) * QUARTER, GROUPS), GROUPS > 1, CODE)
-            fence_async_shared()
-            mbarrier.arrive(bar.left_full.index(stage), count=1)
-
-            mbarrier.wait(arrived.last.index(stage), phase)
-            words = right.index(4 * stage + 2).load(layout)
+            mbarrier.wait(bar.left_empty.index(stage), free)
+            halves = x.left.index(stage)
+            _store_widened(halves.slice(0, LEFT // 2, dim=1), left0, factors.index(0).load(by_half_row), CODE)
+            o_t = _offsets(t, T, pair_ct, PAGE, by_row)
+            first = _words(p_block, o_t, more, LEFT // 4, W, R // 4, layout)
+            if BLOCK_P > 0:
+                o_pe = _offsets(t, T, pair_kt, PAGE, by_pe_row)
+                pe = _words(p_pe + 2 * (unit * pair_kb), o_pe, more, 0, W_P, P // 2, pe_layout)
             _store_widened(
-                x.right.index(2 * stage + 1), words, factors, _group(LEFT + QUARTER, GROUPS), GROUPS > 1, CODE
+                halves.slice(LEFT // 2, LEFT // 2, dim=1), left1, factors.index(G_MORE).load(by_half_row), CODE
             )
             fence_async_shared()
+            mbarrier.arrive(bar.left_full.index(stage), count=1)
+            o_half = _offsets(t, T, pair_ct, PAGE, by_half_row)
+            left0 = _words(p_block, o_half, more, 0, W_HALF, R // 4, half_layout)
+
+            mbarrier.wait(bar.last_empty.index(stage), free)
+            _store_widened(x.right.index(2 * stage + 1), last, factors.index(G_LAST).load(by_row), CODE)
+            fence_async_shared()
             mbarrier.arrive(bar.last_full.index(stage), count=1)
+            left1 = _words(p_block, o_half, more, W_HALF, W_HALF, R // 4, half_layout)
+            t += BLOCK
+            ahead = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         g += n
         todo -= taken
         row += 1
         position = 0
 
 
-@gluon.constexpr_function
-def _group(column, groups):
-    """Which factor a column has."""
-    return min(column // GROUP, groups - 1)
-
-
 @gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead"])
 def _mla_decode_hopper_fp8_kernel(
-    d_c, d_pe, d_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
-    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
-    overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+    p_c, p_pe, p_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
+    scale_log2, B, H, S, T, n_tiles, n_pages, stride_table, n_columns, min_share, overhead,
+    pair_cb, pair_ct, pair_kb, pair_kt, stride_fb, stride_ft,
+    stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-    CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, RIGHT_REGS: gl.constexpr, WIDEN_REGS: gl.constexpr,
-    num_warps: gl.constexpr,
+    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, CAUSAL: gl.constexpr,
+    ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, RIGHT_REGS: gl.constexpr,
+    WIDEN_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As ``_mla_decode_hopper_kernel``. d_c: the cache as bytes, in boxes of QUARTER columns. d_scale: the factors, as
-    [rows] or as [rows, GROUPS] in boxes of four columns. CODE: from WIDEN.
+    """As ``_mla_decode_hopper_kernel``. cb, kb, fb: from one batch row or page to the next; ct, kt, ft: a token.
+
+    p_c and p_pe point to words of 32 bits, and "pair" counts two of them. GROUPS: factors a token, G: as a power of
+    two. CODE: from WIDEN.
     """
     _begin()
     i_tile = gl.program_id(0)
@@ -161,24 +199,20 @@ def _mla_decode_hopper_fp8_kernel(
     share, overhead, row, position = _plan(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
-    KEPT: gl.constexpr = 2 if GROUPS == 1 else 4  # two stages of one factor a token, or four factors a token
-    factors = gl.allocate_shared_memory(gl.float32, [KEPT, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    arrived = Parts(_barriers(2), _barriers(2), _barriers(2))
     x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
+    factors = gl.allocate_shared_memory(gl.float32, [G, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, WIDEST, factors, GROUPS == 1)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                       stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
-            (_widen, (x, bar, arrived, factors, p_start, p_length, row, position, share, overhead, B, T, LEFT, QUARTER,
-                      GROUPS, CODE)),
-            (_fetch, (x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead,
-                      B, T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P,
-                      PAGE)),
+            (_widen, (x, factors, bar, p_c, p_pe, p_scale, p_start, p_length, p_table, row, position, share, overhead,
+                      B, T, pair_cb, pair_ct, pair_kb, pair_kt, stride_fb, stride_ft, n_pages, stride_table, n_columns,
+                      R, P, LEFT, QUARTER, BLOCK_P, PAGE, GROUPS, CODE)),
         ],
-        [4, 4, 1],
-        [RIGHT_REGS, WIDEN_REGS, 32],
+        [4, 4],
+        [RIGHT_REGS, WIDEN_REGS],
     )  # fmt: skip

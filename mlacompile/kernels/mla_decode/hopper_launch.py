@@ -12,15 +12,18 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
-from mlacompile.kernels.mla_decode.hopper_fp8 import WIDEN, _mla_decode_hopper_fp8_kernel
+from mlacompile.kernels.mla_decode.hopper_fp8 import _mla_decode_hopper_fp8_kernel
+from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
+from mlacompile.kernels.mla_decode.widen import WIDEN
 
 TILE_ROWS = 64
 BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
-FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
+FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 120
+IN_PLACE_RIGHT_REGISTERS, IN_PLACE_WIDEN_REGISTERS = 160, 64
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
 MERGE_ELEMENTS = 4096
@@ -44,9 +47,9 @@ def mla_decode_hopper(
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
     # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
-    k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
-    descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
+    if descale is None or (plan is not None and plan.in_place):
+        c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
+        k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
         plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
@@ -122,11 +125,13 @@ def hopper_launches(
         "BLOCK_P": max(next_power_of_2(shape.rope), 16) if shape.rope else 0,
         "PAGE": 0 if block_table is None else c_kv.shape[1], "CAUSAL": causal and s > 1, "ONE_QUERY": s == 1,
     }  # fmt: skip
-    kernel = _mla_decode_hopper_kernel if descale is None else _mla_decode_hopper_fp8_kernel
     if descale is None:
-        arguments |= _described(c_kv, k_pe, arguments)
+        kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
+    elif plan.in_place:
+        kernel, more = _mla_decode_hopper_in_place_kernel, _in_place(c_kv, k_pe, descale, q_latent.dtype, arguments)
     else:
-        arguments |= _described_fp8(c_kv, k_pe, descale, q_latent.dtype, arguments)
+        kernel, more = _mla_decode_hopper_fp8_kernel, _addressed(c_kv, k_pe, descale, q_latent.dtype)
+    arguments |= more
     result = [Launch(kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})]
     if plan.parts > 1:
         result.append(_merge(partial, partial_lse, parts, out, lse, plan, shape))
@@ -141,7 +146,23 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
 
 
-def _described_fp8(
+def _addressed(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """An FP8 cache as pointers see it: words of 32 bits, strides in pairs of them."""
+    words = c_kv.view(torch.int32)
+    rope = None if k_pe is None else k_pe.view(torch.int32)
+    pairs = {
+        f"pair_{name}{dim}": apart // 2
+        for name, x in (("c", words), ("k", rope))
+        for dim, apart in zip("bt", strides(name, "bt", x).values(), strict=True)
+    }
+    return {
+        "p_c": words, "p_pe": rope, "p_scale": descale, **pairs, **strides("f", "bt", descale),
+        "GROUPS": descale.shape[2], "G": next_power_of_2(descale.shape[2]), "CODE": WIDEN[c_kv.dtype, dtype, True],
+        "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
+    }  # fmt: skip
+
+
+def _in_place(
     c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """An FP8 cache as TMA sees it: bytes in boxes as wide as a quarter, and factors."""
@@ -158,7 +179,7 @@ def _described_fp8(
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, dtype, groups > 1],
-        "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
+        "RIGHT_REGS": IN_PLACE_RIGHT_REGISTERS, "WIDEN_REGS": IN_PLACE_WIDEN_REGISTERS,
     }  # fmt: skip
 
 

@@ -69,6 +69,8 @@ def _dequantize(b_c, p_scale, dtype: tl.constexpr, GROUPS: tl.constexpr):
     """
     GROUP: tl.constexpr = 128
     if GROUPS == 1:
+        if b_c.dtype == tl.float8e5:  # straight to bfloat16, NaN would become a number
+            b_c = b_c.to(tl.float32)
         return b_c.to(dtype), tl.load(p_scale)
     else:
         N: tl.constexpr = b_c.shape[0]

@@ -1,0 +1,147 @@
+"""The Hopper kernel on an FP8 cache: four more warps widen values to 16 bits between the fetching and the multiplying.
+
+``_fetch``, ``_left`` and ``_right`` are those of ``hopper.py``, and the latter two see tiles of 16 bits. FP8 values are
+fetched into the first half of the very memory that their tile of 16 bits will fill. ``_widen`` reads them and writes
+the tile over them, last columns first: so there are two stages in flight, as without it, and no memory beside them.
+
+One factor a token multiplies scores and P in float32, and the tile holds the FP8 values exactly. With a factor for
+every 128 values of a latent the tile holds products, rounded once.
+
+Products in FP8 would need queries in FP8, and those alone cost 4e-2 of relative error on random data.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from mlacompile.kernels.mla_decode.hopper import Parts, _barriers, _begin, _fetch, _left, _right, _scales_at, _setup
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
+from mlacompile.kernels.mla_decode.widen import _in_words, _rows_of_words
+
+WIDEST = gl.constexpr(128)  # with 16 warps a thread has 128 registers, and a wgmma of 256 columns would need them all
+GROUP = gl.constexpr(128)  # values of a latent that share a factor, where there is more than one
+
+
+@gluon.jit
+def _store_widened(tile, words, factors, group: gl.constexpr, SCALED: gl.constexpr, CODE: gl.constexpr):
+    """Store [64, W / 4] words of four FP8 values each as a [64, W] tile, times the factors of their rows if SCALED.
+
+    All of it moves as words: of single values each would take a register.
+    """
+    if SCALED:
+        factor = factors.index(group).load(gl.SliceLayout(1, words.type.layout))
+        words, factor = gl.broadcast(words, factor[:, None])
+        low, high = gl.inline_asm_elementwise(
+            CODE, "=r,=r,r,f", [words, factor], (gl.int32, gl.int32), is_pure=True, pack=1
+        )
+    else:
+        low, high = gl.inline_asm_elementwise(CODE, "=r,=r,r", [words], (gl.int32, gl.int32), is_pure=True, pack=1)
+    WIDTH: gl.constexpr = 2 * words.shape[1]
+    layout: gl.constexpr = _in_words(tile.layout)
+    tile._reinterpret(gl.int32, [BLOCK, WIDTH], layout).store(gl.reshape(gl.join(low, high), [BLOCK, WIDTH]))
+
+
+@gluon.jit
+def _widen(x, bar, arrived, factors, p_start, p_length, row, position, share, overhead, B, T, LEFT: gl.constexpr,
+           QUARTER: gl.constexpr, GROUPS: gl.constexpr, CODE: gl.constexpr):  # fmt: skip
+    """Widens each part of a stage when it has arrived.
+
+    factors: shared memory that keeps a block's factors beyond the first quarter. With one a token [2, 64], for
+    ``_left``; else [G, 64], for use here.
+    """
+    W: gl.constexpr = QUARTER // 4
+    layout: gl.constexpr = _rows_of_words(W)
+    raw_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=QUARTER, element_bitwidth=32, rank=2)
+    N_LEFT: gl.constexpr = LEFT // QUARTER
+    left = x.left._reinterpret(gl.int32, [4 * N_LEFT, BLOCK, W], raw_layout)
+    right = x.right._reinterpret(gl.int32, [8, BLOCK, W], raw_layout)
+    G: gl.constexpr = 1 if GROUPS == 1 else factors.shape[0]
+    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    columns: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    scale_layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
+    scales = x.right._reinterpret(gl.float32, [2 * QUARTER // G, BLOCK, G], rows)
+    g = 0
+    todo = share
+    while (row < B) & (todo > overhead):
+        _lo, _hi, _end, _t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        for i in range(g, g + n):
+            stage = i & 1
+            phase = (i >> 1) & 1
+            mbarrier.wait(arrived.first.index(stage), phase)
+            kept = factors.index(stage) if GROUPS == 1 else factors
+            kept = kept._reinterpret(gl.float32, [BLOCK, G], columns)
+            kept.store(scales.index(_scales_at(stage, QUARTER, G)).load(scale_layout))
+            words = right.index(4 * stage).load(layout)
+            _store_widened(x.right.index(2 * stage), words, factors, _group(LEFT, GROUPS), GROUPS > 1, CODE)
+            fence_async_shared()
+            mbarrier.arrive(bar.first_full.index(stage), count=1)
+
+            mbarrier.wait(arrived.left.index(stage), phase)
+            tile = x.left.index(stage)
+            for k in gl.static_range(N_LEFT):
+                words = left.index(2 * N_LEFT * stage + N_LEFT - 1 - k).load(layout)
+                part = tile.slice(LEFT - (k + 1) * QUARTER, QUARTER, dim=1)
+                _store_widened(part, words, factors, _group(LEFT - (k + 1) * QUARTER, GROUPS), GROUPS > 1, CODE)
+            fence_async_shared()
+            mbarrier.arrive(bar.left_full.index(stage), count=1)
+
+            mbarrier.wait(arrived.last.index(stage), phase)
+            words = right.index(4 * stage + 2).load(layout)
+            _store_widened(
+                x.right.index(2 * stage + 1), words, factors, _group(LEFT + QUARTER, GROUPS), GROUPS > 1, CODE
+            )
+            fence_async_shared()
+            mbarrier.arrive(bar.last_full.index(stage), count=1)
+        g += n
+        todo -= taken
+        row += 1
+        position = 0
+
+
+@gluon.constexpr_function
+def _group(column, groups):
+    """Which factor a column has."""
+    return min(column // GROUP, groups - 1)
+
+
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead"])
+def _mla_decode_hopper_in_place_kernel(
+    d_c, d_pe, d_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
+    scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
+    overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+    R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
+    BLOCK_P: gl.constexpr, PAGE: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+    CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, RIGHT_REGS: gl.constexpr, WIDEN_REGS: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """As ``_mla_decode_hopper_kernel``. d_c: the cache as bytes, in boxes of QUARTER columns. d_scale: the factors, as
+    [rows] or as [rows, GROUPS] in boxes of four columns. CODE: from WIDEN.
+    """
+    _begin()
+    i_tile = gl.program_id(0)
+    part = gl.program_id(1)
+    share, overhead, row, position = _plan(
+        p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
+    )
+    KEPT: gl.constexpr = 2 if GROUPS == 1 else 4  # two stages of one factor a token, or four factors a token
+    factors = gl.allocate_shared_memory(gl.float32, [KEPT, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    arrived = Parts(_barriers(2), _barriers(2), _barriers(2))
+    x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
+    gl.warp_specialize(
+        [
+            (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
+                     share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, WIDEST, factors, GROUPS == 1)),
+            (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
+                      i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
+            (_widen, (x, bar, arrived, factors, p_start, p_length, row, position, share, overhead, B, T, LEFT, QUARTER,
+                      GROUPS, CODE)),
+            (_fetch, (x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead,
+                      B, T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P,
+                      PAGE)),
+        ],
+        [4, 4, 1],
+        [RIGHT_REGS, WIDEN_REGS, 32],
+    )  # fmt: skip

@@ -90,6 +90,25 @@ def test_fp8_caches_in_chunks_match_brute_force(
         check(said, stored=stored)
 
 
+@pytest.mark.parametrize("dtype", cpu._SHIFTED, ids=str)
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_fp8_value_is_widened_exactly(dtype: torch.dtype, flush: bool) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    want = every.to(torch.float32)
+
+    def widened(x: torch.Tensor) -> torch.Tensor:
+        return cpu._in_float32(x, torch.empty(x.shape, dtype=torch.int32))
+
+    torch.set_flush_denormal(flush)
+    try:
+        finite = every[want.isfinite()]
+        assert torch.equal(widened(finite), want[want.isfinite()])
+        assert torch.equal(widened(every).isnan(), want.isnan())
+        assert torch.equal(widened(every).nan_to_num(0.0), want.nan_to_num(0.0))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_of_an_fp8_cache_only_chunks_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     stored, said = quantized(make_inputs(LatentCase(1, 4, 1, 5000, 512, 64, torch.bfloat16, length=True)))
     said.tensors[6][0] = stored.tensors[6][0] = 3000  # type: ignore[index]
@@ -98,7 +117,7 @@ def test_of_an_fp8_cache_only_chunks_are_widened(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu, "_widened", lambda c_kv, *rest: widened.append(c_kv.shape) or widen(c_kv, *rest))
     check(said, stored=stored)
     assert sum(shape[1] for shape in widened) == 3000, "tokens that nobody sees were looked at"
-    assert max(shape[1] for shape in widened) <= cpu._CHUNK // 512
+    assert max(shape[1] for shape in widened) <= 512
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)

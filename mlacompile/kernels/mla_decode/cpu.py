@@ -22,7 +22,7 @@ from mlacompile.kernels.mla_decode.supports import interpreted
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _STRETCH = 512  # tokens; a shorter stretch costs more than the thread it occupies brings
-_CHUNK = 1 << 20  # values of an FP8 cache that are widened at a time, unless threads ask for more tokens
+_CHUNK = 1 << 18  # values of an FP8 cache that are widened at a time, unless threads ask for more tokens
 _ROWS = 32  # rows that flash attention gives a thread at least
 _FAR_FROM_OVERFLOW = 2.0**100  # a sum of products this large stays finite in float32 at any rank
 
@@ -72,16 +72,30 @@ class _Call:
     scale: float
     descale: Tensor | None = None
 
-    def part(self, first: int, end: int) -> _Call:
-        """The call on some of its tokens, in the dtype of the queries."""
+    def part(self, first: int, end: int, room: _Room) -> _Call:
+        """An FP8 call on some of its tokens, in the dtype of the queries; their latents lie in ``room``."""
+        assert self.descale is not None
         tokens = slice(first, end)
         additive, visible = (
             x if x is None or x.shape[2] == 1 else x[..., tokens] for x in (self.additive, self.visible)
         )
-        c_kv, k_pe = self.c_kv[:, tokens], None if self.k_pe is None else self.k_pe[:, tokens]
-        if self.descale is not None:
-            c_kv, k_pe = _widened(c_kv, k_pe, self.descale[:, tokens], self.q_latent.dtype)
+        k_pe = None if self.k_pe is None else self.k_pe[:, tokens]
+        c_kv, k_pe = _widened(self.c_kv[:, tokens], k_pe, self.descale[:, tokens], room)
         return replace(self, c_kv=c_kv, k_pe=k_pe, additive=additive, visible=visible, descale=None)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory for the latents of a chunk, used by one chunk after the other: fresh memory costs more than what is done
+    in it. bits: int32 [B, tokens, R]. values: the same in the dtype of the queries, None where that is float32."""
+
+    bits: Tensor
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, batch: int, tokens: int, rank: int, dtype: torch.dtype) -> _Room:
+        bits = torch.empty(batch, tokens, rank, dtype=torch.int32)
+        return cls(bits, None if dtype == torch.float32 else torch.empty(batch, tokens, rank, dtype=dtype))
 
 
 def mla_decode_cpu(
@@ -187,27 +201,47 @@ def _attend_widened(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]
         return _attend(_without_dead_rows(call), stretches)
     b, h, s, r = call.q_latent.shape
     tokens = call.c_kv.shape[1]
-    step = max(_CHUNK // (b * r), _STRETCH * _stretches(b, h * s, tokens))
-    out, lse = _attend(_without_dead_rows(call.part(0, step)), stretches)
+    step = min(max(_CHUNK // (b * r), _STRETCH * _stretches(b, h * s, tokens)), tokens)
+    room = _Room.of(b, step, r, call.q_latent.dtype)
+    out, lse = _attend(_without_dead_rows(call.part(0, step, room)), stretches)
     for first in range(step, tokens, step):
-        more, lse_more = _attend(_without_dead_rows(call.part(first, first + step)), stretches)
+        more, lse_more = _attend(_without_dead_rows(call.part(first, first + step, room)), stretches)
         both = torch.stack((lse, lse_more), 1)
         out, lse = _merge(torch.stack((out, more), 1), both, both == -math.inf)
     return out, lse
 
 
-def _widened(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """An FP8 cache times its factors, rounded once."""
-    compute = torch.promote_types(dtype, torch.float32)
-    scaled_rope = k_pe is not None and k_pe.dtype.itemsize == 1
-    groups, rank = descale.shape[2] - scaled_rope, c_kv.shape[2]
-    values = torch.empty(c_kv.shape, dtype=dtype)
+def _widened(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, room: _Room) -> tuple[Tensor, Tensor | None]:
+    """An FP8 cache times its factors: a product in float32, rounded to the dtype of the queries."""
+    scaled_rope = k_pe is not None and k_pe.dtype in _SHIFTED
+    groups, tokens = descale.shape[2] - scaled_rope, slice(c_kv.shape[1])
+    values = _in_float32(c_kv, room.bits[:, tokens])
     for i in range(groups):
-        columns = slice(i * SCALE_GROUP, (i + 1) * SCALE_GROUP if groups > 1 else rank)
-        values[..., columns] = c_kv[..., columns].to(compute) * descale[..., i : i + 1]
+        columns = slice(i * SCALE_GROUP, (i + 1) * SCALE_GROUP) if groups > 1 else slice(None)
+        values[..., columns] *= descale[..., i : i + 1]
+    dtype = torch.float32 if room.values is None else room.values.dtype
     if k_pe is not None and scaled_rope:
-        k_pe = (k_pe.to(compute) * descale[..., groups:]).to(dtype)
-    return values, k_pe
+        rope = _in_float32(k_pe, torch.empty(k_pe.shape, dtype=torch.int32))
+        k_pe = (rope * descale[..., groups:]).to(dtype)
+    return values if room.values is None else room.values[:, tokens].copy_(values), k_pe
+
+
+#: FP8 type -> by how much its bits are shifted to become those of a float32 that lacks a power of two; sign, exponent
+#: and mantissa where they then are; and that power.
+_SHIFTED = {
+    torch.float8_e4m3fn: (20, 0x87F00000 - 2**32, 2.0**120),
+    torch.float8_e5m2: (21, 0x8FE00000 - 2**32, 2.0**112),
+}
+
+
+def _in_float32(x: Tensor, bits: Tensor) -> Tensor:
+    """FP8 values, exactly, in the memory of ``bits``. PyTorch's own cast takes ten times as long."""
+    shift, mask, power = _SHIFTED[x.dtype]
+    values = bits.copy_(x.view(torch.int8)).bitwise_left_shift_(shift).bitwise_and_(mask).view(torch.float32)
+    low, high = values.mul_(power).aminmax()
+    odd = max(-float(low), float(high)) > torch.finfo(x.dtype).max  # NaN and infinity have become numbers beyond it
+    flushed = float(torch.tensor(1, dtype=torch.int32).view(torch.float32) * power) == 0.0  # small ones are subnormal
+    return values.copy_(x) if odd or flushed else values
 
 
 def _attend(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,8 @@ RANK, ROPE, PAGE = 512, 64, 64
 SCALE = 192**-0.5
 COLD_BYTES = 256 << 20  # one replay reads at least this much, several times any L2
 CALLS = 10  # at least so many a replay, whose launch takes as long as a small call
-LIMIT = 3e-3  # of the relative error
+#: Of the relative error. The Hopper kernel rounds what an FP8 cache says to 16 bits before it multiplies.
+LIMITS = {"bf16": 3e-3, "fp8": 4e-3, "656": 4e-3}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ TABLE = [
     *(Row(128, 64, 8192, 2), Row(16, 64, 8192, 2), Row(16, 64, 8192, 4), Row(20, 64, 8192), Row(40, 64, 8192)),
     Row(128, 64, 8192, ragged=True),
 ]
+
+KERNELS = "triton;gluon;gluon-paged;triton-fp8;gluon-fp8;gluon-fp8-paged;triton-656;gluon-656;gluon-656-paged"
 
 
 class Pool:
@@ -307,11 +310,12 @@ def line(record: dict[str, Any], floor: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", default="triton;gluon;gluon-paged", help="separated by semicolons")
+    parser.add_argument("--kernels", default=KERNELS, help="separated by semicolons")
     parser.add_argument("--rows", default="", help="comma separated; default: the whole table")
     parser.add_argument("--repeats", type=int, default=9, help="replays per measurement")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead; 0: none")
     parser.add_argument("--out", type=Path, help="write all records as JSON")
+    parser.add_argument("--commit", help="what is measured, where the tree has no git of its own")
     arguments = parser.parse_args()
     rows = [Row.parse(text) for text in arguments.rows.split(",")] if arguments.rows else TABLE
     work = [(row, Contender(name)) for row in rows for name in arguments.kernels.split(";")]
@@ -322,6 +326,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     pool = Pool(int(1.1 * max(max(row.bytes() for row in rows), COLD_BYTES * 2)) // 2)
     info = {**environment(), "copy TB/s": bandwidth / 1e12, "bf16 product TFLOP/s": flops / 1e12}
+    info |= {"commit": arguments.commit} if arguments.commit else {}
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     print(f"{'row':>20s}  {'kernel':22s} {'plan':24s} {'us':>9s} TFLOP/s   TB/s  share     error")
     records = []
@@ -336,7 +341,7 @@ def main() -> None:
         print(line(record, floor), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps({"environment": info, "records": records}, indent=1))
-    wrong = [r for r in records if not r["error"] <= LIMIT]
+    wrong = [r for r in records if not r["error"] <= LIMITS[Contender(r["name"]).kind]]
     if wrong:
         sys.exit("wrong: " + "; ".join(line(r, r["floor_us"]) for r in wrong))
 

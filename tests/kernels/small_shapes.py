@@ -1,0 +1,32 @@
+"""Every GPU kernel of ``mla_decode`` once on small ragged shapes, for compute-sanitizer: python -m tests.kernels.small_shapes
+
+Nothing is compared here; ``test_gpu.py`` does that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mlacompile.ops import mla_decode
+from mlacompile.testing.latents import LatentCase, in_one_run, make_inputs, paged, quantized
+
+CASE = LatentCase(
+    batch=2, heads=20, tokens=150, rank=512, rope=64, dtype=torch.bfloat16, start=True, length=True, poison=True
+)
+
+
+def main() -> None:
+    impls = ["triton"] + ["gluon"] * (torch.cuda.get_device_capability()[0] == 9)
+    plain = make_inputs(CASE, device="cuda")
+    per_token, _ = quantized(make_inputs(CASE, device="cuda"), per="token")
+    per_block, _ = quantized(make_inputs(CASE, device="cuda"), per="block")
+    calls = [plain, paged(plain, 64), per_token, paged(per_token, 64), in_one_run(paged(per_block, 64))]
+    for inputs in calls:
+        for impl in impls:
+            mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
+            torch.cuda.synchronize()
+            print(impl, "ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()

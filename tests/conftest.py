@@ -30,6 +30,8 @@ def slow_hardware(tmp_path_factory: pytest.TempPathFactory) -> str:
     file: Path = tmp_path_factory.mktemp("hardware") / "slow.toml"
     file.write_text(text)
     return str(file)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of compiled kernels: registers, spills, shared memory, instructions, whoever compiled them."""
     reports = [r for key in ("passed", "failed") for r in terminalreporter.stats.get(key, [])]

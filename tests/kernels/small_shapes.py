@@ -1,4 +1,6 @@
-"""Every GPU kernel of ``mla_decode`` once on small ragged shapes, for compute-sanitizer: python -m tests.kernels.small_shapes
+"""Every GPU kernel of ``mla_decode`` once on small ragged shapes, for compute-sanitizer.
+
+    compute-sanitizer --tool racecheck python -m tests.kernels.small_shapes
 
 Nothing is compared here; ``test_gpu.py`` does that.
 """

@@ -50,6 +50,7 @@ def mla_decode_hopper(
     if descale is None or (plan is not None and plan.in_place):
         c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
         k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
+        descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
         plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.derived import with_derived
 from mlacompile.lowering.inductor import compile_rest
 from mlacompile.lowering.place import place
-from mlacompile.lowering.select import slower_in_fp8
+from mlacompile.lowering.select import reads_fp8, slower_in_fp8
 from mlacompile.options import Options, check_mode
 from mlacompile.passes.canonicalize import canonicalize_sdpa, may_hold_attention
 from mlacompile.passes.functionalize import carry_dynamo_marks, functionalize, nested_context
@@ -93,7 +94,13 @@ def compile_graph(
     if options.fp8 == "off" and not may_hold_attention(gm):
         return finish(gm, example_inputs), Report()
     parameters = [_is_weight(n, x) for n, x in _inputs(gm, example_inputs)]
-    pipeline = Pipeline(options, parameters, f"graph{next(_graphs)}", slower_in_fp8=slower_in_fp8)
+    pipeline = Pipeline(
+        options,
+        parameters,
+        f"graph{next(_graphs)}",
+        slower_in_fp8=slower_in_fp8,
+        reads_fp8=partial(reads_fp8, options.kernel),
+    )
     dump_graph(options.dump, pipeline.name, "0-dynamo", gm)
     canonical = canonicalize_sdpa(gm)
     carry_dynamo_marks(gm, canonical)

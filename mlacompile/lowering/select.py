@@ -46,6 +46,18 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
     return ("inductor" if best is None else best.name), lines
 
 
+def reads_fp8(wanted: str, q_latent: torch.Tensor, *args: Any, **settings: Any) -> bool:
+    """Whether a call of ``mla_decode`` on an FP8 cache has a kernel, or was to have none.
+
+    wanted: the option ``kernel``.
+    """
+    if wanted == "reference" or q_latent.device.type == "meta":
+        return True
+    if wanted != "auto":
+        return not registry.find("mla_decode", wanted).supports(q_latent, *args, **settings)
+    return registry.best("mla_decode", q_latent, *args, **settings)[0] is not None
+
+
 def slower_in_fp8(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why ``x @ weight.T`` would not be faster with the weight in FP8 here, or None.
 

@@ -41,6 +41,7 @@ class Pipeline:
     parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
     hoisted, derived: what was taken out of the graph because it depends on weights alone, and examples of the inputs
     that the graph has instead. slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
+    reads_fp8: called like ``mla_decode``, whether a kernel takes an FP8 cache as it is stored.
     """
 
     options: Options
@@ -55,6 +56,7 @@ class Pipeline:
     derived: list[Any] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
+    reads_fp8: Callable[..., bool] = lambda *args, **kwargs: True
 
     def run(self, gm: GraphModule) -> GraphModule:
         """Rewrite ``gm`` in place. What is not rewritten is as it was.
@@ -79,7 +81,7 @@ class Pipeline:
         self._rewrite(gm, found)
         put_back(gm.graph, in_fp8)
         with self.stage("read stored"):
-            read_stored(gm.graph)
+            read_stored(gm.graph, self.reads_fp8)
         _remove_dead(gm)
         gm.graph.lint()
         gm.recompile()

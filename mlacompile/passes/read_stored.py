@@ -4,11 +4,13 @@
     after    mla_decode(…, q, k_pe, …, descale=descale)
 
 Dequantizing is then what a kernel does to a tile on its way in. Rotary keys in FP8 bring their factor as one more
-column. A cache in groups that ``mla_decode`` does not know stays as it is.
+column. A cache in groups that ``mla_decode`` does not know stays as it is, and so does one that no kernel reads where
+it lies: dequantized, some kernel may take it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,12 +29,15 @@ _C_KV, _K_PE, _BLOCK_TABLE, _DESCALE = 2, 3, 7, 8
 _ALIKE = {aten.alias.default, aten.detach.default, aten.clone.default}
 
 
-def read_stored(graph: Graph) -> int:
-    """Rewrite every ``mla_decode`` over a dequantized cache; returns how many."""
-    return sum(_rewrite(node) for node in list(graph.find_nodes(op="call_function", target=_DECODE)))
+def read_stored(graph: Graph, read: Callable[..., bool] = lambda *args, **kwargs: True) -> int:
+    """Rewrite every ``mla_decode`` over a dequantized cache; returns how many.
+
+    read: called like the op, whether a kernel reads that cache.
+    """
+    return sum(_rewrite(node, read) for node in list(graph.find_nodes(op="call_function", target=_DECODE)))
 
 
-def _rewrite(decode: Node) -> bool:
+def _rewrite(decode: Node, read: Callable[..., bool]) -> bool:
     args: list[Any] = [*decode.args, *[None] * (_DESCALE + 1 - len(decode.args))]
     latent = _Stored.behind(args[_C_KV])
     if latent is None or args[_DESCALE] is not None or not latent.known:
@@ -47,6 +52,10 @@ def _rewrite(decode: Node) -> bool:
         else:
             factors = latent.moved(emit, factors)
         args[_K_PE], args[_DESCALE] = rope.moved(emit, rope.q), factors
+    values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
+    settings = {name: value for name, value in decode.kwargs.items() if name != "impl"}
+    if not read(*values, **settings):
+        return False
     decode.args = tuple(args)
     return True
 

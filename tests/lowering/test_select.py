@@ -34,3 +34,13 @@ def test_the_reference_of_an_fp8_cache_is_traced_only_where_it_compiles(
     assert node.target is (OP if left else mla_decode_reference)
     assert node.kwargs.get("impl") == ("reference" if left else None)
     torch.testing.assert_close(gm(q, stored), want)
+
+
+def test_a_cache_is_read_as_stored_where_a_kernel_takes_it() -> None:
+    q, stored, descale = torch.randn(1, 2, 1, 32), torch.zeros(1, 8, 32).to(torch.float8_e4m3fn), torch.rand(1, 8, 1)
+    arguments = (q, None, stored, None, None, None, None, None, descale)
+    assert select.reads_fp8("auto", *arguments, scale=0.1)
+    assert select.reads_fp8("reference", *arguments, scale=0.1)
+    assert not select.reads_fp8("gluon", *arguments, scale=0.1), "dequantized, Inductor takes it as before"
+    paged = (*arguments[:7], torch.zeros(1, 1, dtype=torch.int32), descale)
+    assert not select.reads_fp8("auto", *paged, scale=0.1), "no CPU kernel reads pages"

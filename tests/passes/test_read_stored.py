@@ -118,3 +118,19 @@ def test_a_rotary_key_in_fp8_beside_a_latent_that_is_not() -> None:
     arguments = list(inputs(R, rope_fp8=True))
     arguments[2] = arguments[2].float()
     assert rewritten(model, tuple(arguments))[1] == 0
+
+
+def test_a_cache_that_no_kernel_reads_stays_dequantized() -> None:
+    def model(q_latent: Tensor, q_pe: Tensor, q: Tensor, descale: Tensor, k_pe: Tensor) -> Tensor:
+        return decode(q_latent, q_pe, ops.fp8_dequantize(q, descale, R, torch.float32), k_pe)
+
+    gm = make_fx(model, tracing_mode="fake")(*inputs(R))
+    asked = []
+
+    def read(*args: Tensor | None, scale: float, causal: bool = False) -> bool:
+        asked.append((args[2].dtype, args[8].shape, scale))  # type: ignore[union-attr]
+        return False
+
+    assert read_stored(gm.graph, read) == 0
+    assert asked == [(E4M3, (B, T, 1), 0.1)]
+    assert dequantized(gm) == 1

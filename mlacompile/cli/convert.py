@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -39,6 +39,20 @@ def convert(
     config: Annotated[Path | None, typer.Option(help="A config.json, for a file that has none beside it.")] = None,
     target: Annotated[Target, typer.Option(help="What has to load the result.")] = Target.transformers,
     dtype: Annotated[DType, typer.Option(help="Of the result; auto is the source's.")] = DType.auto,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Lose nothing, which needs no text.")] = False,
+    kv_budget: Annotated[float | None, typer.Option(help="Share of the cache to keep, over 0, at most 1.")] = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(help="Width of the latent, instead of a share.")] = None,
+    rope_dim: Annotated[int | None, typer.Option(help="Rotary lanes; by default by the budget.")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXT", help="The text to fit to (UTF-8, .jsonl, .parquet); half of the cache is kept."),
+    ] = None,
+    evaluate: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help="A text to report the loss on, and nothing else. May be given again."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample of the text.")] = 0,
+    device: Annotated[str, typer.Option(help="Where layers are fitted: cpu, cuda.")] = "cpu",
     check: Annotated[
         bool,
         typer.Option("--check", help="Compare the result with SRC; if it is there already, do only that."),
@@ -50,8 +64,9 @@ def convert(
 ) -> None:
     """Give a model with grouped-query attention (Llama, Mistral, SmolLM, Qwen, Gemma 2) latent attention.
 
-    Nothing is lost: the result computes the same, and its cache is as large. An interrupted run goes on where it
-    stopped when the same command is given again.
+    Without a budget or a text nothing is lost: the result computes the same, and its cache is as large. With
+    --calibrate TEXT the cache shrinks to --kv-budget, and the report says what that cost. An interrupted run goes on
+    where it stopped when the same command is given again.
     """
     from mlacompile.convert import check_conversion
     from mlacompile.convert import convert as run
@@ -68,16 +83,26 @@ def convert(
         raise typer.Exit(1 if must_be_lossless and not found.lossless else 0)
     try:
         with _progress(console) as progress:
-            task = progress.add_task("writing", total=None)
+            task = progress.add_task("reading", total=None)
             done = run(
                 source,
                 out,
                 target=target.value,
                 dtype=dtype.value,
+                lossless=lossless,
+                kv_budget=kv_budget,
+                kv_lora_rank=kv_lora_rank,
+                rope_dim=rope_dim,
+                calibrate=calibrate,
+                evaluate=evaluate or (),
+                seed=seed,
+                device=device,
                 check_result=check,
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 say=lambda text: progress.console.print(escape(text)),
-                advance=lambda completed, total: progress.update(task, completed=completed, total=total),
+                advance=lambda completed, total, what: progress.update(
+                    task, completed=completed, total=total, description=what
+                ),
                 **bare,
             )
     except KeyboardInterrupt:
@@ -96,8 +121,8 @@ def print_json(value: Any) -> None:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def _show(console: Console, out: Path, report: dict[str, Any]) -> None:
@@ -107,6 +132,8 @@ def _show(console: Console, out: Path, report: dict[str, Any]) -> None:
     table.add_row("dtype", source["dtype"], result["dtype"])
     table.add_row("parameters", f"{source['parameters']:,}", f"{result['parameters']:,}")
     table.add_row("cache, bytes a token", *(f"{cache['bytes_per_token'][side]:,}" for side in ("source", "result")))
+    for loss in report["losses"]:
+        table.add_row(f"perplexity, {escape(loss['text'])}", *(f"{x:.2f}" for x in loss["perplexity"].values()))
     console.print(table)
     if report["check"] is not None:
         from mlacompile.convert.check import Check

@@ -7,6 +7,8 @@ bounded by the spread of the values it looks at (Cauchy-Schwarz),
 
 so the second factor weighs the query. The bound holds for small errors. Keys that no attention goes to may err
 downwards as far as they like, but not upwards: so only some keys are drawn as attention draws them, the rest evenly.
+Half of those stand at a distance of their own, up to ``reach``: keys before rotation know no position, and what was
+fitted at short distances only is wrong without bounds at longer ones.
 """
 
 from __future__ import annotations
@@ -31,15 +33,24 @@ class Pairs:
     distance: Tensor  # [H, Q, K] positions between query and key, float
     weight: Tensor  # [H, Q] variance of W_O v over those keys: the output's squared change a unit of score variance
     query: Tensor  # [H, D, D] second moment of the queries before rotation, weighted
+    mixed: Tensor  # [2 G D, 2 G D] covariance of what attention mixes of [k; v], all heads
     output: float  # mean squared norm of what attention adds to the residual stream
 
 
 def sample_pairs(
-    layer: GQALayer, x: Tensor, *, queries: int = 48, keys: int = 16, even: float = 0.5, seed: int = 0
+    layer: GQALayer,
+    x: Tensor,
+    *,
+    queries: int = 48,
+    keys: int = 16,
+    even: float = 0.5,
+    reach: int = 0,
+    seed: int = 0,
 ) -> Pairs:
     """Draw from windows ``x [W, T, M]`` of the layer's input, one window at a time; float32.
 
-    ``even`` is the share of the keys that are drawn evenly.
+    ``even`` is the share of the keys that are drawn evenly. If ``reach`` is more than a window, every second of them
+    is put at a distance that is drawn evenly up to it.
     """
     attended = keys - round(even * keys)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +61,8 @@ def sample_pairs(
     through = torch.einsum("mhd,mhe->hde", layer.w_o, layer.w_o)  # ‖W_O v‖² = vᵀ through v
     kept: dict[str, list[Tensor]] = {name: [] for name in ("k", "v", "token", "distance", "weight")}
     query = torch.zeros(heads, layer.w_q.shape[1], layer.w_q.shape[1], dtype=torch.float64, device=x.device)
-    output = 0.0
+    size = 2 * groups * layer.w_k.shape[1]
+    mixed_sum, mixed_square, output = x.new_zeros(size), x.new_zeros(size, size), 0.0
     for window, tokens in enumerate(x):
         hidden = tokens[None].float()
         q, k, v = (
@@ -62,7 +74,10 @@ def sample_pairs(
         scores = rotate_halves(q[None], turned)[0][:, at] @ rotate_halves(k[None], turned)[0][group_of].transpose(1, 2)
         hidden_keys = torch.arange(length, device=x.device) > at[:, None]
         p = (scores * layer.scale).masked_fill(hidden_keys, -torch.inf).softmax(-1)
-        mixed = p @ v[group_of]
+        everything = torch.cat((k, v)).transpose(0, 1).flatten(1)  # [T, 2 G D]
+        mixed = (p @ everything).flatten(0, 1)
+        mixed_sum += mixed.sum(0)
+        mixed_square += mixed.T @ mixed
         # Evenly spaced quantiles with one random offset a query: unbiased, and far less noisy than free draws.
         offset = torch.rand(heads, at.numel(), 1, generator=generator).to(x.device)
         by_attention = (torch.arange(attended, device=x.device) + offset) / max(attended, 1)
@@ -75,15 +90,22 @@ def sample_pairs(
         kept["k"].append(k.transpose(0, 1))
         kept["v"].append(v.transpose(0, 1))
         kept["token"].append(token + window * length)
-        kept["distance"].append((at[:, None] - token).float())
+        distance = (at[:, None] - token).float()
+        if reach > length:
+            far = torch.rand(heads, at.numel(), keys - attended, generator=generator).to(x.device)[..., ::2]
+            distance[..., attended::2] = (far * reach).floor()
+        kept["distance"].append(distance)
         kept["weight"].append(weight)
         seen = q[:, at].double()
         query += torch.einsum("hq,hqd,hqe->hde", weight.double(), seen, seen)
-        output += torch.einsum("mhd,hqd->qm", layer.w_o, mixed).square().sum(-1).mean().item()
+        output += torch.einsum("mhd,hqd->qm", layer.w_o, p @ v[group_of]).square().sum(-1).mean().item()
     joined = {name: torch.cat(parts, dim=0 if name in ("k", "v") else 1) for name, parts in kept.items()}
+    count = joined["weight"].numel()
+    mean = mixed_sum / count
     return Pairs(
         **joined,
         attended=attended,
         query=(query / joined["weight"].double().sum(1)[:, None, None].clamp_min(1e-30)).float(),
+        mixed=mixed_square / count - mean[:, None] * mean,
         output=output / x.shape[0],
     )

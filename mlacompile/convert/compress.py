@@ -61,88 +61,102 @@ def regress(targets: Tensor, features: Tensor, ridge: float = _RIDGE) -> Tensor:
     return torch.linalg.solve(damped, targets.T).T
 
 
-def compress(layer: GQALayer, pairs: Pairs, lanes: Lanes, *, rank: int, balance: float = 1.0) -> MLALayer:
-    """``layer`` on ``rank`` latent values and ``2 · lanes`` rotary ones a token.
+class Compression:
+    """A layer with its lanes and its pairs; ``to_rank`` cuts it, as often as one likes.
 
-    ``balance`` multiplies the worth of scores against values; 1 is what the bound in calibrate.py says.
-
-    Raises UnsupportedInputError for biases on queries, keys or values, and for a rank that is not in 1 … 2 G D.
+    Raises UnsupportedInputError for a layer whose rank would not be in 1 … 2 G D.
     """
-    if any(bias is not None for bias in (layer.b_q, layer.b_k, layer.b_v)):
-        raise UnsupportedInputError("got a layer with biases on queries, keys or values; compression expects none yet")
-    if not 1 <= rank <= 2 * layer.w_k.shape[0] * layer.w_k.shape[1]:
-        most = 2 * layer.w_k.shape[0] * layer.w_k.shape[1]
-        raise UnsupportedInputError(f"got rank {rank}; expected 1 to {most}, the width of the layer's keys and values")
-    heads, width, _ = layer.w_q.shape
-    groups = layer.w_k.shape[0]
-    per_group = heads // groups
-    moments = [_Moments(layer, pairs, lanes, head).split() for head in range(heads)]
-    size = 2 * groups * width
-    token = torch.stack([m[2][2] for m in moments]).mean(0)
-    worth = torch.zeros_like(token)
-    for head, m in enumerate(moments):
-        # y without what the lanes say of it, and what that says of the rest of κ.
-        lane_of_key, lane_of_token = regress(m[0][1], m[1][1]), regress(m[2][1], m[1][1])
-        rest = m[0][2] - lane_of_key @ m[1][2]
-        rest_token = m[2][2] - lane_of_token @ m[1][2]
-        read = regress(rest, rest_token)
-        worth += balance * layer.scale**2 * read.T @ pairs.query[head].double() @ read
-    output, mixing = _value_moments(layer, pairs)
-    worth[size // 2 :, size // 2 :] += output
-    values, vectors = torch.linalg.eigh(token)
-    root = (vectors * values.clamp_min(values[-1] * 1e-9).sqrt()) @ vectors.T
-    inverse = (vectors / values.clamp_min(values[-1] * 1e-9).sqrt()) @ vectors.T
-    down = torch.linalg.eigh(root @ worth @ root).eigenvectors.flip(-1)[:, :rank].T @ inverse  # [R, 2 G D]
 
-    stored = torch.cat((layer.w_k.flatten(0, 1), layer.w_v.flatten(0, 1))).double()
-    w_uk, q_rope, w_uv = [], [], []
-    mean = torch.cat((pairs.k.double().mean(0).flatten(), pairs.v.double().mean(0).flatten()))
-    for head, m in enumerate(moments):
-        onto = torch.cat((m[0][2] @ down.T, m[0][1]), dim=1)
-        crossed = down @ m[2][1]
-        features = torch.cat((torch.cat((down @ m[2][2] @ down.T, crossed), 1), torch.cat((crossed.T, m[1][1]), 1)))
-        read = regress(onto, features)
-        w_uk.append(read[:, :rank])
-        q_rope.append(read[:, rank:].T)
-        group = head // per_group
-        value = mixing[size // 2 + group * width : size // 2 + (group + 1) * width]
-        w_uv.append(regress(value @ down.T, down @ mixing @ down.T))
-    up_v = torch.stack(w_uv)
-    group_of = torch.arange(heads, device=mean.device) // per_group
-    lost = mean[size // 2 :].view(groups, width)[group_of] - torch.einsum("hdr,r->hd", up_v, down @ mean)
-    bias = torch.einsum("mhd,hd->m", layer.w_o.double(), lost)
-    rope = torch.stack(q_rope)  # [H, P, D]
-    k_lanes = halves_to_complex(layer.w_k.movedim(-1, 0).double()).flatten(1)  # [M, G · D/2]
-    w_kr = torch.view_as_real(k_lanes @ lanes.mix.T).flatten(1).T
-    return MLALayer(
-        w_q=torch.cat((layer.w_q.double(), torch.einsum("hpd,hdm->hpm", rope, layer.w_q.double())), dim=1).float(),
-        w_dkv=(down @ stored).float(),
-        w_kr=w_kr.float(),
-        w_uk=torch.stack(w_uk).float(),
-        w_uv=up_v.float(),
-        w_o=layer.w_o.float(),
-        b_q=None,
-        b_dkv=None,
-        b_kr=None,
-        b_o=(bias if layer.b_o is None else bias + layer.b_o).float(),
-        inv_freq=lanes.inv_freq,
-        scale=layer.scale,
-    )
+    def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes) -> None:
+        self.layer, self.pairs, self.lanes = layer, pairs, lanes
+        heads = layer.w_q.shape[0]
+        self._moments = [_Moments(layer, pairs, lanes, head).split() for head in range(heads)]
+        token = torch.stack([m[2][2] for m in self._moments]).mean(0)
+        self._score_worth = torch.zeros_like(token)
+        for head, m in enumerate(self._moments):
+            # y without what the lanes say of it, and what that says of the rest of κ.
+            lane_of_key, lane_of_token = regress(m[0][1], m[1][1]), regress(m[2][1], m[1][1])
+            rest = m[0][2] - lane_of_key @ m[1][2]
+            rest_token = m[2][2] - lane_of_token @ m[1][2]
+            read = regress(rest, rest_token)
+            self._score_worth += layer.scale**2 * read.T @ pairs.query[head].double() @ read
+        values, vectors = torch.linalg.eigh(token)
+        values = values.clamp_min(values[-1] * 1e-9)
+        self._root = (vectors * values.sqrt()) @ vectors.T
+        self._inverse = (vectors / values.sqrt()) @ vectors.T
+
+    def to_rank(self, rank: int, *, balance: float = 1.0, bias: bool = True) -> MLALayer:
+        """On ``rank`` latent values and ``2 · lanes`` rotary ones a token.
+
+        ``balance`` multiplies the worth of scores against values; 1 is what the bound in calibrate.py says. Without
+        ``bias`` the mean of the values has to come from the latent.
+        """
+        layer, pairs, lanes = self.layer, self.pairs, self.lanes
+        heads, width, _ = layer.w_q.shape
+        groups = layer.w_k.shape[0]
+        per_group, size = heads // groups, 2 * groups * width
+        if not 1 <= rank <= size:
+            raise UnsupportedInputError(
+                f"got rank {rank}; expected 1 to {size}, the width of the layer's keys and values"
+            )
+        mean = torch.cat((pairs.k.mean(0).flatten(), pairs.v.mean(0).flatten())).double()
+        mixed = pairs.mixed.double() if bias else pairs.mixed.double() + mean[:, None] * mean
+        worth = balance * self._score_worth
+        worth[size // 2 :, size // 2 :] += _value_worth(layer)
+        order = torch.linalg.eigh(self._root @ worth @ self._root).eigenvectors.flip(-1)
+        down = order[:, :rank].T @ self._inverse  # [R, 2 G D]
+
+        w_uk, rope, w_uv = [], [], []
+        for head, m in enumerate(self._moments):
+            onto = torch.cat((m[0][2] @ down.T, m[0][1]), dim=1)
+            crossed = down @ m[2][1]
+            features = torch.cat((torch.cat((down @ m[2][2] @ down.T, crossed), 1), torch.cat((crossed.T, m[1][1]), 1)))
+            read = regress(onto, features)
+            w_uk.append(read[:, :rank])
+            rope.append(read[:, rank:].T)
+            first = size // 2 + head // per_group * width
+            w_uv.append(regress(mixed[first : first + width] @ down.T, down @ mixed @ down.T))
+        q_rope, up_v = torch.stack(rope), torch.stack(w_uv)  # [H, P, D], [H, D, R]
+
+        # The mean of a head's values that the latent's own mean does not bring.
+        group_of = torch.arange(heads, device=mean.device) // per_group
+        lost = mean[size // 2 :].view(groups, width)[group_of] - torch.einsum("hdr,r->hd", up_v, down @ mean)
+        b_o = torch.einsum("mhd,hd->m", layer.w_o.double(), lost) if bias else None
+        if layer.b_o is not None:
+            b_o = layer.b_o.double() if b_o is None else b_o + layer.b_o
+
+        stored = torch.cat((layer.w_k.flatten(0, 1), layer.w_v.flatten(0, 1))).double()
+        w_q, w_k = layer.w_q.double(), layer.w_k.double()
+        b_q = None if layer.b_q is None else layer.b_q.double()
+        b_k, b_v = (
+            None if b is None else b.double().flatten() for b in (layer.b_k, layer.b_v)
+        )
+        b_dkv = None
+        if b_k is not None or b_v is not None:
+            zero = mean.new_zeros(size // 2)
+            b_dkv = down @ torch.cat((zero if b_k is None else b_k, zero if b_v is None else b_v))
+        return MLALayer(
+            w_q=torch.cat((w_q, torch.einsum("hpd,hdm->hpm", q_rope, w_q)), dim=1).float(),
+            w_dkv=(down @ stored).float(),
+            w_kr=lanes.of(w_k.movedim(-1, 0)).T.float(),
+            w_uk=torch.stack(w_uk).float(),
+            w_uv=up_v.float(),
+            w_o=layer.w_o.float(),
+            b_q=None if b_q is None else torch.cat((b_q, torch.einsum("hpd,hd->hp", q_rope, b_q)), dim=1).float(),
+            b_dkv=None if b_dkv is None else b_dkv.float(),
+            b_kr=None if b_k is None else lanes.of(b_k.view(1, groups, width))[0].float(),
+            b_o=None if b_o is None else b_o.float(),
+            inv_freq=lanes.inv_freq,
+            scale=layer.scale,
+        )
 
 
-def _value_moments(layer: GQALayer, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The worth of values ``[G D, G D]`` (W_Oᵀ W_O of their heads), and the mixed tokens' moment ``[2 G D, 2 G D]``."""
+def _value_worth(layer: GQALayer) -> Tensor:
+    """W_Oᵀ W_O of the heads that read each group of values, ``[G D, G D]``."""
     groups, width = layer.w_v.shape[:2]
     per_group = layer.w_q.shape[0] // groups
     worth = torch.zeros(groups, width, groups, width, dtype=torch.float64, device=layer.w_v.device)
-    size = 2 * groups * width
-    moment = torch.zeros(size, size, dtype=torch.float64, device=layer.w_v.device)
     for head in range(layer.w_q.shape[0]):
-        group = head // per_group
         w_o = layer.w_o[:, head].double()
-        worth[group, :, group] += w_o.T @ w_o
-        y = torch.cat((pairs.k.flatten(1), pairs.v.flatten(1)), dim=1)
-        mixed = y[pairs.token[head][:, : pairs.attended]].mean(1)
-        mixed = mixed - mixed.mean(0)
-        moment += (mixed.T @ mixed).double() / mixed.shape[0]
-    return worth.view(groups * width, groups * width), moment / layer.w_q.shape[0]
+        worth[head // per_group, :, head // per_group] += w_o.T @ w_o
+    return worth.view(groups * width, groups * width)

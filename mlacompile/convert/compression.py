@@ -1,33 +1,44 @@
 """From a budget and a text to compressed layers: what is asked for is checked, the text is cut, the method is run.
 
 The last part of the text is for validation: nothing is fitted to it, and what has to be chosen is chosen by it. Texts
-to report on are others, and are never seen here.
+to report on are others, and nothing is fitted to or chosen by them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlacompile.convert.evaluate import spread_windows
+from mlacompile.convert.evaluate import Score, Tally, spread_windows
 from mlacompile.convert.families import GQAModel
-from mlacompile.convert.form import MLALayer
-from mlacompile.convert.latent import LayerReport, Recipe, compress_model, our_method, shared_frequencies
+from mlacompile.convert.form import MLALayer, OneByOne
+from mlacompile.convert.latent import LayerReport, Recipe, advance_stream, compress_model, our_method, shared_frequencies
+from mlacompile.convert.plan import meta_layer
+from mlacompile.convert.shelf import Shelf
 from mlacompile.convert.source import Source
 from mlacompile.convert.stream import Blocks, Layers
 from mlacompile.convert.texts import tokenize
 from mlacompile.errors import UnsupportedInputError
 
-WINDOW = 256
-_CALIBRATION_WINDOWS = 128
-_FEWEST_WINDOWS = 16
+#: Length of a window. Scores are fitted at the distances that occur, so windows are as long as texts usually are.
+WINDOW = 1024
+_SHORTEST_WINDOW = 256
+_CALIBRATION_WINDOWS = 16
+_VALIDATION_WINDOWS = 4
+_EVALUATION_WINDOWS = 12
+_FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
+#: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
+_REACH = 4
+#: Windows that are enough to choose frequencies by, which many layers vote on.
+_SCOUTED_WINDOWS = 4
 #: Cache widths that vLLM has kernels for, and the only ones it is worth compressing to for it.
 _ENGINE = {"kv_lora_rank": 512, "rope_dim": 64}
 
@@ -87,38 +98,94 @@ class Budget:
             )
         return cls(rank, rope_dim)
 
+    def shape(self, model: GQAModel, dtype: torch.dtype, *, bias: bool) -> MLALayer:
+        """A layer of the result without values, to decide by before any work; its frequencies are a stand-in."""
+        source = meta_layer(model, dtype)
+        heads, width, hidden = source.w_q.shape
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        return MLALayer(
+            w_q=empty(heads, width + self.rope_dim, hidden),
+            w_dkv=empty(self.rank, hidden),
+            w_kr=empty(self.rope_dim, hidden),
+            w_uk=empty(heads, width, self.rank),
+            w_uv=empty(heads, width, self.rank),
+            w_o=empty(hidden, heads, width),
+            b_q=None if source.b_q is None else empty(heads, width + self.rope_dim),
+            b_dkv=None if source.b_k is None and source.b_v is None else empty(self.rank),
+            b_kr=None if source.b_k is None else empty(self.rope_dim),
+            b_o=empty(hidden) if bias or source.b_o is not None else None,
+            inv_freq=model.inv_freq[engine_frequencies(model, self.rope_dim)],
+            scale=source.scale,
+        )
+
+
+def engine_frequencies(model: GQAModel, rope_dim: int) -> list[int]:
+    """Evenly spaced ones: of a default table they make a default table, the only kind vLLM takes."""
+    pairs, lanes = model.head_dim // 2, rope_dim // 2
+    return [i * pairs // lanes for i in range(lanes)]
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of tokens: ``[W, 256]`` to fit to, ``[V, T]`` to choose by."""
+    """Windows of tokens: ``[W, T]`` to fit to, ``[V, T]`` to choose by; ``digest`` of the text they are from."""
 
     windows: Tensor
     validation: Tensor
+    digest: str = ""
 
     @classmethod
     def read(cls, source: Source, file: str | Path) -> Calibration:
         """Cut a text. Raises ``UnsupportedInputError``: no text, too short, or no tokenizer beside the weights."""
-        tokenizer = load_tokenizer(source.weights.folder)
-        if tokenizer is None:
-            raise UnsupportedInputError(f"{source.weights.folder}: no tokenizer there, and --calibrate needs it")
-        fewest = math.ceil(_FEWEST_WINDOWS * WINDOW / (1 - _VALIDATION_SHARE)) + WINDOW
-        ids = tokenize(tokenizer, file, at_least=fewest)
-        if int(ids.max()) >= source.model.vocab:
-            raise UnsupportedInputError(
-                f"{source.weights.folder}: its tokenizer makes token {int(ids.max())}, the model has "
-                f"{source.model.vocab} tokens"
-            )
-        cut = math.floor(len(ids) * (1 - _VALIDATION_SHARE)) // WINDOW * WINDOW
-        fitted, chosen_by = ids[:cut], ids[cut:]
-        length = 1024 if len(chosen_by) >= 8 * 1024 else WINDOW
+        ids = read_ids(source, file, option="--calibrate", at_least=_FEWEST_TOKENS)
+        # A short text is cut into shorter windows, so that several remain to choose by.
+        limit = min(WINDOW, source.model.config.max_position_embeddings)
+        length = max(min(_SHORTEST_WINDOW, limit), min(limit, 2 ** int(math.log2(len(ids) / 32))))
+        held = max(length, math.floor(len(ids) * _VALIDATION_SHARE))
+        fitted, chosen_by = ids[: len(ids) - held], ids[len(ids) - held :]
+        tokens = _CALIBRATION_WINDOWS * WINDOW
         return cls(
-            spread_windows(fitted, length=WINDOW, count=min(_CALIBRATION_WINDOWS, len(fitted) // WINDOW)),
-            spread_windows(chosen_by, length=length, count=min(8, len(chosen_by) // length)),
+            spread_windows(fitted, length=length, count=min(tokens // length, len(fitted) // length)),
+            spread_windows(chosen_by, length=length, count=min(_VALIDATION_WINDOWS, len(chosen_by) // length)),
+            hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         )
 
 
-def refuse(model: GQAModel) -> None:
-    """Models whose attention the method does not describe. Raises ``UnsupportedInputError``."""
+@dataclass(frozen=True)
+class Evaluation:
+    """A text to report on: 12 windows ``[12, 1024]`` spread evenly, fewer and shorter ones if it is short."""
+
+    name: str
+    windows: Tensor
+
+    @classmethod
+    def read(cls, source: Source, file: str | Path) -> Evaluation:
+        """Cut a text. Raises ``UnsupportedInputError`` as calibration does."""
+        ids = read_ids(source, file, option="--evaluate", at_least=_SHORTEST_WINDOW)
+        limit = min(WINDOW, source.model.config.max_position_embeddings)
+        length = max(min(_SHORTEST_WINDOW, limit), min(limit, 2 ** int(math.log2(len(ids)))))
+        count = min(_EVALUATION_WINDOWS, len(ids) // length)
+        return cls(Path(file).name, spread_windows(ids, length=length, count=count))
+
+
+def read_ids(source: Source, file: str | Path, *, option: str, at_least: int) -> Tensor:
+    """Token ids of a text by the source's own tokenizer. Raises ``UnsupportedInputError``: there is none, or no text."""
+    tokenizer = load_tokenizer(source.weights.folder)
+    if tokenizer is None:
+        raise UnsupportedInputError(f"{source.weights.folder}: no tokenizer there, and {option} needs it")
+    ids = tokenize(tokenizer, file, at_least=at_least)
+    if int(ids.max()) >= source.model.vocab:
+        raise UnsupportedInputError(
+            f"{source.weights.folder}: its tokenizer makes token {int(ids.max())}, the model has "
+            f"{source.model.vocab} tokens"
+        )
+    return ids
+
+
+def refuse(model: GQAModel, what: str = "compress") -> None:
+    """Models whose attention ``attend`` does not describe. Raises ``UnsupportedInputError``."""
     reason = None
     if model.qk_norm:
         reason = "queries and keys are normalized head by head, which no linear map of keys goes through"
@@ -128,7 +195,7 @@ def refuse(model: GQAModel) -> None:
         reason = f"its sliding window is shorter than the {WINDOW} tokens it would be calibrated on"
     if reason:
         raise UnsupportedInputError(
-            f"{model.family} does not compress: {reason}. Without a budget it converts losslessly"
+            f"{model.family} does not {what}: {reason}. Without a budget or a text it converts losslessly"
         )
 
 
@@ -136,23 +203,81 @@ def compress(
     source: Source,
     budget: Budget,
     calibration: Calibration,
+    shelf: Shelf,
     *,
+    target: str = "transformers",
     seed: int = 0,
     device: str | torch.device = "cpu",
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[MLALayer], list[LayerReport]]:
-    """Every layer in latent form, within ``budget``, and what each of them misses. One layer is in memory at a time."""
+    **recipe: Any,
+) -> tuple[Sequence[MLALayer], list[LayerReport]]:
+    """Every layer in latent form, within ``budget``, and what each of them misses. One layer is in memory at a time.
+
+    Layers are put on ``shelf``, and taken from it if an earlier run has put them there. ``recipe`` overrides fields of
+    ``Recipe``, which the ablations do.
+    """
     blocks, layers = Blocks(source, device), Layers(source, device)
-    embedded = blocks.embed(calibration.windows)
-    recipe = Recipe(rope_dim=budget.rope_dim, rank=budget.rank, scouts=min(8, len(layers)), seed=seed)
+    embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation)))
+    asked: dict[str, Any] = {
+        "rope_dim": budget.rope_dim,
+        "rank": budget.rank,
+        "scouts": min(Recipe.scouts, len(layers)),
+        "reach": min(_REACH * embedded.shape[1], source.model.config.max_position_embeddings),
+        "bias": target != "vllm",
+        "seed": seed,
+    }
+    how = Recipe(**asked | recipe)
     reports: list[LayerReport] = []
 
     def done(i: int, layer: MLALayer, report: LayerReport) -> None:
         reports.append(report)
         advance(i + 1, len(layers))
 
-    frequencies = shared_frequencies(blocks, layers, embedded, recipe)
-    return compress_model(blocks, layers, embedded, recipe, method=our_method(frequencies), progress=done), reports
+    if target == "vllm":
+        frequencies = engine_frequencies(source.model, budget.rope_dim)
+    else:
+        few = max(1, _SCOUTED_WINDOWS * WINDOW // embedded.shape[1])
+        scouting = replace(how, queries=2 * how.queries)
+        frequencies = shelf.remember("frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting))
+    method = our_method(frequencies)
+    held = len(calibration.validation)
+    compress_model(blocks, layers, embedded, how, method=method, held=held, shelf=shelf, progress=done)
+    return OneByOne(len(layers), shelf.get), reports
+
+
+def evaluate(
+    source: Source,
+    layers: Sequence[MLALayer],
+    windows: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Score, Score]:
+    """What the original and the result, rounded to ``dtype``, predict of ``windows [W, T]``; computed in float32."""
+    blocks, attention = Blocks(source, device), Layers(source, device)
+    original = latent = blocks.embed(windows)
+    for i in range(len(layers)):
+        block = blocks[i]
+        original = advance_stream(block, original, attention[i])
+        latent = advance_stream(block, latent, rounded(layers[i], dtype, device))
+        advance(i + 1, len(layers))
+    before, after = Tally(), Tally()
+    for ids, true, got in zip(windows, blocks.logits(original), blocks.logits(latent)):
+        before.add(true[0], ids)
+        after.add(got[0], ids, original=true[0])
+    return before.score(), after.score()
+
+
+def rounded(layer: MLALayer, dtype: torch.dtype, device: str | torch.device = "cpu") -> MLALayer:
+    """The layer as it is after being stored in ``dtype``, in float32."""
+
+    def store(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value if name == "inv_freq" else value.to(dtype).float()).to(device)
+
+    return MLALayer(**{name: store(name, value) for name, value in vars(layer).items()})
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,18 @@ import torch
 import mlacompile
 from mlacompile.checkpoint import CheckpointWriter, dtype_name, plan_shards
 from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
-from mlacompile.convert import own, report
+from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
-from mlacompile.convert.plan import Plan, plan
+from mlacompile.convert.form import MLALayer
+from mlacompile.convert.latent import LayerReport
+from mlacompile.convert.plan import Plan, lifted, plan
+from mlacompile.convert.shelf import Shelf
 from mlacompile.convert.source import Source, open_source
 from mlacompile.errors import UnsupportedInputError, VerificationError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Share of the cache to keep, if there is a text to fit to and nothing is said.
+_BUDGET = 0.5
 #: Files that make weights a model people can use, taken over as they are.
 _COMPANIONS = (
     "tokenizer*",
@@ -52,17 +57,25 @@ def convert(
     config: str | Path | None = None,
     target: str = "transformers",
     dtype: str = "auto",
+    lossless: bool = False,
+    kv_budget: float | None = None,
+    kv_lora_rank: int | None = None,
+    rope_dim: int | None = None,
+    calibrate: str | Path | None = None,
+    evaluate: Sequence[str | Path] = (),
+    seed: int = 0,
+    device: str | torch.device = "cpu",
     check_result: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     head_dim: int | None = None,
     rope_theta: float | None = None,
     say: Callable[[str], None] = lambda text: None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Conversion:
-    """Write ``source`` with latent attention, without loss.
+    """Write ``source`` with latent attention: without loss, or with a smaller cache, fitted to a text.
 
     A run that was interrupted goes on where it stopped when it is called again with the same arguments. The memory it
-    takes is that of the largest tensors, not of the model.
+    takes is that of the largest tensors, not of the model; with a budget, that of a layer and its inputs.
 
     Args:
         source: a folder in Hugging Face's layout, or a ``.safetensors`` file.
@@ -70,43 +83,137 @@ def convert(
         config: a config.json for a ``source`` without one.
         target: "transformers", or "vllm" for a checkpoint that it takes too.
         dtype: "auto" (the source's), "float32", "bfloat16" or "float16".
+        lossless: lose nothing, which is what happens anyway without a budget and a text.
+        kv_budget: share of the source's cache to keep, over 0, at most 1. With a text and no budget, 0.5.
+        kv_lora_rank: width of the latent, instead of a share.
+        rope_dim: rotary lanes, even; by default by the budget.
+        calibrate: the text to fit to and, its last tenth, to choose by: UTF-8, .jsonl or .parquet.
+        evaluate: texts to report the loss on; nothing is fitted to or chosen by them.
+        seed: of the sample that is fitted to.
+        device: where layers are fitted.
         check_result: load the result, compare it with the source, and write down how far they are apart. Takes the
             memory of the model in float32.
         max_shard_bytes: largest shard.
         head_dim: the width of a head, for bare weights that do not tell.
         rope_theta: the rotary base, for bare weights that do not tell.
         say: told what is worth knowing, as it is found out.
-        advance: told how many bytes of how many are written.
+        advance: told how much of how much is done ("writing": bytes; "compressing", "evaluating": layers).
 
     Raises:
         CheckpointError: the source is damaged, or ``out`` cannot be written.
-        UnsupportedInputError: the model does not convert; says why, and what is nearest.
-        VerificationError: ``check_result`` found a difference that is more than rounding; nothing is left at ``out``.
+        UnsupportedInputError: the model does not convert, or what is asked for is impossible; says why, and what is
+            nearest.
+        VerificationError: ``check_result`` found a difference that is more than rounding where nothing was to be lost;
+            nothing is left at ``out``.
     """
     started = time.monotonic()
     if dtype not in DTYPES:
         raise UnsupportedInputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     opened = open_source(source, config=config, head_dim=head_dim, rope_theta=rope_theta)
-    decided = plan(opened, target=target, dtype=DTYPES[dtype])
-    notes = report.notes(decided)
-    for note in notes:
-        say(note)
-    options = {"target": target, "dtype": dtype_name(decided.dtype), "max_shard_bytes": max_shard_bytes}
+    budget = _budget(opened, lossless, calibrate, kv_budget, kv_lora_rank, rope_dim, target)
+    if budget is not None and calibrate is not None and kv_budget is None and kv_lora_rank is None:
+        say(f"No budget is given: half of the cache is kept ({budget.rank} + {budget.rope_dim} values a token).")
+    # Decided on shapes alone, so that what cannot be written is refused before the work.
+    shapes = None
+    if budget is not None:
+        shapes = [budget.shape(opened.model, opened.dtype, bias=target != "vllm")] * opened.model.layers
+    decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=shapes)
+    if evaluate:
+        compression.refuse(opened.model, "evaluate")
+    texts = [compression.Evaluation.read(opened, file) for file in evaluate]
+    calibration = None if budget is None or calibrate is None else compression.Calibration.read(opened, calibrate)
+    options: dict[str, Any] = {
+        "target": target,
+        "dtype": dtype_name(decided.dtype),
+        "max_shard_bytes": max_shard_bytes,
+        "seed": seed,
+    }
+    if budget is not None and calibration is not None and calibrate is not None:
+        options |= {"kv_lora_rank": budget.rank, "rope_dim": budget.rope_dim}
+        options |= {"calibrate": {"name": Path(calibrate).name, "sha256_of_ids": calibration.digest}}
+    losses: list[report.Loss] = []
+    layers: Sequence[MLALayer] | None = None
+    layer_reports: list[LayerReport] = []
     with CheckpointWriter(out, fingerprint=_fingerprint(decided, options)) as writer:
         if writer.finished:
             say(f"{len(writer.finished)} shards were finished by an earlier run, and are taken up.")
-        _write(decided, writer, max_shard_bytes, advance)
+        if budget is not None and calibration is not None:
+            shelf = Shelf(writer.scratch)
+            if 0 in shelf:
+                say("Layers that an earlier run has compressed are taken up.")
+            layers, layer_reports = compression.compress(
+                opened,
+                budget,
+                calibration,
+                shelf,
+                target=target,
+                seed=seed,
+                device=device,
+                advance=lambda done, total: advance(done, total, "compressing"),
+            )
+            decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=layers)
+            texts = [compression.Evaluation("validation part of the calibration text", calibration.validation), *texts]
+        notes = report.notes(decided, compressed=layers is not None)
+        for note in notes:
+            say(note)
+        for text in texts:
+            measured = layers if layers is not None else lifted(opened)
+            losses.append(
+                report.Loss(
+                    text.name,
+                    *compression.evaluate(
+                        opened,
+                        measured,
+                        text.windows,
+                        dtype=decided.dtype,
+                        device=device,
+                        advance=lambda done, total: advance(done, total, "evaluating"),
+                    ),
+                )
+            )
+        _write(decided, writer, max_shard_bytes, lambda done, total: advance(done, total, "writing"))
         found = None
         if check_result:
             say("Comparing the result with its source.")
             found = check(opened, writer.files, remote_code=bool(decided.needs_own_class))
-            _refuse_difference(found)
-        summary = report.summarize(decided, options, notes, found)
+            if layers is None:
+                _refuse_difference(found)
+        summary = report.summarize(decided, options, notes, found, layer_reports, losses)
         summary["seconds"] = round(time.monotonic() - started, 1)
         writer.write_json("conversion.json", summary)
         writer.write_bytes("conversion.html", report.to_html(summary).encode())
         writer.commit()
     return Conversion(Path(out), summary)
+
+
+def _budget(
+    source: Source,
+    lossless: bool,
+    calibrate: str | Path | None,
+    kv_budget: float | None,
+    kv_lora_rank: int | None,
+    rope_dim: int | None,
+    target: str,
+) -> compression.Budget | None:
+    """What the options that can contradict each other amount to; None is lossless."""
+    asked = {"kv_budget": kv_budget, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
+    given = ["--" + name.replace("_", "-") for name, value in asked.items() if value is not None]
+    if lossless:
+        given += ["--calibrate"] if calibrate is not None else []
+        if given:
+            raise UnsupportedInputError(f"--lossless keeps everything, {given[0]} does not; give one of them")
+        return None
+    if calibrate is not None and kv_budget is None and kv_lora_rank is None:
+        asked["kv_budget"] = _BUDGET
+    budget = compression.Budget.parse(source.model, target=target, **asked)  # type: ignore[arg-type]
+    if budget is None:
+        return None
+    compression.refuse(source.model)
+    if calibrate is None:
+        raise UnsupportedInputError(
+            f"{given[0]} needs --calibrate TEXT beside it: what can be left out shows on a text, the weights do not say"
+        )
+    return budget
 
 
 def check_conversion(

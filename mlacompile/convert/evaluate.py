@@ -44,15 +44,34 @@ def spread_windows(ids: Tensor, *, length: int = 1024, count: int = 12) -> Tenso
     return ids[: whole * length].view(whole, length)[chosen]
 
 
+class Tally:
+    """Adds up losses, window by window."""
+
+    def __init__(self) -> None:
+        self._loss, self._divergence, self._tokens, self._compared = 0.0, 0.0, 0, False
+
+    @torch.inference_mode()
+    def add(self, logits: Tensor, ids: Tensor, *, original: Tensor | None = None) -> None:
+        """Logits ``[T, vocabulary]`` for ids ``[T]``, whose labels are within the window; float32."""
+        logits, labels = logits[:-1].float(), ids[1:].to(logits.device)
+        self._loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        self._tokens += labels.numel()
+        if original is not None:
+            self._compared = True
+            true = original[:-1].float().log_softmax(-1)
+            self._divergence += F.kl_div(logits.log_softmax(-1), true, log_target=True, reduction="sum").item()
+
+    def score(self) -> Score:
+        divergence = self._divergence / self._tokens if self._compared else None
+        return Score(self._loss / self._tokens, self._tokens, divergence)
+
+
 @torch.inference_mode()
 def measure(predict: Predict, windows: Tensor, *, original: Predict | None = None, batch: int = 1) -> Score:
     """Mean float32 loss of ``predict`` on ``windows [W, T]``, labels within a window; divergence from ``original``."""
-    loss, divergence, tokens = 0.0, 0.0, 0
+    tally = Tally()
     for ids in windows.split(batch):
-        logits = predict(ids)[:, :-1].float()
-        loss += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum").item()
-        tokens += ids[:, 1:].numel()
-        if original is not None:
-            true = original(ids)[:, :-1].float().log_softmax(-1)
-            divergence += F.kl_div(logits.log_softmax(-1), true, log_target=True, reduction="sum").item()
-    return Score(loss / tokens, tokens, None if original is None else divergence / tokens)
+        true = None if original is None else original(ids)
+        for row, (logits, tokens) in enumerate(zip(predict(ids), ids)):
+            tally.add(logits, tokens, original=None if true is None else true[row])
+    return tally.score()

@@ -6,11 +6,14 @@ N width of the part of a head without rotary embedding, V width of a value head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,24 @@ class MLALayer:
     b_o: Tensor | None  #: [M]
     inv_freq: Tensor  #: [P/2]
     scale: float  #: factor on the scores
+
+
+class OneByOne(Sequence[T]):
+    """``count`` layers, each made when it is asked for: only those that somebody holds are in memory."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[T]: ...
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._make(i)

@@ -8,45 +8,49 @@ The decoder layers are called, not known: each must hold its attention as ``self
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from mlacompile.convert.attend import GroupedAttention, LatentAttention
+from mlacompile.convert.attend import GroupedAttention, LatentAttention, mla_attention
 from mlacompile.convert.calibrate import Pairs, sample_pairs
-from mlacompile.convert.compress import compress
+from mlacompile.convert.compress import Compression
 from mlacompile.convert.form import GQALayer, MLALayer
-from mlacompile.convert.refit import OutputFit, widest_values
+from mlacompile.convert.refit import OutputFit
 from mlacompile.convert.rotate import Pursuit, choose_frequencies, lanes_at
+from mlacompile.convert.shelf import Shelf
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a layer is compressed. The defaults are first guesses: none has been tuned on validation text yet."""
+    """How a layer is compressed. The defaults were chosen on validation text; docs/convert-method.md has the figures."""
 
     rope_dim: int
     rank: int
-    balance: float = 1.0  # worth of scores against values
-    latent_lanes: float = (
-        0.25  # share of the rank that keys are expected to take, in complex lanes, while lanes are chosen
-    )
+    balances: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)  # worth of scores against values, one is chosen by layer
+    latent_lanes: float = 0.25  # share of the rank that keys are expected to take, as complex lanes, in choosing lanes
     refit: bool = True
     catch_up: float = 0.0  # share of the residual stream's error that each layer is asked to undo
     ridge: float = 1e-3
-    queries: int = 16
-    keys: int = 16
+    queries: int = 64  # of each window
+    keys: int = 16  # of each query
+    even: float = 0.5  # share of the keys that are drawn evenly
+    reach: int = 0  # distance up to which keys are put by hand
     scouts: int = 8  # layers that choose the frequencies for all
+    bias: bool = True  # let the output have one, which brings the mean of the values
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Shares of attention's output energy that are missed on the compressed stream, before and after refitting."""
+    """``missed``: shares of the energy of attention's output, on windows that nothing was fitted to."""
 
-    missed: float
-    missed_after_refit: float
+    balance: float  #: the one that was chosen
+    missed: float  #: the layer alone, on the original's input
+    missed_in_place: float  #: on the compressed model's own input, which has the errors of all earlier layers
+    missed_after_refit: float  #: the same after the refit
 
 
 class _Stop(Exception):
@@ -69,7 +73,7 @@ class _Tap(nn.Module):
         return self.added, None
 
 
-def _step(block: nn.Module, stream: Tensor, attention: nn.Module) -> Tensor:
+def step(block: nn.Module, stream: Tensor, attention: nn.Module) -> Tensor:
     """``stream [B, T, M]`` through ``block`` with ``attention`` in the place of its own."""
     kept = block.self_attn
     block.self_attn = attention
@@ -80,10 +84,17 @@ def _step(block: nn.Module, stream: Tensor, attention: nn.Module) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
+def advance_stream(block: nn.Module, stream: Tensor, layer: GQALayer | MLALayer) -> Tensor:
+    """``stream [W, T, M]`` through ``block`` with the attention of ``layer``, a window at a time."""
+    attention = GroupedAttention(layer) if isinstance(layer, GQALayer) else LatentAttention(layer)
+    with torch.inference_mode():
+        return torch.cat([step(block, window, attention) for window in stream.split(1)])
+
+
 def _attention_input(block: nn.Module, stream: Tensor) -> Tensor:
     tap = _Tap()
     try:
-        _step(block, stream, tap)
+        step(block, stream, tap)
     except _Stop:
         return tap.seen
     raise AssertionError("the decoder layer did not call its attention")
@@ -103,7 +114,7 @@ def shared_frequencies(
         tap = _Tap(GroupedAttention(layer))
         seen, ahead = [], []
         for window in stream.split(1):
-            ahead.append(_step(block, window, tap))
+            ahead.append(step(block, window, tap))
             seen.append(tap.seen)
         stream = torch.cat(ahead)
         if index in scouts:
@@ -115,20 +126,33 @@ def shared_frequencies(
 
 
 def _sample(layer: GQALayer, x: Tensor, recipe: Recipe) -> Pairs:
-    return sample_pairs(layer, x, queries=recipe.queries, keys=recipe.keys, seed=recipe.seed)
+    return sample_pairs(
+        layer, x, queries=recipe.queries, keys=recipe.keys, even=recipe.even, reach=recipe.reach, seed=recipe.seed
+    )
 
 
-#: (layer, its pairs, recipe) to the layer in latent form
-Method = Callable[[GQALayer, Pairs, Recipe], MLALayer]
+#: (layer, windows of its input, recipe) to candidates for its latent form, each with the balance it was made with
+Method = Callable[[GQALayer, Tensor, Recipe], Iterator[tuple[float, MLALayer]]]
 
 
 def our_method(frequencies: list[int]) -> Method:
-    def method(layer: GQALayer, pairs: Pairs, recipe: Recipe) -> MLALayer:
+    """The layer with rotary lanes at ``frequencies``, once for every balance of the recipe."""
+
+    def method(layer: GQALayer, x: Tensor, recipe: Recipe) -> Iterator[tuple[float, MLALayer]]:
         latent = round(recipe.latent_lanes * recipe.rank)
+        pairs = _sample(layer, x, recipe)
         lanes = lanes_at(Pursuit(pairs, layer.inv_freq), frequencies, latent=latent)
-        return compress(layer, pairs, lanes, rank=recipe.rank, balance=recipe.balance)
+        compression = Compression(layer, pairs, lanes)
+        for balance in recipe.balances:
+            yield balance, compression.to_rank(recipe.rank, balance=balance, bias=recipe.bias)
 
     return method
+
+
+def missed(layer: MLALayer, x: Tensor, target: Tensor) -> float:
+    """Share of the energy of ``target [W, T, M]`` that ``layer`` misses on ``x [W, T, M]``."""
+    error = sum((mla_attention(layer, one) - wanted).square().sum() for one, wanted in zip(x.split(1), target.split(1)))
+    return float(error / target.square().sum())
 
 
 @torch.inference_mode()
@@ -139,31 +163,49 @@ def compress_model(
     recipe: Recipe,
     *,
     method: Method,
+    held: int,
+    shelf: Shelf | None = None,
     progress: Callable[[int, MLALayer, LayerReport], None] | None = None,
 ) -> list[MLALayer]:
     """All ``layers`` in latent form, calibrated on ``embedded [W, T, M]``, what enters the first decoder layer.
 
-    ``blocks`` are left as they were. ``progress`` gets every layer as it is done.
+    Nothing is fitted to the last ``held`` windows: what has to be chosen is chosen by them. ``blocks`` are left as
+    they were. Layers on ``shelf`` are taken from it, others are put there. ``progress`` gets every layer as it is done.
     """
     original = compressed = embedded
+    fitted = len(embedded) - held
     done = []
     for index, (block, layer) in enumerate(zip(blocks, layers)):
         tap = _Tap(GroupedAttention(layer))
         ahead, seen, added = [], [], []
         for window in original.split(1):
-            ahead.append(_step(block, window, tap))
+            ahead.append(step(block, window, tap))
             seen.append(tap.seen)
             added.append(tap.added)
-        latent = method(layer, _sample(layer, torch.cat(seen), recipe), recipe)
-        report = LayerReport(float("nan"), float("nan"))
-        if recipe.refit:
-            fit = OutputFit(widest_values(latent))
-            for before, now, target in zip(original.split(1), compressed.split(1), added):
-                fit.add(_attention_input(block, now), target + recipe.catch_up * (before - now))
-            latent, missed, after = fit.solve(recipe.ridge)
-            report = LayerReport(missed, after)
-            compressed = torch.cat([_step(block, now, LatentAttention(latent)) for now in compressed.split(1)])
+        if shelf is not None and index in shelf:
+            latent, report = shelf.get(index), LayerReport(**shelf.note(index))
+        else:
+            x, target = torch.cat(seen), torch.cat(added)
+            candidates = [
+                (missed(candidate, x[fitted:], target[fitted:]), balance, candidate)
+                for balance, candidate in method(layer, x[:fitted], recipe)
+            ]
+            error, balance, latent = min(candidates, key=lambda one: one[0])
+            report = LayerReport(balance, error, float("nan"), float("nan"))
+            if recipe.refit:
+                wanted = target + recipe.catch_up * (original - compressed)
+                inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
+                before = missed(latent, inputs[fitted:], wanted[fitted:])
+                fit = OutputFit(latent, bias=recipe.bias)
+                for one, goal in zip(inputs[:fitted].split(1), wanted[:fitted].split(1)):
+                    fit.add(one, goal)
+                latent = fit.solve(recipe.ridge)
+                after = missed(latent, inputs[fitted:], wanted[fitted:])
+                report = replace(report, missed_in_place=before, missed_after_refit=after)
+            if shelf is not None:
+                shelf.put(index, latent, vars(report))
         original = torch.cat(ahead)
+        compressed = advance_stream(block, compressed, latent)
         done.append(latent)
         if progress is not None:
             progress(index, latent, report)

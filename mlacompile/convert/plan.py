@@ -6,7 +6,7 @@ Shapes come from running the same code on meta tensors, so that there is no seco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from mlacompile.checkpoint import TensorSpec
 from mlacompile.convert import own, stock
 from mlacompile.convert.families import GQAModel
-from mlacompile.convert.form import GQALayer, MLALayer
+from mlacompile.convert.form import GQALayer, MLALayer, OneByOne
 from mlacompile.convert.lift import interleaved, lift
 from mlacompile.convert.source import Source
 from mlacompile.errors import UnsupportedInputError
@@ -114,7 +114,7 @@ def plan(
     *,
     target: str = "transformers",
     dtype: torch.dtype | None = None,
-    layers: list[MLALayer] | None = None,
+    layers: Sequence[MLALayer] | None = None,
 ) -> Plan:
     """Decide how ``source`` is written.
 
@@ -122,7 +122,7 @@ def plan(
         source: the model.
         target: "transformers", or "vllm" for what that engine takes too.
         dtype: of the result; None keeps the source's where the class can hold it, else float32.
-        layers: attention in latent form; None lifts the source's without loss.
+        layers: attention in latent form, asked for one at a time; None lifts the source's without loss.
 
     Raises:
         UnsupportedInputError: neither a stock class nor ours can hold the result, or the engine cannot.
@@ -133,10 +133,10 @@ def plan(
     if layers is None:
         # Layers of the source are alike, and so are their lifted shapes.
         shapes = [lift(meta_layer(model, source.dtype))] * model.layers
-        make: Callable[[int], MLALayer] = lambda i: lift(source.layer(i))  # noqa: E731
+        make = lifted(source).__getitem__
     else:
-        shapes, made = [to_meta(layer) for layer in layers], layers
-        make = made.__getitem__
+        shapes = [to_meta(layers[i]) for i in range(model.layers)]
+        make = layers.__getitem__
     lacks = list(model.stock_lacks) or stock.refusals(shapes)
     if lacks and target == "vllm":
         raise UnsupportedInputError(f"--target vllm: no class of it has {'; '.join(lacks)}; take --target transformers")
@@ -153,6 +153,11 @@ def plan(
     if decided.engine:
         decided.shapes = [stock.fit_engine(shape) for shape in shapes]
     return decided
+
+
+def lifted(source: Source) -> Sequence[MLALayer]:
+    """All attention of the source, lifted without loss when asked for."""
+    return OneByOne(source.model.layers, lambda i: lift(source.layer(i)))
 
 
 def meta_layer(model: GQAModel, dtype: torch.dtype) -> GQALayer:

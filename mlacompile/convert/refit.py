@@ -18,44 +18,32 @@ from mlacompile.convert.attend import mla_heads
 from mlacompile.convert.form import MLALayer
 
 
-def widest_values(layer: MLALayer) -> MLALayer:
-    """The same function with value heads as wide as the latent, if that is narrower: w_o then may read all of it."""
-    heads, width, rank = layer.w_uv.shape
-    if rank >= width:
-        return layer
-    identity = torch.eye(rank, dtype=layer.w_uv.dtype, device=layer.w_uv.device).expand(heads, rank, rank)
-    return replace(layer, w_uv=identity.clone(), w_o=torch.einsum("mhd,hdr->mhr", layer.w_o, layer.w_uv))
-
-
 class OutputFit:
-    """Accumulates the normal equations of one layer over windows, then solves them."""
+    """Accumulates the normal equations of one layer over windows, then solves them for ``w_o``, and ``b_o`` if asked."""
 
-    def __init__(self, layer: MLALayer) -> None:
-        self.layer = layer
-        size = layer.w_o.shape[1] * layer.w_o.shape[2] + 1
+    def __init__(self, layer: MLALayer, *, bias: bool = True) -> None:
+        self.layer, self.bias = layer, bias
+        size = layer.w_o.shape[1] * layer.w_o.shape[2] + bias
         zeros = layer.w_o.new_zeros
         self.features = zeros(size, size, dtype=torch.float64)
         self.missing = zeros(layer.w_o.shape[0], size, dtype=torch.float64)
-        self.error = self.energy = 0.0
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """``x [B, T, M]``: what the compressed model feeds this layer; ``target [B, T, M]``: what should come out."""
         mixed = mla_heads(self.layer, x).flatten(0, 1)
         missing = target.flatten(0, 1) - F.linear(mixed, self.layer.w_o.flatten(1), self.layer.b_o)
-        seen = torch.cat((mixed, torch.ones_like(mixed[:, :1])), dim=1)
+        seen = torch.cat((mixed, torch.ones_like(mixed[:, :1])), dim=1) if self.bias else mixed
         self.features += (seen.T @ seen).double()
         self.missing += (missing.T @ seen).double()
-        self.error += missing.square().sum().item()
-        self.energy += target.square().sum().item()
 
-    def solve(self, ridge: float = 1e-3) -> tuple[MLALayer, float, float]:
-        """The layer with its best w_o and b_o, and the share of the target's energy missed before and after."""
-        damping = ridge * self.features.diagonal()[:-1].mean()
+    def solve(self, ridge: float = 1e-3) -> MLALayer:
+        """The layer with its best ``w_o`` and ``b_o``."""
+        size = self.layer.w_o.shape[1] * self.layer.w_o.shape[2]
         damped = self.features.clone()
-        damped.diagonal()[:-1] += damping  # the bias is free
-        step = torch.linalg.solve(damped, self.missing.T).T
-        gained = 2 * (step * self.missing).sum() - ((step @ self.features) * step).sum()
-        w_o = self.layer.w_o + step[:, :-1].view_as(self.layer.w_o).to(self.layer.w_o.dtype)
-        bias = step[:, -1].to(self.layer.w_o.dtype)
-        refitted = replace(self.layer, w_o=w_o, b_o=bias if self.layer.b_o is None else self.layer.b_o + bias)
-        return refitted, self.error / self.energy, (self.error - gained.item()) / self.energy
+        damped.diagonal()[:size] += ridge * self.features.diagonal()[:size].mean()  # the bias is free
+        change = torch.linalg.solve(damped, self.missing.T).T.to(self.layer.w_o.dtype)
+        w_o = self.layer.w_o + change[:, :size].view_as(self.layer.w_o)
+        b_o = self.layer.b_o
+        if self.bias:
+            b_o = change[:, size] if b_o is None else b_o + change[:, size]
+        return replace(self.layer, w_o=w_o, b_o=b_o)

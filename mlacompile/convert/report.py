@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import io
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ import mlacompile
 from mlacompile.checkpoint import dtype_name
 from mlacompile.convert import stock
 from mlacompile.convert.check import Check
+from mlacompile.convert.evaluate import Score
+from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan
 
 _STYLE = (
@@ -21,9 +25,38 @@ _STYLE = (
     "td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}"
     "pre{white-space:pre-wrap;margin:0}.good{color:#17703a}.bad{color:#b3261e}"
 )
+#: Keys of a layer in conversion.json, and what people read.
+_COLUMNS = {
+    "layer": "layer",
+    "rank": "rank",
+    "rope": "rotary lanes",
+    "nope": "nope",
+    "value": "value",
+    "balance": "worth of scores",
+    "missed": "missed alone",
+    "missed_in_place": "missed in place",
+    "missed_after_refit": "missed after refit",
+}
 
 
-def notes(plan: Plan) -> list[str]:
+@dataclass(frozen=True)
+class Loss:
+    """What source and result predict of a text; ``after`` has the divergence from ``before``."""
+
+    text: str
+    before: Score
+    after: Score
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "tokens": self.before.tokens,
+            "perplexity": {"source": self.before.perplexity, "result": self.after.perplexity},
+            "kl": self.after.divergence,
+        }
+
+
+def notes(plan: Plan, *, compressed: bool) -> list[str]:
     """What a user has to know of this conversion, in sentences."""
     model, said = plan.model, [f"Not read but concluded: {text}." for text in plan.source.model.assumed]
     before, after = _parameters(plan)
@@ -36,7 +69,11 @@ def notes(plan: Plan) -> list[str]:
         said.append(f"Weights are {dtype_name(plan.source.dtype)} and are written as {dtype_name(plan.dtype)}.")
     if plan.source.dtype == torch.float16 and not plan.needs_own_class:
         said.append("float16 cannot hold the latent of the stock class: do not load the result in float16.")
-    if after > 1.2 * before:
+    if compressed:
+        said.append(
+            "What was cut was fitted to the calibration text: other kinds of text lose more. --evaluate TEXT measures it."
+        )
+    elif after > 1.2 * before:
         said.append(
             f"Without compression every query head has lanes for all {model.groups} key heads: {_count(before)} "
             f"parameters become {_count(after)}, and the cache stays as large as it was."
@@ -44,20 +81,28 @@ def notes(plan: Plan) -> list[str]:
     return said
 
 
-def summarize(plan: Plan, options: dict[str, Any], said: list[str], found: Check | None) -> dict[str, Any]:
-    """The content of conversion.json."""
+def summarize(
+    plan: Plan,
+    options: dict[str, Any],
+    said: list[str],
+    found: Check | None,
+    layers: list[LayerReport],
+    losses: list[Loss],
+) -> dict[str, Any]:
+    """The content of conversion.json. ``layers`` is empty if nothing was compressed."""
     model, before_after = plan.model, _parameters(plan)
     config = plan.config()
     rows = []
     for i, layer in enumerate(plan.shapes):
         rank, nope, rope, value = stock.widths(layer)
-        rows.append({"layer": i, "rank": rank, "rope": rope, "nope": nope, "value": value})
+        row: dict[str, Any] = {"layer": i, "rank": rank, "rope": rope, "nope": nope, "value": value}
+        rows.append(row | (vars(layers[i]) if layers else {}))
     values = [row["rank"] + row["rope"] for row in rows]
     source_bytes = model.layers * model.cache_values * plan.source.dtype.itemsize
     return {
         "format": 1,
         "mlacompile": mlacompile.__version__,
-        "method": "lossless",
+        "method": "compressed" if layers else "lossless",
         "source": {
             "name": plan.source.path.name,
             "model_type": model.family,
@@ -85,6 +130,8 @@ def summarize(plan: Plan, options: dict[str, Any], said: list[str], found: Check
             "kept": sum(values) / (len(values) * model.cache_values),
         },
         "layers": rows,
+        "rotary_frequencies": plan.shapes[0].inv_freq.tolist(),
+        "losses": [loss.to_json() for loss in losses],
         "notes": said,
         "check": None if found is None else found.to_json(),
     }
@@ -109,19 +156,53 @@ def to_html(summary: dict[str, Any]) -> str:
         f"<p>{html.escape(summary['method'])}; {cache['kept']:.1%} of the cache kept; {summary['seconds']} s.</p>",
         _table(("", "source", "result"), facts),
         *(f"<p>{html.escape(note)}</p>" for note in summary["notes"]),
-        _check_section(summary["check"]),
+        _loss_section(summary["losses"]),
+        _check_section(summary["check"], lossless=summary["method"] == "lossless"),
         "<h2>Layers</h2>",
-        _plot_layers(summary),
-        _table(("layer", "rank", "rotary lanes", "nope", "value"), [tuple(row.values()) for row in summary["layers"]]),
+        _plot(_bars, summary),
+        _plot(_missed_lines, summary) if "missed" in summary["layers"][0] else "",
+        _table(
+            tuple(_COLUMNS[name] for name in summary["layers"][0]),
+            [tuple(_rounded(value) for value in row.values()) for row in summary["layers"]],
+        ),
+        "<h2>Rotary lanes</h2>",
+        "<p>Wavelengths of the rotary lanes, in tokens; a lane is two cached values. "
+        + html.escape(", ".join(_wavelength(frequency) for frequency in summary["rotary_frequencies"]))
+        + "</p>",
     ]
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>mlacompile convert</title><style>{_STYLE}</style>"
     return head + "\n".join(parts) + "\n"
 
 
-def _check_section(found: dict[str, Any] | None) -> str:
+def _loss_section(losses: list[dict[str, Any]]) -> str:
+    if not losses:
+        return ""
+    rows = [
+        (
+            loss["text"],
+            f"{loss['tokens']:,}",
+            *(f"{loss['perplexity'][side]:.2f}" for side in ("source", "result")),
+            f"{loss['kl']:.4f}",
+        )
+        for loss in losses
+    ]
+    return "<h2>Loss</h2>" + _table(
+        ("text", "tokens", "perplexity of the source", "of the result", "KL divergence, nats"), rows
+    )
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.3g}" if isinstance(value, float) else value
+
+
+def _wavelength(frequency: float) -> str:
+    return f"{math.tau / frequency:,.4g}" if frequency else "never turns"
+
+
+def _check_section(found: dict[str, Any] | None, *, lossless: bool) -> str:
     if found is None:
         return "<h2>Comparison</h2><p>Not compared with the source (<code>--check</code> does).</p>"
-    verdict = "good" if found["lossless"] else "bad"
+    verdict = "good" if found["lossless"] else "bad" if lossless else ""
     rows = [
         ("largest difference of a logit", f"{found['max_error']:.2e} (largest logit {found['max_logit']:.3g})"),
         ("KL divergence of the next token, nats", f"{found['mean_kl']:.2e}"),
@@ -136,29 +217,41 @@ def _check_section(found: dict[str, Any] | None) -> str:
     )
 
 
-def _plot_layers(summary: dict[str, Any]) -> str:
-    """What each layer caches, against what it cached before; as SVG, or a sentence where matplotlib is missing."""
+def _plot(draw: Callable[[Any, dict[str, Any]], None], summary: dict[str, Any]) -> str:
+    """A plot over layers as SVG, or a sentence where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
         return "<p>Plots need matplotlib: pip install 'mlacompile[convert]'.</p>"
     from matplotlib.figure import Figure
 
-    rows = summary["layers"]
-    layers = [row["layer"] for row in rows]
-    rope, rank = [row["rope"] for row in rows], [row["rank"] for row in rows]
     with matplotlib.rc_context({"svg.hashsalt": "mlacompile", "font.size": 9}):
         figure = Figure(figsize=(8, 2.8), layout="constrained")
         axes = figure.subplots()
-        axes.bar(layers, rope, label="k_pe, rotary", color="#4c78a8")
-        axes.bar(layers, rank, bottom=rope, label="c_kv, latent", color="#f58518")
-        axes.axhline(summary["cache"]["values_per_token_and_layer"]["source"], color="#333", lw=1, label="source")
-        axes.set(xlabel="layer", ylabel="cached values a token")
+        draw(axes, summary)
+        axes.set(xlabel="layer")
         axes.legend(loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 1.2))
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     return text[text.index("<svg") :]
+
+
+def _bars(axes: Any, summary: dict[str, Any]) -> None:
+    """What each layer caches, against what it cached before."""
+    layers, rope, rank = ([row[name] for row in summary["layers"]] for name in ("layer", "rope", "rank"))
+    axes.bar(layers, rope, label="k_pe, rotary", color="#4c78a8")
+    axes.bar(layers, rank, bottom=rope, label="c_kv, latent", color="#f58518")
+    axes.axhline(summary["cache"]["values_per_token_and_layer"]["source"], color="#333", lw=1, label="source")
+    axes.set(ylabel="cached values a token")
+
+
+def _missed_lines(axes: Any, summary: dict[str, Any]) -> None:
+    """Share of the energy of attention's output that each layer misses, on text that nothing was fitted to."""
+    rows = summary["layers"]
+    for name, color in (("missed", "#4c78a8"), ("missed_in_place", "#bbb"), ("missed_after_refit", "#f58518")):
+        axes.plot([row["layer"] for row in rows], [row[name] for row in rows], label=_COLUMNS[name], color=color)
+    axes.set(ylabel="share of energy missed", yscale="log")
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]], *, escaped: bool = False) -> str:

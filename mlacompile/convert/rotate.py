@@ -27,6 +27,10 @@ class Lanes:
     mix: Tensor
     inv_freq: Tensor
 
+    def of(self, keys: Tensor) -> Tensor:
+        """Real lanes ``[B, P]``, neighbours being pairs, of keys ``[B, G, D]`` before rotation."""
+        return torch.view_as_real(halves_to_complex(keys).flatten(1).to(self.mix.dtype) @ self.mix.T).flatten(1)
+
 
 class Pursuit:
     """One layer's search for lanes. ``gains`` says what each frequency would bring, ``take`` adds the lane."""

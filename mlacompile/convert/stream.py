@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from mlacompile.convert.form import GQALayer
+from mlacompile.convert.form import GQALayer, OneByOne
 from mlacompile.convert.source import Source
 
 
@@ -59,30 +59,29 @@ class Blocks(Sequence[nn.Module]):
         embedding.padding_idx = None
         return embedding(where.to(self._device))
 
+    @torch.no_grad()
+    def logits(self, stream: Tensor) -> Iterator[Tensor]:
+        """Logits ``[1, T, vocabulary]`` of every window of ``stream [W, T, M]``, what leaves the last layer."""
+        name = "model.embed_tokens.weight" if self._source.model.tied else "lm_head.weight"
+        head = self._source.read(name).float().to(self._device)
+        norm = self._model.norm
+        weights = {"weight": self._source.read("model.norm.weight").float().to(self._device)}
+        norm.load_state_dict(weights, assign=True)
+        for window in stream.split(1):
+            yield nn.functional.linear(norm(window), head)
 
-class Layers(Sequence[GQALayer]):
+
+class Layers(OneByOne[GQALayer]):
     """Attention of the original, float32, read when asked for."""
 
     def __init__(self, source: Source, device: str | torch.device = "cpu") -> None:
-        self._source, self._device = source, torch.device(device)
-
-    def __len__(self) -> int:
-        return self._source.model.layers
-
-    @overload
-    def __getitem__(self, i: int) -> GQALayer: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[GQALayer]: ...
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-
         def widen(value: Any) -> Any:
-            return value.float().to(self._device) if isinstance(value, Tensor) else value
+            return value.float().to(device) if isinstance(value, Tensor) else value
 
-        return GQALayer(**{name: widen(value) for name, value in vars(self._source.layer(i)).items()})
+        def read(i: int) -> GQALayer:
+            return GQALayer(**{name: widen(value) for name, value in vars(source.layer(i)).items()})
+
+        super().__init__(source.model.layers, read)
 
 
 @contextmanager

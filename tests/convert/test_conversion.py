@@ -62,7 +62,7 @@ def test_killed_at_ten_random_moments(save: Save, tmp_path: Path) -> None:
 def test_an_interrupt_is_gone_on_from(save: Save, tmp_path: Path) -> None:
     source = save()
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, what: str) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
@@ -77,7 +77,7 @@ def test_an_interrupt_is_gone_on_from(save: Save, tmp_path: Path) -> None:
 
 
 def test_another_source_or_option_starts_anew(save: Save, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, what: str) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
@@ -96,7 +96,7 @@ def test_another_source_or_option_starts_anew(save: Save, tmp_path: Path) -> Non
 
 def test_progress_counts_every_byte(save: Save, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    convert(save(), tmp_path / "out", advance=lambda done, total: seen.append((done, total)))
+    convert(save(), tmp_path / "out", advance=lambda done, total, what: seen.append((done, total)))
     reader = CheckpointReader(tmp_path / "out")
     total = sum(stored.spec.nbytes for stored in reader.tensors.values())
     assert seen[-1] == (total, total)

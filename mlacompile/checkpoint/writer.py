@@ -88,6 +88,7 @@ class CheckpointWriter:
             self.work.mkdir(exist_ok=True)
             self._lock = self._take_lock()
             self._done = self._recover()
+            self._record()  # before any work, so that what is put into scratch is known to belong to this fingerprint
         return self
 
     def __exit__(
@@ -181,8 +182,11 @@ class CheckpointWriter:
             unnamed.rename(path)
             _sync(self.files)
             self._done[file] = _hash(path)
-            record = {"fingerprint": self._fingerprint, "shards": self._done}
-            _write_whole(self.work / _PROGRESS, json.dumps(record, indent=2).encode())
+            self._record()
+
+    def _record(self) -> None:
+        record = {"fingerprint": self._fingerprint, "shards": self._done}
+        _write_whole(self.work / _PROGRESS, json.dumps(record, indent=2).encode())
 
     def _refuse_existing(self) -> None:
         if self.out.exists() or self.out.is_symlink():
@@ -203,18 +207,20 @@ class CheckpointWriter:
     def _recover(self) -> dict[str, str]:
         """The shards that an earlier run finished, and that are still what it wrote. All else is removed."""
         done: dict[str, str] = {}
+        known = False
         try:
             record = json.loads((self.work / _PROGRESS).read_bytes())
-            if record["fingerprint"] == self._fingerprint:
+            known = record["fingerprint"] == self._fingerprint
+            if known:
                 done = {
                     file: digest
                     for file, digest in record["shards"].items()
                     if (self.files / file).is_file() and _hash(self.files / file) == digest
                 }
-            else:
-                shutil.rmtree(self.work / "scratch", ignore_errors=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # no record, or not a whole one: nothing is known to be finished
+        if not known:
+            shutil.rmtree(self.work / "scratch", ignore_errors=True)
         self.files.mkdir(exist_ok=True)
         for path in self.files.iterdir():
             if path.name not in done:

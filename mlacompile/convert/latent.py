@@ -33,7 +33,7 @@ class Recipe:
     latent_lanes: float = 0.25  # share of the rank that keys are expected to take, as complex lanes, in choosing lanes
     refit: bool = True
     catch_up: float = 0.0  # share of the residual stream's error that each layer is asked to undo
-    ridge: float = 1e-3
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1)  # of the refit, one or none is chosen by layer
     queries: int = 64  # of each window
     keys: int = 16  # of each query
     even: float = 0.5  # share of the keys that are drawn evenly
@@ -51,6 +51,7 @@ class LayerReport:
     missed: float  #: the layer alone, on the original's input
     missed_in_place: float  #: on the compressed model's own input, which has the errors of all earlier layers
     missed_after_refit: float  #: the same after the refit
+    ridge: float | None = None  #: of the refit; None if it was left out
 
 
 class _Stop(Exception):
@@ -199,9 +200,14 @@ def compress_model(
                 fit = OutputFit(latent, bias=recipe.bias)
                 for one, goal in zip(inputs[:fitted].split(1), wanted[:fitted].split(1)):
                     fit.add(one, goal)
-                latent = fit.solve(recipe.ridge)
-                after = missed(latent, inputs[fitted:], wanted[fitted:])
-                report = replace(report, missed_in_place=before, missed_after_refit=after)
+                after = before
+                ridge: float | None = None
+                for tried in recipe.ridges:
+                    candidate = fit.solve(tried)
+                    error = missed(candidate, inputs[fitted:], wanted[fitted:])
+                    if error < after:
+                        after, ridge, latent = error, tried, candidate
+                report = replace(report, missed_in_place=before, missed_after_refit=after, ridge=ridge)
             if shelf is not None:
                 shelf.put(index, latent, vars(report))
         original = torch.cat(ahead)

@@ -36,6 +36,7 @@ _COLUMNS = {
     "missed": "missed alone",
     "missed_in_place": "missed in place",
     "missed_after_refit": "missed after refit",
+    "ridge": "ridge of the refit",
 }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mlacompile.convert.compression import Budget, Calibration, compress, refuse
 from mlacompile.convert.families import describe
+from mlacompile.convert.shelf import Shelf
 from mlacompile.convert.source import open_source
 from mlacompile.convert.stock import refusals, widths
 from mlacompile.errors import UnsupportedInputError
@@ -82,16 +83,17 @@ def test_calibration_needs_a_tokenizer(save: Save, tmp_path: Path) -> None:
         Calibration.read(open_source(save()), tmp_path / "text.txt")
 
 
-def test_layers_keep_within_the_budget(save: Save) -> None:
+def test_layers_keep_within_the_budget(save: Save, tmp_path: Path) -> None:
     windows = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(0))
     seen: list[tuple[int, int]] = []
     layers, reports = compress(
         open_source(save()),
         Budget(rank=16, rope_dim=8),
         Calibration(windows, windows[:1]),
+        Shelf(tmp_path),
         advance=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(1, 2), (2, 2)]
     assert len(reports) == len(layers) == 2
     assert [widths(layer)[0::2] for layer in layers] == [(16, 8)] * 2
-    assert not refusals(layers)
+    assert not refusals(list(layers))

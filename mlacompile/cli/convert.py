@@ -51,6 +51,7 @@ def convert(
         list[Path] | None,
         typer.Option(metavar="TEXT", help="A text to report the loss on, and nothing else. May be given again."),
     ] = None,
+    heal: Annotated[float, typer.Option(metavar="MINUTES", help="Distil that long after compressing.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sample of the text.")] = 0,
     device: Annotated[str, typer.Option(help="Where layers are fitted: cpu, cuda.")] = "cpu",
     check: Annotated[
@@ -95,6 +96,7 @@ def convert(
                 rope_dim=rope_dim,
                 calibrate=calibrate,
                 evaluate=evaluate or (),
+                heal=heal,
                 seed=seed,
                 device=device,
                 check_result=check,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.convert.source import Source
-from mlacompile.convert.stream import parameters_nowhere
+from mlacompile.convert.stream import load_float32
 from mlacompile.errors import UnsupportedInputError
 
 #: Deep models lose about 1e-5 of their largest logit to float32; a lossless conversion stays below ten times that.
@@ -63,7 +63,7 @@ def check(source: Source, result: Path, *, remote_code: bool, new_tokens: int = 
         prompts = list(random[:, :8].split(1))
     else:
         prompts = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in _PROMPTS]
-    wanted, texts = _run(_load_source(source), random, prompts, new_tokens)
+    wanted, texts = _run(load_float32(source), random, prompts, new_tokens)
     got, texts_got = _run(_load_result(result, remote_code), random, prompts, new_tokens)
     shown = [_show(tokenizer, *row) for row in zip(prompts, texts, texts_got)]
     log_p, log_q = wanted.double().log_softmax(-1), got.double().log_softmax(-1)
@@ -75,18 +75,6 @@ def check(source: Source, result: Path, *, remote_code: bool, new_tokens: int = 
         same_text=all(torch.equal(a, b) for a, b in zip(texts, texts_got)),
         continuations=shown,
     )
-
-
-def _load_source(source: Source) -> Any:
-    """The original in float32, from weights that may lie in a bare file, without a configuration beside it."""
-    from transformers import AutoModelForCausalLM
-
-    with parameters_nowhere():
-        model = AutoModelForCausalLM.from_config(source.model.config, dtype=torch.float32)
-    weights = {name: source.read(name).float() for name in source.model.tensors()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
 
 
 def _load_result(folder: Path, remote_code: bool) -> Any:

@@ -128,9 +128,7 @@ class Compression:
         stored = torch.cat((layer.w_k.flatten(0, 1), layer.w_v.flatten(0, 1))).double()
         w_q, w_k = layer.w_q.double(), layer.w_k.double()
         b_q = None if layer.b_q is None else layer.b_q.double()
-        b_k, b_v = (
-            None if b is None else b.double().flatten() for b in (layer.b_k, layer.b_v)
-        )
+        b_k, b_v = (None if b is None else b.double().flatten() for b in (layer.b_k, layer.b_v))
         b_dkv = None
         if b_k is not None or b_v is not None:
             zero = mean.new_zeros(size // 2)

@@ -18,8 +18,16 @@ from torch import Tensor
 
 from mlacompile.convert.evaluate import Score, Tally, spread_windows
 from mlacompile.convert.families import GQAModel
-from mlacompile.convert.form import MLALayer, OneByOne
-from mlacompile.convert.latent import LayerReport, Recipe, advance_stream, compress_model, our_method, shared_frequencies
+from mlacompile.convert.form import GQALayer, MLALayer, OneByOne
+from mlacompile.convert.heal import Progress, heal_model
+from mlacompile.convert.latent import (
+    LayerReport,
+    Recipe,
+    advance_stream,
+    compress_model,
+    our_method,
+    shared_frequencies,
+)
 from mlacompile.convert.plan import meta_layer
 from mlacompile.convert.shelf import Shelf
 from mlacompile.convert.source import Source
@@ -35,6 +43,9 @@ _VALIDATION_WINDOWS = 4
 _EVALUATION_WINDOWS = 12
 _FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
+#: Healing goes through the text again and again; with less than this the original writes more, where that is quick.
+_ENOUGH_TOKENS = 1 << 19
+_HEALED_LENGTH = 512
 #: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
 _REACH = 4
 #: Windows that are enough to choose frequencies by, which many layers vote on.
@@ -135,6 +146,7 @@ class Calibration:
     windows: Tensor
     validation: Tensor
     digest: str = ""
+    text: Tensor | None = None  #: all that may be fitted to, ``[N]``, for what needs more than the windows
 
     @classmethod
     def read(cls, source: Source, file: str | Path) -> Calibration:
@@ -150,6 +162,7 @@ class Calibration:
             spread_windows(fitted, length=length, count=min(tokens // length, len(fitted) // length)),
             spread_windows(chosen_by, length=length, count=min(_VALIDATION_WINDOWS, len(chosen_by) // length)),
             hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+            fitted,
         )
 
 
@@ -171,7 +184,7 @@ class Evaluation:
 
 
 def read_ids(source: Source, file: str | Path, *, option: str, at_least: int) -> Tensor:
-    """Token ids of a text by the source's own tokenizer. Raises ``UnsupportedInputError``: there is none, or no text."""
+    """Token ids of a text, by the source's tokenizer. Raises ``UnsupportedInputError``: there is none, or no text."""
     tokenizer = load_tokenizer(source.weights.folder)
     if tokenizer is None:
         raise UnsupportedInputError(f"{source.weights.folder}: no tokenizer there, and {option} needs it")
@@ -208,13 +221,14 @@ def compress(
     target: str = "transformers",
     seed: int = 0,
     device: str | torch.device = "cpu",
+    frequencies: list[int] | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
     **recipe: Any,
 ) -> tuple[Sequence[MLALayer], list[LayerReport]]:
     """Every layer in latent form, within ``budget``, and what each of them misses. One layer is in memory at a time.
 
-    Layers are put on ``shelf``, and taken from it if an earlier run has put them there. ``recipe`` overrides fields of
-    ``Recipe``, which the ablations do.
+    Layers are put on ``shelf``, and taken from it if an earlier run has put them there. ``frequencies`` of the rotary
+    lanes, by number, are chosen if they are not given. ``recipe`` overrides fields of ``Recipe``.
     """
     blocks, layers = Blocks(source, device), Layers(source, device)
     embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation)))
@@ -235,38 +249,83 @@ def compress(
 
     if target == "vllm":
         frequencies = engine_frequencies(source.model, budget.rope_dim)
-    else:
+    elif frequencies is None:
         few = max(1, _SCOUTED_WINDOWS * WINDOW // embedded.shape[1])
         scouting = replace(how, queries=2 * how.queries)
-        frequencies = shelf.remember("frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting))
+        frequencies = shelf.remember(
+            "frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting)
+        )
     method = our_method(frequencies)
     held = len(calibration.validation)
     compress_model(blocks, layers, embedded, how, method=method, held=held, shelf=shelf, progress=done)
     return OneByOne(len(layers), shelf.get), reports
 
 
-def evaluate(
+def heal(
     source: Source,
     layers: Sequence[MLALayer],
+    calibration: Calibration,
+    folder: Path,
+    *,
+    minutes: float,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Sequence[MLALayer], Progress]:
+    """``layers`` after ``minutes`` of distillation on all of the calibration text but its validation part.
+
+    A text of less than ``_ENOUGH_TOKENS`` is made up to that by the original itself. Checkpoints, and the result, are
+    in ``folder``.
+    """
+    shelf = Shelf(folder / "healed")
+    if len(layers) - 1 in shelf:  # put there last
+        return OneByOne(len(layers), shelf.get), Progress(**shelf.note(len(layers) - 1))
+    assert calibration.text is not None
+    length = min(_HEALED_LENGTH, calibration.windows.shape[1])
+    windows = spread_windows(calibration.text, length=length, count=len(calibration.text) // length)
+    missing = max(0, _ENOUGH_TOKENS - windows.numel()) // length
+    healed, progress = heal_model(
+        source,
+        layers,
+        windows,
+        calibration.validation,
+        minutes=minutes,
+        device=device,
+        checkpoint=folder / "healing.safetensors",
+        seed=seed,
+        written=missing if torch.device(device).type == "cuda" else 0,
+        report=lambda state: advance(round(state.seconds), round(60 * minutes)),
+    )
+    for i, layer in enumerate(healed):
+        shelf.put(i, layer, vars(progress))
+    return OneByOne(len(layers), shelf.get), progress
+
+
+def evaluate(
+    source: Source,
+    forms: Sequence[Sequence[MLALayer]],
     windows: Tensor,
     *,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Score, Score]:
-    """What the original and the result, rounded to ``dtype``, predict of ``windows [W, T]``; computed in float32."""
+) -> list[Score]:
+    """What the original, and with it each of ``forms``, predicts of ``windows [W, T]``; computed in float32.
+
+    ``forms`` are all layers of the model in latent form, rounded to ``dtype``. The divergence is from the original.
+    """
     blocks, attention = Blocks(source, device), Layers(source, device)
-    original = latent = blocks.embed(windows)
-    for i in range(len(layers)):
+    streams = [blocks.embed(windows)] * (1 + len(forms))
+    for i in range(len(attention)):
         block = blocks[i]
-        original = advance_stream(block, original, attention[i])
-        latent = advance_stream(block, latent, rounded(layers[i], dtype, device))
-        advance(i + 1, len(layers))
-    before, after = Tally(), Tally()
-    for ids, true, got in zip(windows, blocks.logits(original), blocks.logits(latent)):
-        before.add(true[0], ids)
-        after.add(got[0], ids, original=true[0])
-    return before.score(), after.score()
+        layers: list[GQALayer | MLALayer] = [attention[i], *(rounded(form[i], dtype, device) for form in forms)]
+        streams = [advance_stream(block, stream, layer) for stream, layer in zip(streams, layers)]
+        advance(i + 1, len(attention))
+    tallies = [Tally() for _ in streams]
+    for ids, *logits in zip(windows, *(blocks.logits(stream) for stream in streams)):
+        for n, (tally, got) in enumerate(zip(tallies, logits)):
+            tally.add(got[0], ids, original=logits[0][0] if n else None)
+    return [tally.score() for tally in tallies]
 
 
 def rounded(layer: MLALayer, dtype: torch.dtype, device: str | torch.device = "cpu") -> MLALayer:

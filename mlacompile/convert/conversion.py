@@ -18,6 +18,7 @@ from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
 from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
 from mlacompile.convert.form import MLALayer
+from mlacompile.convert.heal import Progress
 from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan, lifted, plan
 from mlacompile.convert.shelf import Shelf
@@ -63,6 +64,7 @@ def convert(
     rope_dim: int | None = None,
     calibrate: str | Path | None = None,
     evaluate: Sequence[str | Path] = (),
+    heal: float = 0.0,
     seed: int = 0,
     device: str | torch.device = "cpu",
     check_result: bool = False,
@@ -89,6 +91,7 @@ def convert(
         rope_dim: rotary lanes, even; by default by the budget.
         calibrate: the text to fit to and, its last tenth, to choose by: UTF-8, .jsonl or .parquet.
         evaluate: texts to report the loss on; nothing is fitted to or chosen by them.
+        heal: minutes of distillation after that, the original being the teacher; over the whole calibration text.
         seed: of the sample that is fitted to.
         device: where layers are fitted.
         check_result: load the result, compare it with the source, and write down how far they are apart. Takes the
@@ -118,6 +121,10 @@ def convert(
     if budget is not None:
         shapes = [budget.shape(opened.model, opened.dtype, bias=target != "vllm")] * opened.model.layers
     decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=shapes)
+    if heal < 0 or (heal and budget is None):
+        raise UnsupportedInputError(
+            f"--heal {heal:g}: expected minutes, and --calibrate TEXT: nothing is to heal where nothing is lost"
+        )
     if evaluate:
         compression.refuse(opened.model, "evaluate")
     texts = [compression.Evaluation.read(opened, file) for file in evaluate]
@@ -130,10 +137,12 @@ def convert(
     }
     if budget is not None and calibration is not None and calibrate is not None:
         options |= {"kv_lora_rank": budget.rank, "rope_dim": budget.rope_dim}
+        options |= {"heal": heal} if heal else {}
         options |= {"calibrate": {"name": Path(calibrate).name, "sha256_of_ids": calibration.digest}}
     losses: list[report.Loss] = []
     layers: Sequence[MLALayer] | None = None
     layer_reports: list[LayerReport] = []
+    healing: Progress | None = None
     with CheckpointWriter(out, fingerprint=_fingerprint(decided, options)) as writer:
         if writer.finished:
             say(f"{len(writer.finished)} shards were finished by an earlier run, and are taken up.")
@@ -151,6 +160,18 @@ def convert(
                 device=device,
                 advance=lambda done, total: advance(done, total, "compressing"),
             )
+            if heal:
+                layers, healing = compression.heal(
+                    opened,
+                    layers,
+                    calibration,
+                    writer.scratch,
+                    minutes=heal,
+                    seed=seed,
+                    device=device,
+                    advance=lambda done, total: advance(done, total, "healing"),
+                )
+                say(f"Healed in {healing.step} steps: KL divergence {healing.first:.4f} -> {healing.best:.4f} nats.")
             decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=layers)
             texts = [compression.Evaluation("validation part of the calibration text", calibration.validation), *texts]
         notes = report.notes(decided, compressed=layers is not None)
@@ -163,7 +184,7 @@ def convert(
                     text.name,
                     *compression.evaluate(
                         opened,
-                        measured,
+                        [measured],
                         text.windows,
                         dtype=decided.dtype,
                         device=device,
@@ -179,6 +200,12 @@ def convert(
             if layers is None:
                 _refuse_difference(found)
         summary = report.summarize(decided, options, notes, found, layer_reports, losses)
+        if healing is not None:
+            summary["healing"] = {
+                "minutes": heal,
+                "steps": healing.step,
+                "kl": {"before": healing.first, "best": healing.best},
+            }
         summary["seconds"] = round(time.monotonic() - started, 1)
         writer.write_json("conversion.json", summary)
         writer.write_bytes("conversion.html", report.to_html(summary).encode())

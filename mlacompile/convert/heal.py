@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ from torch.nn import functional as F
 from mlacompile.convert.attend import LatentAttention
 from mlacompile.convert.evaluate import Predict, measure
 from mlacompile.convert.form import MLALayer
+from mlacompile.convert.source import Source
+from mlacompile.convert.stream import load_float32
 from mlacompile.errors import UnsupportedInputError
+
+#: Tokens of a text that the original goes on from when it writes more, and how many windows at once.
+_PROMPT, _WRITTEN_AT_ONCE = 8, 128
 
 
 def fit_layer(
@@ -59,10 +64,11 @@ def detached(module: LatentAttention) -> MLALayer:
 
 @dataclass
 class Progress:
-    """Where a distillation stands. ``divergence`` is in nats a token, on validation windows."""
+    """Where a distillation stands. Divergences are in nats a token, on validation windows: at first, now, at best."""
 
     step: int = 0
     seconds: float = 0.0
+    first: float = math.inf
     divergence: float = math.inf
     best: float = math.inf
 
@@ -174,6 +180,7 @@ def distill(
         score = measure(predict, validation, original=teacher)
         assert score.divergence is not None
         state.divergence = score.divergence
+        state.first = score.divergence if math.isinf(state.first) else state.first
         if score.divergence < state.best:
             state.best = score.divergence
             for kept, weight in zip(best, weights):
@@ -215,3 +222,73 @@ def distill(
         for kept, weight in zip(best, weights):
             weight.copy_(kept)
     return state
+
+
+def heal_model(
+    source: Source,
+    layers: Sequence[MLALayer],
+    windows: Tensor,
+    validation: Tensor,
+    *,
+    minutes: float,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    written: int = 0,
+    report: Callable[[Progress], None] | None = None,
+    **how: Any,
+) -> tuple[list[MLALayer], Progress]:
+    """``layers`` after a distillation of ``minutes``, the original being the teacher; only attention is trained.
+
+    Both models are in memory, with one copy of all that is around attention. ``windows [W, T]`` are learnt from,
+    ``validation [V, T]`` says which weights were best. ``written`` windows more are written by the original itself.
+    ``how`` goes to ``distill``.
+    """
+    device = torch.device(device)
+    teacher, student = load_float32(source), load_float32(source)
+    teacher.to(device)
+    for mine, theirs in zip(student.model.layers, teacher.model.layers):
+        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            setattr(mine, name, getattr(theirs, name))
+    student.model.embed_tokens, student.model.norm = teacher.model.embed_tokens, teacher.model.norm
+    student.lm_head = teacher.lm_head
+    student.model.rotary_emb = teacher.model.rotary_emb
+    for block, layer in zip(student.model.layers, layers):
+        block.self_attn = LatentAttention(_on(layer, device))
+    if written:
+        prompts = windows[torch.arange(written) % len(windows), :_PROMPT].to(device)
+        own = [
+            write_text(teacher, part, length=windows.shape[1], seed=seed + n)
+            for n, part in enumerate(prompts.split(_WRITTEN_AT_ONCE))
+        ]
+        windows = torch.cat((windows, *(part.to(windows.device) for part in own)))
+
+    def predict(model: Any) -> Predict:
+        def run(ids: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+            return logits
+
+        return run
+
+    state = distill(
+        student,
+        predict(student),
+        predict(teacher),
+        windows,
+        validation,
+        minutes=minutes,
+        checkpoint=checkpoint,
+        seed=seed,
+        report=report,
+        **how,
+    )
+    return [_on(detached(block.self_attn), torch.device("cpu")) for block in student.model.layers], state
+
+
+def _on(layer: MLALayer, device: torch.device) -> MLALayer:
+    """A copy of its own on ``device``."""
+    values: dict[str, Any] = {
+        name: v.clone().to(device) if isinstance(v, Tensor) else v for name, v in vars(layer).items()
+    }
+    return MLALayer(**values)

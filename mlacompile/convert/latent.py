@@ -18,19 +18,20 @@ from mlacompile.convert.attend import GroupedAttention, LatentAttention, mla_att
 from mlacompile.convert.calibrate import Pairs, sample_pairs
 from mlacompile.convert.compress import Compression
 from mlacompile.convert.form import GQALayer, MLALayer
-from mlacompile.convert.refit import OutputFit
+from mlacompile.convert.refit import OutputFit, follow
 from mlacompile.convert.rotate import Pursuit, choose_frequencies, lanes_at
 from mlacompile.convert.shelf import Shelf
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a layer is compressed. The defaults were chosen on validation text; docs/convert-method.md has the figures."""
+    """How a layer is compressed. The defaults were chosen on validation text (docs/convert-method.md)."""
 
     rope_dim: int
     rank: int
     balances: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)  # worth of scores against values, one is chosen by layer
     latent_lanes: float = 0.25  # share of the rank that keys are expected to take, as complex lanes, in choosing lanes
+    follow: float | None = None  # ridge of the regression that takes back errors of the stream; None leaves it out
     refit: bool = True
     catch_up: float = 0.0  # share of the residual stream's error that each layer is asked to undo
     ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1)  # of the refit, one or none is chosen by layer
@@ -58,7 +59,7 @@ class _Stop(Exception):
     pass
 
 
-class _Tap(nn.Module):
+class Tap(nn.Module):
     """Keeps what reaches the attention, and goes no further unless there is something to go on with."""
 
     def __init__(self, inner: nn.Module | None = None) -> None:
@@ -93,7 +94,7 @@ def advance_stream(block: nn.Module, stream: Tensor, layer: GQALayer | MLALayer)
 
 
 def _attention_input(block: nn.Module, stream: Tensor) -> Tensor:
-    tap = _Tap()
+    tap = Tap()
     try:
         step(block, stream, tap)
     except _Stop:
@@ -112,7 +113,7 @@ def shared_frequencies(
     for index, (block, layer) in enumerate(zip(blocks, layers)):
         if index > max(scouts):
             break
-        tap = _Tap(GroupedAttention(layer))
+        tap = Tap(GroupedAttention(layer))
         seen, ahead = [], []
         for window in stream.split(1):
             ahead.append(step(block, window, tap))
@@ -177,7 +178,7 @@ def compress_model(
     fitted = len(embedded) - held
     done = []
     for index, (block, layer) in enumerate(zip(blocks, layers)):
-        tap = _Tap(GroupedAttention(layer))
+        tap = Tap(GroupedAttention(layer))
         ahead, seen, added = [], [], []
         for window in original.split(1):
             ahead.append(step(block, window, tap))
@@ -187,6 +188,10 @@ def compress_model(
             latent, report = shelf.get(index), LayerReport(**shelf.note(index))
         else:
             x, target = torch.cat(seen), torch.cat(added)
+            inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
+            if recipe.follow is not None:
+                layer, x = follow(layer, inputs[:fitted], x[:fitted], ridge=recipe.follow), inputs
+            wanted = target + recipe.catch_up * (original - compressed)
             candidates = [
                 (missed(candidate, x[fitted:], target[fitted:]), balance, candidate)
                 for balance, candidate in method(layer, x[:fitted], recipe)
@@ -194,8 +199,6 @@ def compress_model(
             error, balance, latent = min(candidates, key=lambda one: one[0])
             report = LayerReport(balance, error, float("nan"), float("nan"))
             if recipe.refit:
-                wanted = target + recipe.catch_up * (original - compressed)
-                inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
                 before = missed(latent, inputs[fitted:], wanted[fitted:])
                 fit = OutputFit(latent, bias=recipe.bias)
                 for one, goal in zip(inputs[:fitted].split(1), wanted[:fitted].split(1)):

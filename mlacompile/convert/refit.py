@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlacompile.convert.attend import mla_heads
-from mlacompile.convert.form import MLALayer
+from mlacompile.convert.form import GQALayer, MLALayer
 
 
 class OutputFit:
-    """Accumulates the normal equations of one layer over windows, then solves them for ``w_o``, and ``b_o`` if asked."""
+    """Accumulates one layer's normal equations over windows, then solves for ``w_o``, and ``b_o`` if asked."""
 
     def __init__(self, layer: MLALayer, *, bias: bool = True) -> None:
         self.layer, self.bias = layer, bias
@@ -47,3 +47,21 @@ class OutputFit:
         if self.bias:
             b_o = change[:, size] if b_o is None else b_o + change[:, size]
         return replace(self.layer, w_o=w_o, b_o=b_o)
+
+
+def follow(layer: GQALayer, now: Tensor, before: Tensor, *, ridge: float = 1e-2) -> GQALayer:
+    """``layer`` with queries, keys and values that read from ``now`` what they read from ``before``; ``[W, T, M]``.
+
+    The compressed model's stream has errors. As far as they are a linear function of the stream, least squares takes
+    them back: E[(x - x') x'ᵀ] E[x' x'ᵀ]⁻¹ is what each projection gets to see on top of x'.
+    """
+    hidden = now.shape[-1]
+    square = torch.zeros(hidden, hidden, dtype=torch.float64, device=now.device)
+    crossed = torch.zeros_like(square)
+    for x, true in zip(now, before):
+        square += (x.T @ x).double()
+        crossed += ((true - x).T @ x).double()
+    square.diagonal().add_(ridge * square.diagonal().mean())
+    change = torch.eye(hidden, dtype=torch.float64, device=now.device) + torch.linalg.solve(square, crossed.T).T
+    moved = {name: (getattr(layer, name).double() @ change).float() for name in ("w_q", "w_k", "w_v")}
+    return replace(layer, **moved)

@@ -71,9 +71,7 @@ def notes(plan: Plan, *, compressed: bool) -> list[str]:
     if plan.source.dtype == torch.float16 and not plan.needs_own_class:
         said.append("float16 cannot hold the latent of the stock class: do not load the result in float16.")
     if compressed:
-        said.append(
-            "What was cut was fitted to the calibration text: other kinds of text lose more. --evaluate TEXT measures it."
-        )
+        said.append("What was cut was fitted to the calibration text: others lose more, --evaluate measures how much.")
     elif after > 1.2 * before:
         said.append(
             f"Without compression every query head has lanes for all {model.groups} key heads: {_count(before)} "

@@ -23,6 +23,7 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        folder.mkdir(exist_ok=True)
 
     def __contains__(self, i: int) -> bool:
         """Whether layer ``i`` is there, whole."""

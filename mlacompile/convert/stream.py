@@ -84,6 +84,18 @@ class Layers(OneByOne[GQALayer]):
         super().__init__(source.model.layers, read)
 
 
+def load_float32(source: Source) -> Any:
+    """The original in float32, from weights that may lie in a bare file, without a configuration beside it."""
+    from transformers import AutoModelForCausalLM
+
+    with parameters_nowhere():
+        model = AutoModelForCausalLM.from_config(source.model.config, dtype=torch.float32)
+    weights = {name: source.read(name).float() for name in source.model.tensors()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
 @contextmanager
 def parameters_nowhere() -> Iterator[None]:
     """Modules made inside have parameters with shapes and no values (meta), but buffers as usual.

@@ -27,7 +27,9 @@ def test_nothing_is_lost_if_every_key_is_a_lane_and_every_value_a_latent(biases:
         generator = torch.Generator().manual_seed(7)
         layer = replace(
             layer,
-            **{name: torch.randn(heads, 8, generator=generator) for name, heads in (("b_q", 4), ("b_k", 2), ("b_v", 2))},
+            **{
+                name: torch.randn(heads, 8, generator=generator) for name, heads in (("b_q", 4), ("b_k", 2), ("b_v", 2))
+            },
             b_o=torch.randn(24, generator=generator),
         )
     lanes = Lanes(torch.eye(8, dtype=torch.complex128), layer.inv_freq.repeat(2))

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlacompile import cli
-from mlacompile.convert import check_conversion, convert, latent
+from mlacompile.convert import convert, latent
 from mlacompile.errors import CheckpointError, UnsupportedInputError
 from tests.checkpoint.test_writer import in_a_child
 from tests.convert.conftest import contents, load
@@ -71,9 +71,7 @@ def test_half_a_cache(llama: Path, text: Path, tmp_path: Path) -> None:
     assert "other.txt" in page
 
 
-@pytest.mark.parametrize(
-    ("family", "special"), [("llama", {}), ("qwen2", {}), ("llama", {"attention_bias": True})]
-)
+@pytest.mark.parametrize(("family", "special"), [("llama", {}), ("qwen2", {}), ("llama", {"attention_bias": True})])
 def test_the_loss_in_the_report_is_that_of_the_files(
     save: Save, text: Path, tmp_path: Path, family: str, special: dict[str, Any]
 ) -> None:
@@ -87,9 +85,7 @@ def test_the_loss_in_the_report_is_that_of_the_files(
 
     windows = Evaluation.read(open_source(source), text).windows
     before, after = load(source), load(tmp_path / "out")
-    score = measure(
-        lambda ids: after(input_ids=ids).logits, windows, original=lambda ids: before(input_ids=ids).logits
-    )
+    score = measure(lambda ids: after(input_ids=ids).logits, windows, original=lambda ids: before(input_ids=ids).logits)
     assert score.tokens == loss["tokens"]
     assert abs(score.perplexity / loss["perplexity"]["result"] - 1) < 1e-4
     assert abs(score.divergence / loss["kl"] - 1) < 1e-3
@@ -163,6 +159,8 @@ def test_another_text_starts_anew(llama: Path, text: Path, tmp_path: Path) -> No
         ({"kv_lora_rank": 8, "rope_dim": 8}, "--kv-lora-rank needs --calibrate"),
         ({"lossless": True, "kv_budget": 0.5}, "--lossless keeps everything, --kv-budget does not"),
         ({"lossless": True, "calibrate": "text.txt"}, "--lossless keeps everything, --calibrate does not"),
+        ({"heal": 1.0}, "nothing is to heal where nothing is lost"),
+        ({"heal": -1.0, "kv_budget": 0.5, "calibrate": "text.txt"}, "expected minutes"),
         ({"kv_budget": 1.5, "calibrate": "text.txt"}, "at most 1"),
         ({"kv_lora_rank": 65, "calibrate": "text.txt"}, "expected 1 to 64"),
         ({"kv_budget": 0.5, "calibrate": "nowhere.txt"}, "nowhere.txt: no such file"),
@@ -171,7 +169,10 @@ def test_another_text_starts_anew(llama: Path, text: Path, tmp_path: Path) -> No
         ({"kv_budget": 0.5, "calibrate": "noise.txt"}, "not text"),
         ({"kv_budget": 0.5, "calibrate": "text.txt", "evaluate": ["nowhere.txt"]}, "nowhere.txt: no such file"),
         ({"kv_budget": 0.5, "calibrate": "text.txt", "dtype": "float16"}, "float16 has too few exponents"),
-        ({"kv_budget": 0.5, "calibrate": "text.txt", "target": "vllm"}, "--rope-dim 64: expected an even number from 2 to 32"),
+        (
+            {"kv_budget": 0.5, "calibrate": "text.txt", "target": "vllm"},
+            "--rope-dim 64: expected an even number from 2 to 32",
+        ),
     ],
 )
 def test_refused_before_any_work(
@@ -201,6 +202,37 @@ def test_a_folder_that_is_there_is_refused_before_any_work(llama: Path, text: Pa
             calibrate=text,
             advance=lambda done, total, what: pytest.fail(f"{what} has begun"),
         )
+
+
+def test_healing_brings_the_result_nearer_to_its_source(llama: Path, text: Path, tmp_path: Path) -> None:
+    losses = []
+    for minutes in (0.0, 0.1):
+        out = tmp_path / str(minutes)
+        report = convert(llama, out, kv_budget=0.3, calibrate=text, dtype="float32", heal=minutes).report
+        losses.append(report["losses"][0]["kl"])
+    assert report["healing"]["steps"] > 0
+    assert report["healing"]["kl"]["best"] < report["healing"]["kl"]["before"]
+    assert abs(report["healing"]["kl"]["best"] / losses[1] - 1) < 1e-2  # what was written is what was healed
+    assert losses[1] < losses[0]
+    assert load(out).config.kv_lora_rank == 11
+
+
+def test_healing_goes_on_where_it_was_killed(llama: Path, text: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "healing" and done > 2:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"kv_budget": 0.3, "calibrate": text, "heal": 0.1}
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, tmp_path / "out", advance=stop, **options)
+    seconds: list[int] = []
+    convert(
+        llama,
+        tmp_path / "out",
+        advance=lambda done, total, what: seconds.append(done) if what == "healing" else None,
+        **options,
+    )
+    assert seconds[0] > 2
 
 
 def test_as_a_user_types_it(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""What a smaller cache costs: perplexity and divergence of the baseline, of ours, and of ours with each idea left out.
+
+    python benchmarks/convert_loss.py MODEL --calibrate wiki_cal.txt --evaluate wiki_test.txt lee.txt --work DIR \\
+        --result benchmarks/results/convert-loss-cpu.json [--runs NAME ...]
+
+Fitting sees the calibration text only, and what is chosen (the baseline's fold, ours layer by layer) is chosen on its
+last tenth. The texts to evaluate on are cut into windows of 1024, of which 12 spread evenly are read; weights are
+rounded to bfloat16, losses computed in float32. Layers are kept in DIR, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mlacompile
+from mlacompile.convert.attend import GroupedAttention
+from mlacompile.convert.compression import (
+    Budget,
+    Calibration,
+    Evaluation,
+    compress,
+    engine_frequencies,
+    evaluate,
+    read_ids,
+)
+from mlacompile.convert.evaluate import spread_windows
+from mlacompile.convert.form import MLALayer
+from mlacompile.convert.latent import Tap, step
+from mlacompile.convert.shelf import Shelf
+from mlacompile.convert.source import Source, open_source
+from mlacompile.convert.stream import Blocks, Layers
+from mlacompile.convert.transmla import transmla
+
+#: Rotary and latent width: half, 31.25 % and 12.5 % of the cache of three key heads of 64.
+BUDGETS = {"50 %": Budget(128, 64), "68.75 %": Budget(88, 32), "87.5 %": Budget(16, 32)}
+FOLDS = {64: (1, 2, 4), 32: (2, 4, 8)}
+#: TransMLA's own calibration.
+BASELINE_WINDOWS, BASELINE_LENGTH = 128, 256
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Ours at half the cache, with one idea switched off."""
+
+    says: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    frequencies: Callable[[Source, Budget], list[int]] | None = None
+    window: int | None = None
+
+
+ABLATIONS = {
+    "no refit": Ablation("the output projection stays as it was", {"refit": False}),
+    "one balance": Ablation("scores and values weigh what the bound says, in every layer", {"balances": (1.0,)}),
+    "attended keys": Ablation("scores are fitted on keys that attention goes to, alone", {"even": 0.0}),
+    "even frequencies": Ablation(
+        "one rotary lane at every frequency, as TransMLA has it",
+        frequencies=lambda source, budget: engine_frequencies(source.model, budget.rope_dim),
+    ),
+    "short windows": Ablation(
+        "windows of 256 tokens, as TransMLA has them, and no keys beyond", {"reach": 0}, window=256
+    ),
+    "no reach": Ablation("no keys put beyond the window", {"reach": 0}),
+    "no bias": Ablation("the mean of the values has to come from the latent", {"bias": False}),
+}
+
+
+def second_moments(source: Source, windows: Tensor) -> list[Tensor]:
+    """E[x xᵀ] of the input of every attention layer, float64."""
+    blocks, layers = Blocks(source), Layers(source)
+    stream, moments = blocks.embed(windows), []
+    with torch.inference_mode():
+        for i, layer in enumerate(layers):
+            block, tap = blocks[i], Tap(GroupedAttention(layer))
+            total, ahead = torch.zeros(stream.shape[-1], stream.shape[-1], dtype=torch.float64), []
+            for part in stream.split(8):
+                ahead.append(step(block, part, tap))
+                seen = tap.seen.flatten(0, 1)
+                total += (seen.T @ seen).double()
+            stream = torch.cat(ahead)
+            moments.append(total / windows.numel())
+    return moments
+
+
+def ours(source: Source, budget: Budget, calibration: Calibration, folder: Path, ablation: Ablation) -> dict[str, Any]:
+    if ablation.window is not None:
+        cut = ablation.window
+        windows = torch.cat((calibration.windows, calibration.validation)).reshape(-1, cut)
+        held = calibration.validation.numel() // cut
+        calibration = replace(calibration, windows=windows[:-held], validation=windows[-held:])
+    folder.mkdir(parents=True, exist_ok=True)
+    frequencies = None if ablation.frequencies is None else ablation.frequencies(source, budget)
+    began = time.monotonic()
+    layers, reports = compress(
+        source, budget, calibration, Shelf(folder), frequencies=frequencies, advance=_tell, **ablation.recipe
+    )
+    return {"layers": layers, "seconds": time.monotonic() - began, "by_layer": [vars(report) for report in reports]}
+
+
+def _tell(done: int, total: int) -> None:
+    print(f"\r  layer {done} of {total}", end="\n" if done == total else "", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibrate", type=Path, required=True)
+    parser.add_argument("--evaluate", type=Path, nargs="+", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    known = [f"{kind} {name}" for name in BUDGETS for kind in ("baseline", "ours")] + list(ABLATIONS)
+    parser.add_argument("--runs", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
+    asked = parser.parse_args()
+
+    source = open_source(asked.model)
+    calibration = Calibration.read(source, asked.calibrate)
+    texts = [Evaluation.read(source, file) for file in asked.evaluate]
+    result: dict[str, Any] = json.loads(asked.result.read_text()) if asked.result.exists() else {"runs": {}}
+    result |= {
+        "model": source.path.name,
+        "mlacompile": mlacompile.__version__,
+        "torch": torch.__version__,
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "calibration": f"{asked.calibrate.name}: {list(calibration.windows.shape)} to fit, "
+        f"{list(calibration.validation.shape)} to choose by",
+        "evaluation": {text.name: list(text.windows.shape) for text in texts},
+    }
+    moments: list[Tensor] = []
+    for name in asked.runs:
+        print(name, flush=True)
+        kind, _, rest = name.partition(" ")
+        row: dict[str, Any] = {}
+        forms: Sequence[MLALayer]
+        if kind == "baseline":
+            if not moments:
+                ids = read_ids(source, asked.calibrate, option="--calibrate", at_least=1)
+                fitted = ids[: len(ids) - len(ids) // 10]
+                moments = second_moments(source, spread_windows(fitted, length=BASELINE_LENGTH, count=BASELINE_WINDOWS))
+            forms, row = baseline(source, BUDGETS[rest], moments, calibration)
+        else:
+            budget = BUDGETS[rest if kind == "ours" else "50 %"]
+            made = ours(source, budget, calibration, asked.work / name, ABLATIONS.get(name, Ablation("everything on")))
+            forms = made.pop("layers")
+            row = made
+        first = forms[0]
+        row |= {"rope_dim": first.w_kr.shape[0], "rank": first.w_dkv.shape[0]}
+        for text in texts:
+            before, after = evaluate(source, [forms], text.windows, dtype=torch.bfloat16)
+            row[text.name] = {"original": before.perplexity, "perplexity": after.perplexity, "kl": after.divergence}
+            print(
+                f"  {text.name}: {before.perplexity:.2f} -> {after.perplexity:.2f}, KL {after.divergence:.4f}",
+                flush=True,
+            )
+        result["runs"][name] = row
+        asked.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def baseline(
+    source: Source, budget: Budget, moments: list[Tensor], calibration: Calibration
+) -> tuple[list[MLALayer], dict[str, Any]]:
+    """TransMLA with the fold that is best on the validation windows."""
+    layers = Layers(source)
+    made = {
+        fold: [
+            transmla(layer, moment, rope_dim=budget.rope_dim, rank=budget.rank, fold=fold)
+            for layer, moment in zip(layers, moments)
+        ]
+        for fold in FOLDS[budget.rope_dim]
+    }
+    scores = evaluate(source, list(made.values()), calibration.validation, dtype=torch.bfloat16)[1:]
+    validation = {fold: score.perplexity for fold, score in zip(made, scores)}
+    fold = min(validation, key=lambda one: validation[one])
+    return made[fold], {"fold": fold, "validation": validation}
+
+
+if __name__ == "__main__":
+    main()

@@ -43,14 +43,14 @@ def sample_pairs(
     *,
     queries: int = 48,
     keys: int = 16,
-    even: float = 0.5,
+    even: float = 0.125,
     reach: int = 0,
     seed: int = 0,
 ) -> Pairs:
     """Draw from windows ``x [W, T, M]`` of the layer's input, one window at a time; float32.
 
     ``even`` is the share of the keys that are drawn evenly. If ``reach`` is more than a window, every second of them
-    is put at a distance that is drawn evenly up to it.
+    (the first is one) is put at a distance that is drawn evenly up to it.
     """
     attended = keys - round(even * keys)
     generator = torch.Generator().manual_seed(seed)

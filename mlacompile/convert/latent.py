@@ -18,7 +18,7 @@ from mlacompile.convert.attend import GroupedAttention, LatentAttention, mla_att
 from mlacompile.convert.calibrate import Pairs, sample_pairs
 from mlacompile.convert.compress import Compression
 from mlacompile.convert.form import GQALayer, MLALayer
-from mlacompile.convert.refit import OutputFit, follow
+from mlacompile.convert.refit import OutputFit
 from mlacompile.convert.rotate import Pursuit, choose_frequencies, lanes_at
 from mlacompile.convert.shelf import Shelf
 
@@ -29,15 +29,13 @@ class Recipe:
 
     rope_dim: int
     rank: int
-    balances: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)  # worth of scores against values, one is chosen by layer
+    balances: tuple[float, ...] = (16.0, 64.0, 256.0)  # worth of scores against values, one is chosen by layer
     latent_lanes: float = 0.25  # share of the rank that keys are expected to take, as complex lanes, in choosing lanes
-    follow: float | None = None  # ridge of the regression that takes back errors of the stream; None leaves it out
     refit: bool = True
-    catch_up: float = 0.0  # share of the residual stream's error that each layer is asked to undo
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1)  # of the refit, one or none is chosen by layer
+    ridges: tuple[float, ...] = (1e-2, 1e-1, 1.0)  # of the refit, one or none is chosen by layer
     queries: int = 64  # of each window
     keys: int = 16  # of each query
-    even: float = 0.5  # share of the keys that are drawn evenly
+    even: float = 0.125  # share of the keys that are drawn evenly
     reach: int = 0  # distance up to which keys are put by hand
     scouts: int = 8  # layers that choose the frequencies for all
     bias: bool = True  # let the output have one, which brings the mean of the values
@@ -189,9 +187,6 @@ def compress_model(
         else:
             x, target = torch.cat(seen), torch.cat(added)
             inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
-            if recipe.follow is not None:
-                layer, x = follow(layer, inputs[:fitted], x[:fitted], ridge=recipe.follow), inputs
-            wanted = target + recipe.catch_up * (original - compressed)
             candidates = [
                 (missed(candidate, x[fitted:], target[fitted:]), balance, candidate)
                 for balance, candidate in method(layer, x[:fitted], recipe)
@@ -199,15 +194,15 @@ def compress_model(
             error, balance, latent = min(candidates, key=lambda one: one[0])
             report = LayerReport(balance, error, float("nan"), float("nan"))
             if recipe.refit:
-                before = missed(latent, inputs[fitted:], wanted[fitted:])
+                before = missed(latent, inputs[fitted:], target[fitted:])
                 fit = OutputFit(latent, bias=recipe.bias)
-                for one, goal in zip(inputs[:fitted].split(1), wanted[:fitted].split(1)):
+                for one, goal in zip(inputs[:fitted].split(1), target[:fitted].split(1)):
                     fit.add(one, goal)
                 after = before
                 ridge: float | None = None
                 for tried in recipe.ridges:
                     candidate = fit.solve(tried)
-                    error = missed(candidate, inputs[fitted:], wanted[fitted:])
+                    error = missed(candidate, inputs[fitted:], target[fitted:])
                     if error < after:
                         after, ridge, latent = error, tried, candidate
                 report = replace(report, missed_in_place=before, missed_after_refit=after, ridge=ridge)

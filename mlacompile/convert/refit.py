@@ -1,9 +1,9 @@
 """Healing in closed form: a compressed layer's output projection, by least squares against the original's outputs.
 
 The features are what the compressed heads really deliver on the compressed model's own activations, errors of all
-earlier layers included; the target is what attention added to the residual stream in the original model, and a share of
-what earlier layers left wrong there. One linear system a layer, solved in float64, with a ridge that pulls towards the
-weights that are there: directions that the text does not visit stay as they were.
+earlier layers included; the target is what attention added to the residual stream in the original model. One linear
+system a layer, solved in float64, with a ridge that pulls towards the weights that are there: directions that the text
+does not visit stay as they were.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlacompile.convert.attend import mla_heads
-from mlacompile.convert.form import GQALayer, MLALayer
+from mlacompile.convert.form import MLALayer
 
 
 class OutputFit:
@@ -47,21 +47,3 @@ class OutputFit:
         if self.bias:
             b_o = change[:, size] if b_o is None else b_o + change[:, size]
         return replace(self.layer, w_o=w_o, b_o=b_o)
-
-
-def follow(layer: GQALayer, now: Tensor, before: Tensor, *, ridge: float = 1e-2) -> GQALayer:
-    """``layer`` with queries, keys and values that read from ``now`` what they read from ``before``; ``[W, T, M]``.
-
-    The compressed model's stream has errors. As far as they are a linear function of the stream, least squares takes
-    them back: E[(x - x') x'ᵀ] E[x' x'ᵀ]⁻¹ is what each projection gets to see on top of x'.
-    """
-    hidden = now.shape[-1]
-    square = torch.zeros(hidden, hidden, dtype=torch.float64, device=now.device)
-    crossed = torch.zeros_like(square)
-    for x, true in zip(now, before):
-        square += (x.T @ x).double()
-        crossed += ((true - x).T @ x).double()
-    square.diagonal().add_(ridge * square.diagonal().mean())
-    change = torch.eye(hidden, dtype=torch.float64, device=now.device) + torch.linalg.solve(square, crossed.T).T
-    moved = {name: (getattr(layer, name).double() @ change).float() for name in ("w_q", "w_k", "w_v")}
-    return replace(layer, **moved)

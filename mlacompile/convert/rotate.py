@@ -35,7 +35,7 @@ class Lanes:
 class Pursuit:
     """One layer's search for lanes. ``gains`` says what each frequency would bring, ``take`` adds the lane."""
 
-    def __init__(self, pairs: Pairs, inv_freq: Tensor, *, keys: int = 40, queries: int = 10) -> None:
+    def __init__(self, pairs: Pairs, inv_freq: Tensor, *, keys: int = 128, queries: int = 32) -> None:
         heads, groups = pairs.token.shape[0], pairs.k.shape[1]
         pair_count, device = inv_freq.numel(), pairs.k.device
         self.frequencies = torch.cat((inv_freq.double(), inv_freq.new_zeros(1).double()))  # the last: none

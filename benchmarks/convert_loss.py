@@ -41,7 +41,7 @@ from mlacompile.convert.source import Source, open_source
 from mlacompile.convert.stream import Blocks, Layers
 from mlacompile.convert.transmla import transmla
 
-#: Rotary and latent width: half, 31.25 % and 12.5 % of the cache of three key heads of 64.
+#: Cache saved, and the latent and rotary widths that TransMLA is known with at it. Ours divides the same sum itself.
 BUDGETS = {"50 %": Budget(128, 64), "68.75 %": Budget(88, 32), "87.5 %": Budget(16, 32)}
 FOLDS = {64: (1, 2, 4), 32: (2, 4, 8)}
 #: TransMLA's own calibration.
@@ -147,7 +147,9 @@ def main() -> None:
                 moments = second_moments(source, spread_windows(fitted, length=BASELINE_LENGTH, count=BASELINE_WINDOWS))
             forms, row = baseline(source, BUDGETS[rest], moments, calibration)
         else:
-            budget = BUDGETS[rest if kind == "ours" else "50 %"]
+            saved = rest if kind == "ours" else "50 %"
+            budget = Budget.parse(source.model, kv_budget=1 - float(saved.split()[0]) / 100)
+            assert budget is not None
             made = ours(source, budget, calibration, asked.work / name, ABLATIONS.get(name, Ablation("everything on")))
             forms = made.pop("layers")
             row = made

@@ -79,7 +79,12 @@ def mla_heads(layer: MLALayer, x: Tensor) -> Tensor:
 
 def mla_attention(layer: MLALayer, x: Tensor) -> Tensor:
     """Causal attention of ``x [B, T, M]``, positions from 0: ``[B, T, M]``."""
-    return F.linear(mla_heads(layer, x), layer.w_o.flatten(1), layer.b_o)
+    return project_heads(layer, mla_heads(layer, x))
+
+
+def project_heads(layer: MLALayer, heads: Tensor) -> Tensor:
+    """The output projection of what ``mla_heads`` delivers, ``[..., H V]``: ``[..., M]``."""
+    return F.linear(heads, layer.w_o.flatten(1), layer.b_o)
 
 
 class GroupedAttention(nn.Module):

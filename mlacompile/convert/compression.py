@@ -77,7 +77,7 @@ class Budget:
             model: the source.
             kv_budget: share of its cache to keep.
             kv_lora_rank: width of the latent, instead of a share.
-            rope_dim: rotary lanes; by default as wide as a head from two fifths of the cache on, else half of that.
+            rope_dim: rotary lanes; by default half as wide as a head, but at most a third of what is kept.
             target: vLLM takes 512 + 64 alone.
 
         Raises:
@@ -96,8 +96,8 @@ class Budget:
             kv_lora_rank, rope_dim = _ENGINE["kv_lora_rank"], _ENGINE["rope_dim"]
         values = None if kv_budget is None else math.floor(kv_budget * total)
         if rope_dim is None:
-            kept = values if values is not None else (kv_lora_rank or 0) + model.head_dim
-            rope_dim = max(2, (model.head_dim if kept >= 0.4 * total else model.head_dim // 2) // 2 * 2)
+            third = values // 3 if values is not None else (kv_lora_rank or 0) // 2
+            rope_dim = max(2, min(model.head_dim // 2, third) // 2 * 2)
         rank = kv_lora_rank if kv_lora_rank is not None else (values or 0) - rope_dim
         if rope_dim < 2 or rope_dim % 2 or rope_dim > total // 2:
             raise UnsupportedInputError(f"--rope-dim {rope_dim}: expected an even number from 2 to {total // 2}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mlacompile.convert.attend import GroupedAttention, LatentAttention, mla_attention
+from mlacompile.convert.attend import GroupedAttention, LatentAttention, mla_attention, mla_heads, project_heads
 from mlacompile.convert.calibrate import Pairs, sample_pairs
 from mlacompile.convert.compress import Compression
 from mlacompile.convert.form import GQALayer, MLALayer
@@ -149,10 +149,20 @@ def our_method(frequencies: list[int]) -> Method:
     return method
 
 
-def missed(layer: MLALayer, x: Tensor, target: Tensor) -> float:
-    """Share of the energy of ``target [W, T, M]`` that ``layer`` misses on ``x [W, T, M]``."""
-    error = sum((mla_attention(layer, one) - wanted).square().sum() for one, wanted in zip(x.split(1), target.split(1)))
-    return float(error / target.square().sum())
+def missed(got: Tensor, target: Tensor) -> float:
+    """Share of the energy of ``target`` that ``got`` misses."""
+    return float((got - target).square().sum() / target.square().sum())
+
+
+class _Known(nn.Module):
+    """Attention whose output is known already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        return self.output, None
 
 
 @torch.inference_mode()
@@ -173,7 +183,6 @@ def compress_model(
     they were. Layers on ``shelf`` are taken from it, others are put there. ``progress`` gets every layer as it is done.
     """
     original = compressed = embedded
-    fitted = len(embedded) - held
     done = []
     for index, (block, layer) in enumerate(zip(blocks, layers)):
         tap = Tap(GroupedAttention(layer))
@@ -184,33 +193,49 @@ def compress_model(
             added.append(tap.added)
         if shelf is not None and index in shelf:
             latent, report = shelf.get(index), LayerReport(**shelf.note(index))
+            compressed = advance_stream(block, compressed, latent)
         else:
             x, target = torch.cat(seen), torch.cat(added)
+            latent, report = _best(method(layer, x[:-held], recipe), x[-held:], target[-held:])
             inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
-            candidates = [
-                (missed(candidate, x[fitted:], target[fitted:]), balance, candidate)
-                for balance, candidate in method(layer, x[:fitted], recipe)
-            ]
-            error, balance, latent = min(candidates, key=lambda one: one[0])
-            report = LayerReport(balance, error, float("nan"), float("nan"))
+            heads = torch.cat([mla_heads(latent, one) for one in inputs.split(1)])
             if recipe.refit:
-                before = missed(latent, inputs[fitted:], target[fitted:])
-                fit = OutputFit(latent, bias=recipe.bias)
-                for one, goal in zip(inputs[:fitted].split(1), target[:fitted].split(1)):
-                    fit.add(one, goal)
-                after = before
-                ridge: float | None = None
-                for tried in recipe.ridges:
-                    candidate = fit.solve(tried)
-                    error = missed(candidate, inputs[fitted:], target[fitted:])
-                    if error < after:
-                        after, ridge, latent = error, tried, candidate
-                report = replace(report, missed_in_place=before, missed_after_refit=after, ridge=ridge)
+                latent, report = _refitted(latent, heads, target, held, recipe, report)
             if shelf is not None:
                 shelf.put(index, latent, vars(report))
+            output = project_heads(latent, heads)
+            steps = [step(block, now, _Known(out)) for now, out in zip(compressed.split(1), output.split(1))]
+            compressed = torch.cat(steps)
         original = torch.cat(ahead)
-        compressed = advance_stream(block, compressed, latent)
         done.append(latent)
         if progress is not None:
             progress(index, latent, report)
     return done
+
+
+def _best(candidates: Iterator[tuple[float, MLALayer]], x: Tensor, target: Tensor) -> tuple[MLALayer, LayerReport]:
+    """The candidate that misses least on windows ``x [V, T, M]`` of the original's input."""
+    least, best = float("inf"), None
+    for balance, candidate in candidates:
+        error = missed(torch.cat([mla_attention(candidate, one) for one in x.split(1)]), target)
+        if best is None or error < least:
+            least, best = error, (candidate, LayerReport(balance, error, float("nan"), float("nan")))
+    assert best is not None
+    return best
+
+
+def _refitted(
+    layer: MLALayer, heads: Tensor, target: Tensor, held: int, recipe: Recipe, report: LayerReport
+) -> tuple[MLALayer, LayerReport]:
+    """``layer`` with the output projection, of several and of the one it has, that is best on the last windows."""
+    fit = OutputFit(layer, bias=recipe.bias)
+    for one, wanted in zip(heads[:-held], target[:-held]):
+        fit.add(one, wanted)
+    before = missed(project_heads(layer, heads[-held:]), target[-held:])
+    least, chosen, best = before, None, layer
+    for ridge in recipe.ridges:
+        candidate = fit.solve(ridge)
+        error = missed(project_heads(candidate, heads[-held:]), target[-held:])
+        if error < least:
+            least, chosen, best = error, ridge, candidate
+    return best, replace(report, missed_in_place=before, missed_after_refit=least, ridge=chosen)

@@ -12,9 +12,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mlacompile.convert.attend import mla_heads
+from mlacompile.convert.attend import project_heads
 from mlacompile.convert.form import MLALayer
 
 
@@ -28,11 +27,10 @@ class OutputFit:
         self.features = zeros(size, size, dtype=torch.float64)
         self.missing = zeros(layer.w_o.shape[0], size, dtype=torch.float64)
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """``x [B, T, M]``: what the compressed model feeds this layer; ``target [B, T, M]``: what should come out."""
-        mixed = mla_heads(self.layer, x).flatten(0, 1)
-        missing = target.flatten(0, 1) - F.linear(mixed, self.layer.w_o.flatten(1), self.layer.b_o)
-        seen = torch.cat((mixed, torch.ones_like(mixed[:, :1])), dim=1) if self.bias else mixed
+    def add(self, heads: Tensor, target: Tensor) -> None:
+        """``heads [T, H V]``: what the compressed model's heads deliver; ``target [T, M]``: what should come out."""
+        missing = target - project_heads(self.layer, heads)
+        seen = torch.cat((heads, torch.ones_like(heads[:, :1])), dim=1) if self.bias else heads
         self.features += (seen.T @ seen).double()
         self.missing += (missing.T @ seen).double()
 

@@ -23,11 +23,11 @@ MODEL = describe({"model_type": "llama", **SIZES})
 @pytest.mark.parametrize(
     ("asked", "rank", "rope_dim"),
     [
-        ({"kv_budget": 1.0}, 48, 16),
-        ({"kv_budget": 0.5}, 16, 16),
-        ({"kv_budget": 0.25}, 8, 8),
+        ({"kv_budget": 1.0}, 56, 8),
+        ({"kv_budget": 0.5}, 24, 8),
+        ({"kv_budget": 0.25}, 12, 4),
         ({"kv_budget": 0.5, "rope_dim": 4}, 28, 4),
-        ({"kv_lora_rank": 20}, 20, 16),
+        ({"kv_lora_rank": 20}, 20, 8),
         ({"kv_lora_rank": 20, "rope_dim": 6}, 20, 6),
     ],
 )
@@ -49,7 +49,7 @@ def test_nothing_asked_is_nothing_lost() -> None:
         ({"kv_budget": -0.5}, "over 0"),
         ({"kv_budget": 1.5}, "at most 1"),
         ({"kv_budget": float("nan")}, "a share of the cache"),
-        ({"kv_budget": 0.01}, "values of latent beside 8 rotary lanes; expected 1 to 64"),
+        ({"kv_budget": 0.01}, "values of latent beside 2 rotary lanes; expected 1 to 64"),
         ({"kv_budget": 0.5, "kv_lora_rank": 8}, "give one of them"),
         ({"rope_dim": 8}, "needs --kv-lora-rank or --kv-budget"),
         ({"kv_lora_rank": 65}, "expected 1 to 64"),

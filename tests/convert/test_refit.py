@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from mlacompile.convert.attend import gqa_attention, mla_attention
+from mlacompile.convert.attend import gqa_attention, mla_attention, mla_heads
 from mlacompile.convert.form import MLALayer
 from mlacompile.convert.refit import OutputFit
 from mlacompile.convert.transmla import transmla
@@ -18,7 +18,7 @@ def test_spoilt_output_weights_are_found_again() -> None:
     flat = x.flatten(0, 1).double()
     true = transmla(layer, flat.T @ flat / len(flat), rope_dim=8, rank=12)
     fit = OutputFit(replace(true, w_o=torch.zeros_like(true.w_o)))
-    fit.add(x, mla_attention(true, x) + 1.0)
+    fit.add(mla_heads(true, x).flatten(0, 1), mla_attention(true, x).flatten(0, 1) + 1.0)
     found = fit.solve(ridge=1e-9)
     torch.testing.assert_close(mla_attention(found, x), mla_attention(true, x) + 1.0, rtol=1e-3, atol=1e-3)
 
@@ -35,8 +35,8 @@ def test_less_is_missed_and_a_bias_is_left_out_if_none_is_wanted() -> None:
     errors = [missed(latent)]
     for bias in (False, True):
         fit = OutputFit(latent, bias=bias)
-        for part, wanted in zip(x.split(3), target.split(3)):
-            fit.add(part, wanted)
+        for heads, wanted in zip(mla_heads(latent, x), target):
+            fit.add(heads, wanted)
         found = fit.solve()
         assert (found.b_o is not None) == bias
         errors.append(missed(found))

@@ -63,7 +63,7 @@ def test_half_a_cache(llama: Path, text: Path, tmp_path: Path) -> None:
     assert report["cache"]["kept"] == 0.5
     model = load(tmp_path / "out")
     assert model.config.model_type == "deepseek_v3"
-    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (16, 16)
+    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (24, 8)
     assert all(0 < row["missed_after_refit"] <= row["missed_in_place"] < 1 for row in report["layers"])
     assert [loss["text"] for loss in report["losses"]] == ["validation part of the calibration text", "other.txt"]
     page = (tmp_path / "out" / "conversion.html").read_text()
@@ -214,7 +214,7 @@ def test_healing_brings_the_result_nearer_to_its_source(llama: Path, text: Path,
     assert report["healing"]["kl"]["best"] < report["healing"]["kl"]["before"]
     assert abs(report["healing"]["kl"]["best"] / losses[1] - 1) < 1e-2  # what was written is what was healed
     assert losses[1] < losses[0]
-    assert load(out).config.kv_lora_rank == 11
+    assert load(out).config.kv_lora_rank == 13
 
 
 def test_healing_goes_on_where_it_was_killed(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -239,5 +239,5 @@ def test_as_a_user_types_it(llama: Path, text: Path, tmp_path: Path) -> None:
     arguments = ["convert", "--from-gqa", llama, "--out", tmp_path / "mla", "--calibrate", text, "--check"]
     done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, (done.output, done.exception)
-    for expected in ("half of the cache is kept (16 + 16", "perplexity, validation part", "conversion.html"):
+    for expected in ("half of the cache is kept (24 + 8", "perplexity, validation part", "conversion.html"):
         assert expected in done.output

@@ -91,7 +91,9 @@ def second_moments(source: Source, windows: Tensor) -> list[Tensor]:
     return moments
 
 
-def ours(source: Source, budget: Budget, calibration: Calibration, folder: Path, ablation: Ablation) -> dict[str, Any]:
+def ours(
+    source: Source, budget: Budget, calibration: Calibration, folder: Path, ablation: Ablation
+) -> tuple[Sequence[MLALayer], dict[str, Any]]:
     if ablation.window is not None:
         cut = ablation.window
         windows = torch.cat((calibration.windows, calibration.validation)).reshape(-1, cut)
@@ -103,7 +105,8 @@ def ours(source: Source, budget: Budget, calibration: Calibration, folder: Path,
     layers, reports = compress(
         source, budget, calibration, Shelf(folder), frequencies=frequencies, advance=_tell, **ablation.recipe
     )
-    return {"layers": layers, "seconds": time.monotonic() - began, "by_layer": [vars(report) for report in reports]}
+    seconds = time.monotonic() - began
+    return layers, {"says": ablation.says, "seconds": seconds, "by_layer": [vars(report) for report in reports]}
 
 
 def _tell(done: int, total: int) -> None:
@@ -135,40 +138,41 @@ def main() -> None:
         "evaluation": {text.name: list(text.windows.shape) for text in texts},
     }
     moments: list[Tensor] = []
+    rows: dict[str, dict[str, Any]] = {}
+    forms: list[Sequence[MLALayer]] = []
     for name in asked.runs:
         print(name, flush=True)
         kind, _, rest = name.partition(" ")
-        row: dict[str, Any] = {}
-        forms: Sequence[MLALayer]
         if kind == "baseline":
             if not moments:
                 ids = read_ids(source, asked.calibrate, option="--calibrate", at_least=1)
                 fitted = ids[: len(ids) - len(ids) // 10]
                 moments = second_moments(source, spread_windows(fitted, length=BASELINE_LENGTH, count=BASELINE_WINDOWS))
-            forms, row = baseline(source, BUDGETS[rest], moments, calibration)
+            layers, rows[name] = baseline(source, BUDGETS[rest], moments, calibration)
         else:
             saved = rest if kind == "ours" else "50 %"
             budget = Budget.parse(source.model, kv_budget=1 - float(saved.split()[0]) / 100)
             assert budget is not None
-            made = ours(source, budget, calibration, asked.work / name, ABLATIONS.get(name, Ablation("everything on")))
-            forms = made.pop("layers")
-            row = made
-        first = forms[0]
-        row |= {"rope_dim": first.w_kr.shape[0], "rank": first.w_dkv.shape[0]}
-        for text in texts:
-            before, after = evaluate(source, [forms], text.windows, dtype=torch.bfloat16)
-            row[text.name] = {"original": before.perplexity, "perplexity": after.perplexity, "kl": after.divergence}
-            print(
-                f"  {text.name}: {before.perplexity:.2f} -> {after.perplexity:.2f}, KL {after.divergence:.4f}",
-                flush=True,
-            )
-        result["runs"][name] = row
-        asked.result.write_text(json.dumps(result, indent=1) + "\n")
+            ablation = ABLATIONS.get(name, Ablation("everything on"))
+            layers, rows[name] = ours(source, budget, calibration, asked.work / name, ablation)
+        forms.append(layers)
+        rows[name] |= {"rope_dim": layers[0].w_kr.shape[0], "rank": layers[0].w_dkv.shape[0]}
+    for text in texts:
+        before, *after = evaluate(source, forms, text.windows, dtype=torch.bfloat16, advance=_tell)
+        for name, score in zip(rows, after):
+            rows[name][text.name] = {
+                "original": before.perplexity,
+                "perplexity": score.perplexity,
+                "kl": score.divergence,
+            }
+            print(f"{name}, {text.name}: {before.perplexity:.2f} -> {score.perplexity:.2f}", flush=True)
+    result["runs"] |= rows
+    asked.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def baseline(
     source: Source, budget: Budget, moments: list[Tensor], calibration: Calibration
-) -> tuple[list[MLALayer], dict[str, Any]]:
+) -> tuple[Sequence[MLALayer], dict[str, Any]]:
     """TransMLA with the fold that is best on the validation windows."""
     layers = Layers(source)
     made = {

@@ -136,7 +136,7 @@ class Compression:
         return MLALayer(
             w_q=torch.cat((w_q, torch.einsum("hpd,hdm->hpm", q_rope, w_q)), dim=1).float(),
             w_dkv=(down @ stored).float(),
-            w_kr=lanes.of(w_k.movedim(-1, 0)).T.float(),
+            w_kr=lanes.of(w_k.movedim(-1, 0)).T.float().contiguous(),
             w_uk=torch.stack(w_uk).float(),
             w_uv=up_v.float(),
             w_o=layer.w_o.float(),

@@ -331,12 +331,8 @@ def evaluate(
 def rounded(layer: MLALayer, dtype: torch.dtype, device: str | torch.device = "cpu") -> MLALayer:
     """The layer as it is after being stored in ``dtype``, in float32."""
 
-    def store(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return (value if name == "inv_freq" else value.to(dtype).float()).to(device)
-
-    return MLALayer(**{name: store(name, value) for name, value in vars(layer).items()})
+    stored = layer.map(lambda value: value.to(dtype).float().to(device))
+    return replace(stored, inv_freq=layer.inv_freq.to(device))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -7,7 +7,7 @@ N width of the part of a head without rotary embedding, V width of a value head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class MLALayer:
     b_o: Tensor | None  #: [M]
     inv_freq: Tensor  #: [P/2]
     scale: float  #: factor on the scores
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MLALayer:
+        """The layer with ``change`` made to every weight and bias and to the frequencies."""
+        changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if hasattr(value, "dtype")}
+        return replace(self, **changed)
 
 
 class OneByOne(Sequence[T]):

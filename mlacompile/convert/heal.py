@@ -254,7 +254,7 @@ def heal_model(
     student.lm_head = teacher.lm_head
     student.model.rotary_emb = teacher.model.rotary_emb
     for block, layer in zip(student.model.layers, layers):
-        block.self_attn = LatentAttention(_on(layer, device))
+        block.self_attn = LatentAttention(layer.map(lambda value: value.clone().to(device)))
     if written:
         prompts = windows[torch.arange(written) % len(windows), :_PROMPT].to(device)
         own = [
@@ -283,12 +283,4 @@ def heal_model(
         report=report,
         **how,
     )
-    return [_on(detached(block.self_attn), torch.device("cpu")) for block in student.model.layers], state
-
-
-def _on(layer: MLALayer, device: torch.device) -> MLALayer:
-    """A copy of its own on ``device``."""
-    values: dict[str, Any] = {
-        name: v.clone().to(device) if isinstance(v, Tensor) else v for name, v in vars(layer).items()
-    }
-    return MLALayer(**values)
+    return [detached(block.self_attn).map(Tensor.cpu) for block in student.model.layers], state

@@ -192,7 +192,8 @@ def compress_model(
             seen.append(tap.seen)
             added.append(tap.added)
         if shelf is not None and index in shelf:
-            latent, report = shelf.get(index), LayerReport(**shelf.note(index))
+            latent = shelf.get(index).map(lambda value: value.to(embedded.device))
+            report = LayerReport(**shelf.note(index))
             compressed = advance_stream(block, compressed, latent)
         else:
             x, target = torch.cat(seen), torch.cat(added)
@@ -203,9 +204,9 @@ def compress_model(
                 latent, report = _refitted(latent, heads, target, held, recipe, report)
             if shelf is not None:
                 shelf.put(index, latent, vars(report))
-            output = project_heads(latent, heads)
-            steps = [step(block, now, _Known(out)) for now, out in zip(compressed.split(1), output.split(1))]
-            compressed = torch.cat(steps)
+            # A window at a time, as a run that takes the layer from its shelf does: the same sums in the same order.
+            outputs = [project_heads(latent, one) for one in heads.split(1)]
+            compressed = torch.cat([step(block, now, _Known(out)) for now, out in zip(compressed.split(1), outputs)])
         original = torch.cat(ahead)
         done.append(latent)
         if progress is not None:

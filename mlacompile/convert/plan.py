@@ -183,8 +183,4 @@ def meta_layer(model: GQAModel, dtype: torch.dtype) -> GQALayer:
 
 def to_meta(layer: MLALayer) -> MLALayer:
     """The same layer without values, but for its rotary frequencies."""
-
-    def move(name: str, value: Any) -> Any:
-        return value.to("meta") if isinstance(value, Tensor) and name != "inv_freq" else value
-
-    return MLALayer(**{name: move(name, value) for name, value in vars(layer).items()})
+    return replace(layer.map(lambda value: value.to("meta")), inv_freq=layer.inv_freq)

@@ -53,7 +53,8 @@ class Shelf:
     def get(self, i: int) -> MLALayer:
         """Layer ``i``. Raises ``CheckpointError`` if it is not there."""
         reader = CheckpointReader(self._file(i))
-        values = {name: reader.read(name) for name in reader.tensors if name != "scale"}
+        # A tensor that torch allocates is aligned as one that was just computed: products add up in the same order.
+        values = {name: reader.read(name).clone() for name in reader.tensors if name != "scale"}
         absent: dict[str, Tensor | None] = {"b_q": None, "b_dkv": None, "b_kr": None, "b_o": None}
         return MLALayer(**{**absent, **values}, scale=reader.read("scale").item())  # type: ignore[arg-type]
 

@@ -97,7 +97,7 @@ def test_the_more_is_kept_the_less_is_lost(llama: Path, text: Path, tmp_path: Pa
     for budget in (0.2, 0.9):
         report = convert(llama, tmp_path / str(budget), kv_budget=budget, calibrate=text, dtype="float32").report
         lost.append(report["losses"][0]["kl"])
-    assert lost[1] < 0.2 * lost[0]
+    assert lost[1] < 0.6 * lost[0]
 
 
 def test_vllm_widths_have_no_bias_and_a_default_table(save: Save, text: Path, tmp_path: Path) -> None:

@@ -111,6 +111,14 @@ def test_vllm_widths_have_no_bias_and_a_default_table(save: Save, text: Path, tm
     assert default_theta(model.model.rotary_emb.inv_freq) is not None
 
 
+def test_a_text_alone_measures_a_lossless_conversion(llama: Path, text: Path, tmp_path: Path) -> None:
+    report = convert(llama, tmp_path / "out", evaluate=[text], lossless=True).report
+    assert report["method"] == "lossless"
+    (loss,) = report["losses"]
+    assert abs(loss["kl"]) < 1e-6
+    assert abs(loss["perplexity"]["result"] / loss["perplexity"]["source"] - 1) < 1e-5
+
+
 def test_killed_and_gone_on_with_the_same_bytes(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +167,7 @@ def test_another_text_starts_anew(llama: Path, text: Path, tmp_path: Path) -> No
         ({"kv_lora_rank": 8, "rope_dim": 8}, "--kv-lora-rank needs --calibrate"),
         ({"lossless": True, "kv_budget": 0.5}, "--lossless keeps everything, --kv-budget does not"),
         ({"lossless": True, "calibrate": "text.txt"}, "--lossless keeps everything, --calibrate does not"),
+        ({"evaluate": ["empty.txt"]}, "empty.txt: empty"),
         ({"heal": 1.0}, "nothing is to heal where nothing is lost"),
         ({"heal": -1.0, "kv_budget": 0.5, "calibrate": "text.txt"}, "expected minutes"),
         ({"kv_budget": 1.5, "calibrate": "text.txt"}, "at most 1"),

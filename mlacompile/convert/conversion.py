@@ -28,6 +28,7 @@ from mlacompile.errors import UnsupportedInputError, VerificationError
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Share of the cache to keep, if there is a text to fit to and nothing is said.
 _BUDGET = 0.5
+_VALIDATION = "validation part of the calibration text"
 #: Files that make weights a model people can use, taken over as they are.
 _COMPANIONS = (
     "tokenizer*",
@@ -113,99 +114,47 @@ def convert(
     if dtype not in DTYPES:
         raise UnsupportedInputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     opened = open_source(source, config=config, head_dim=head_dim, rope_theta=rope_theta)
-    budget = _budget(opened, lossless, calibrate, kv_budget, kv_lora_rank, rope_dim, target)
-    if budget is not None and calibrate is not None and kv_budget is None and kv_lora_rank is None:
-        say(f"No budget is given: half of the cache is kept ({budget.rank} + {budget.rope_dim} values a token).")
+    fit = _asked_fit(
+        opened,
+        lossless=lossless,
+        calibrate=calibrate,
+        heal=heal,
+        target=target,
+        widths={"kv_budget": kv_budget, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim},
+        say=say,
+    )
     # Decided on shapes alone, so that what cannot be written is refused before the work.
-    shapes = None
-    if budget is not None:
-        shapes = [budget.shape(opened.model, opened.dtype, bias=target != "vllm")] * opened.model.layers
+    shapes = None if fit is None else fit.shapes(opened, target)
     decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=shapes)
-    if heal < 0 or (heal and budget is None):
-        raise UnsupportedInputError(
-            f"--heal {heal:g}: expected minutes, and --calibrate TEXT: nothing is to heal where nothing is lost"
-        )
     if evaluate:
         compression.refuse(opened.model, "evaluate")
     texts = [compression.Evaluation.read(opened, file) for file in evaluate]
-    calibration = None if budget is None or calibrate is None else compression.Calibration.read(opened, calibrate)
-    options: dict[str, Any] = {
-        "target": target,
-        "dtype": dtype_name(decided.dtype),
-        "max_shard_bytes": max_shard_bytes,
-        "seed": seed,
-    }
-    if budget is not None and calibration is not None and calibrate is not None:
-        options |= {"kv_lora_rank": budget.rank, "rope_dim": budget.rope_dim}
-        options |= {"heal": heal} if heal else {}
-        options |= {"calibrate": {"name": Path(calibrate).name, "sha256_of_ids": calibration.digest}}
-    losses: list[report.Loss] = []
-    layers: Sequence[MLALayer] | None = None
-    layer_reports: list[LayerReport] = []
-    healing: Progress | None = None
+    options = {"target": target, "dtype": dtype_name(decided.dtype), "max_shard_bytes": max_shard_bytes}
+    if fit is not None:
+        options |= {"seed": seed} | fit.options()
     with CheckpointWriter(out, fingerprint=_fingerprint(decided, options)) as writer:
         if writer.finished:
             say(f"{len(writer.finished)} shards were finished by an earlier run, and are taken up.")
-        if budget is not None and calibration is not None:
-            shelf = Shelf(writer.scratch)
-            if 0 in shelf:
-                say("Layers that an earlier run has compressed are taken up.")
-            layers, layer_reports = compression.compress(
-                opened,
-                budget,
-                calibration,
-                shelf,
-                target=target,
-                seed=seed,
-                device=device,
-                advance=lambda done, total: advance(done, total, "compressing"),
-            )
-            if heal:
-                layers, healing = compression.heal(
-                    opened,
-                    layers,
-                    calibration,
-                    writer.scratch,
-                    minutes=heal,
-                    seed=seed,
-                    device=device,
-                    advance=lambda done, total: advance(done, total, "healing"),
-                )
-                say(f"Healed in {healing.step} steps: KL divergence {healing.first:.4f} -> {healing.best:.4f} nats.")
-            decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=layers)
-            texts = [compression.Evaluation("validation part of the calibration text", calibration.validation), *texts]
-        notes = report.notes(decided, compressed=layers is not None)
+        made = None
+        if fit is not None:
+            made = _make(opened, fit, writer.scratch, target=target, seed=seed, device=device, say=say, advance=advance)
+            decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=made.layers)
+            texts.insert(0, compression.Evaluation(_VALIDATION, fit.calibration.validation))
+        notes = report.notes(decided, compressed=fit is not None)
         for note in notes:
             say(note)
-        for text in texts:
-            measured = layers if layers is not None else lifted(opened)
-            losses.append(
-                report.Loss(
-                    text.name,
-                    *compression.evaluate(
-                        opened,
-                        [measured],
-                        text.windows,
-                        dtype=decided.dtype,
-                        device=device,
-                        advance=lambda done, total: advance(done, total, "evaluating"),
-                    ),
-                )
-            )
+        layers = lifted(opened) if made is None else made.layers
+        losses = [_measure(opened, layers, text, decided.dtype, device, advance) for text in texts]
         _write(decided, writer, max_shard_bytes, lambda done, total: advance(done, total, "writing"))
         found = None
         if check_result:
             say("Comparing the result with its source.")
             found = check(opened, writer.files, remote_code=bool(decided.needs_own_class))
-            if layers is None:
+            if made is None:
                 _refuse_difference(found)
-        summary = report.summarize(decided, options, notes, found, layer_reports, losses)
-        if healing is not None:
-            summary["healing"] = {
-                "minutes": heal,
-                "steps": healing.step,
-                "kl": {"before": healing.first, "best": healing.best},
-            }
+        summary = report.summarize(decided, options, notes, found, made.reports if made else [], losses)
+        if made is not None and made.healing is not None:
+            summary["healing"] = made.healing.to_json()
         summary["seconds"] = round(time.monotonic() - started, 1)
         writer.write_json("conversion.json", summary)
         writer.write_bytes("conversion.html", report.to_html(summary).encode())
@@ -213,26 +162,57 @@ def convert(
     return Conversion(Path(out), summary)
 
 
-def _budget(
+@dataclass(frozen=True)
+class _Fit:
+    """That something is to be lost: how much is kept, and the text that says what."""
+
+    budget: compression.Budget
+    calibration: compression.Calibration
+    text: str
+    heal: float
+
+    def shapes(self, source: Source, target: str) -> Sequence[MLALayer]:
+        return [self.budget.shape(source.model, source.dtype, bias=target != "vllm")] * source.model.layers
+
+    def options(self) -> dict[str, Any]:
+        text = {"name": self.text, "sha256_of_ids": self.calibration.digest}
+        healed = {"heal": self.heal} if self.heal else {}
+        return {"kv_lora_rank": self.budget.rank, "rope_dim": self.budget.rope_dim, "calibrate": text} | healed
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Compressed layers, what each of them misses, and how healing went."""
+
+    layers: Sequence[MLALayer]
+    reports: list[LayerReport]
+    healing: Progress | None = None
+
+
+def _asked_fit(
     source: Source,
+    *,
     lossless: bool,
     calibrate: str | Path | None,
-    kv_budget: float | None,
-    kv_lora_rank: int | None,
-    rope_dim: int | None,
+    heal: float,
     target: str,
-) -> compression.Budget | None:
+    widths: dict[str, Any],
+    say: Callable[[str], None],
+) -> _Fit | None:
     """What the options that can contradict each other amount to; None is lossless."""
-    asked = {"kv_budget": kv_budget, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
-    given = ["--" + name.replace("_", "-") for name, value in asked.items() if value is not None]
-    if lossless:
-        given += ["--calibrate"] if calibrate is not None else []
-        if given:
-            raise UnsupportedInputError(f"--lossless keeps everything, {given[0]} does not; give one of them")
-        return None
-    if calibrate is not None and kv_budget is None and kv_lora_rank is None:
-        asked["kv_budget"] = _BUDGET
-    budget = compression.Budget.parse(source.model, target=target, **asked)  # type: ignore[arg-type]
+    given = ["--" + name.replace("_", "-") for name, value in widths.items() if value is not None]
+    if lossless and (given or calibrate is not None):
+        raise UnsupportedInputError(
+            f"--lossless keeps everything, {(given or ['--calibrate'])[0]} does not; give one of them"
+        )
+    unsized = widths["kv_budget"] is None and widths["kv_lora_rank"] is None
+    if calibrate is not None and unsized:
+        widths = widths | {"kv_budget": _BUDGET}
+    budget = compression.Budget.parse(source.model, target=target, **widths)
+    if heal < 0 or (heal and budget is None):
+        raise UnsupportedInputError(
+            f"--heal {heal:g}: expected minutes, and --calibrate TEXT: nothing is to heal where nothing is lost"
+        )
     if budget is None:
         return None
     compression.refuse(source.model)
@@ -240,7 +220,68 @@ def _budget(
         raise UnsupportedInputError(
             f"{given[0]} needs --calibrate TEXT beside it: what can be left out shows on a text, the weights do not say"
         )
-    return budget
+    if unsized:
+        say(f"No budget is given: half of the cache is kept ({budget.rank} + {budget.rope_dim} values a token).")
+    return _Fit(budget, compression.Calibration.read(source, calibrate), Path(calibrate).name, heal)
+
+
+def _make(
+    source: Source,
+    fit: _Fit,
+    scratch: Path,
+    *,
+    target: str,
+    seed: int,
+    device: str | torch.device,
+    say: Callable[[str], None],
+    advance: Callable[[int, int, str], None],
+) -> _Made:
+    shelf = Shelf(scratch)
+    if 0 in shelf:
+        say("Layers that an earlier run has compressed are taken up.")
+    layers, reports = compression.compress(
+        source,
+        fit.budget,
+        fit.calibration,
+        shelf,
+        target=target,
+        seed=seed,
+        device=device,
+        advance=lambda done, total: advance(done, total, "compressing"),
+    )
+    if not fit.heal:
+        return _Made(layers, reports)
+    layers, healing = compression.heal(
+        source,
+        layers,
+        fit.calibration,
+        scratch,
+        minutes=fit.heal,
+        seed=seed,
+        device=device,
+        advance=lambda done, total: advance(done, total, "healing"),
+    )
+    say(f"Healed in {healing.step} steps: KL divergence {healing.first:.4f} -> {healing.best:.4f} nats.")
+    return _Made(layers, reports, healing)
+
+
+def _measure(
+    source: Source,
+    layers: Sequence[MLALayer],
+    text: compression.Evaluation,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    advance: Callable[[int, int, str], None],
+) -> report.Loss:
+    before, after = compression.evaluate(
+        source,
+        [layers],
+        text.windows,
+        dtype=dtype,
+        device=device,
+        advance=lambda done, total: advance(done, total, "evaluating"),
+    )
+    return report.Loss(text.name, before, after)
 
 
 def check_conversion(

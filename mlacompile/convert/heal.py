@@ -72,6 +72,9 @@ class Progress:
     divergence: float = math.inf
     best: float = math.inf
 
+    def to_json(self) -> dict[str, Any]:
+        return {"steps": self.step, "seconds": self.seconds, "kl": {"before": self.first, "best": self.best}}
+
 
 def write_text(model: nn.Module, prompts: Tensor, *, length: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
     """Windows ``[W, length]`` that ``model`` (with Hugging Face's ``generate``) writes after ``prompts [W, S]``.

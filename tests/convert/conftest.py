@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a conversion but its report, which says how long it took."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.stem != "conversion"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
+
+
+def write_text(file: Path, characters: int, seed: int = 0) -> Path:
+    """Words that come again, so that a model has something to attend to."""
+    choose = random.Random(seed)
+    words = ["".join(choose.choices(_LETTERS[:26], k=choose.randint(1, 7))) for _ in range(50)]
+    file.write_text(" ".join(choose.choices(words, k=characters // 2))[:characters])
+    return file
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A token a character."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0} | {letter: i + 3 for i, letter in enumerate(_LETTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder

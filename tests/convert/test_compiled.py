@@ -11,7 +11,7 @@ import mlacompile
 from mlacompile import LatentCache
 from mlacompile.convert import convert
 from mlacompile.testing.registration import ensure_registered
-from tests.convert.conftest import VARIANTS, load
+from tests.convert.conftest import VARIANTS, load, with_tokenizer, write_text
 
 Save = Callable[..., Path]
 
@@ -63,3 +63,30 @@ def test_with_a_latent_cache_in_fp8(save: Save, tmp_path: Path, name: str) -> No
     assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()
     # Three bits of mantissa are within 2**-4 of each value; the average over tokens is nearer than that.
     assert (got - wanted).abs().max() <= 2**-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [None, "fp8_e4m3"])
+def test_a_smaller_cache_is_absorbed_too(save: Save, tmp_path: Path, dtype: str | None) -> None:
+    ensure_registered()
+    source, text = with_tokenizer(save()), write_text(tmp_path / "text.txt", 5000)
+    convert(source, tmp_path / "out", kv_budget=0.5, calibrate=text)
+    model = load(tmp_path / "out")
+    compiled = torch.compile(model, backend="mlacompile", options={"rest": "eager", "strict": True})
+    tokens = torch.randint(3, 30, (2, 13), generator=torch.Generator().manual_seed(0))
+
+    def cache() -> StaticCache | LatentCache:
+        if dtype is None:
+            return StaticCache(config=model.config, max_cache_len=32)
+        return LatentCache(model.config, max_cache_len=32, dtype=dtype)
+
+    caches = [cache() for _ in range(2)]
+    with torch.no_grad():
+        for filled in caches:
+            model(input_ids=tokens[:, :-1], past_key_values=filled)
+        plain, got = (
+            run(input_ids=tokens[:, -1:], past_key_values=filled).logits
+            for run, filled in zip((model, compiled), caches)
+        )
+    report = mlacompile.last_report()
+    assert report.absorbed == len(model.model.layers), str(report)
+    assert (got - plain).abs().max() <= 1e-4 * plain.abs().max()

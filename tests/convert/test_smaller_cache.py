@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -18,45 +17,23 @@ from mlacompile import cli
 from mlacompile.convert import convert, latent
 from mlacompile.errors import CheckpointError, UnsupportedInputError
 from tests.checkpoint.test_writer import in_a_child
-from tests.convert.conftest import contents, load
+from tests.convert.conftest import contents, load, with_tokenizer, write_text
 
 Save = Callable[..., Path]
-#: What calibrates quickly: 18 windows of 256 characters.
-_LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
-
-
-def _write_text(file: Path, characters: int, seed: int = 0) -> Path:
-    """Words that come again, so that a model has something to attend to."""
-    choose = random.Random(seed)
-    words = ["".join(choose.choices(_LETTERS[:26], k=choose.randint(1, 7))) for _ in range(50)]
-    file.write_text(" ".join(choose.choices(words, k=characters // 2))[:characters])
-    return file
-
-
-def _with_tokenizer(folder: Path) -> Path:
-    """A token a character."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0} | {letter: i + 3 for i, letter in enumerate(_LETTERS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
 def llama(save: Save) -> Path:
-    return _with_tokenizer(save())
+    return with_tokenizer(save())
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    return _write_text(tmp_path / "text.txt", 5800)
+    return write_text(tmp_path / "text.txt", 5800)
 
 
 def test_half_a_cache(llama: Path, text: Path, tmp_path: Path) -> None:
-    other = _write_text(tmp_path / "other.txt", 3000, seed=1)
+    other = write_text(tmp_path / "other.txt", 3000, seed=1)
     report = convert(llama, tmp_path / "out", kv_budget=0.5, calibrate=text, evaluate=[other]).report
     assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
     assert report["method"] == "compressed"
@@ -76,7 +53,7 @@ def test_the_loss_in_the_report_is_that_of_the_files(
     save: Save, text: Path, tmp_path: Path, family: str, special: dict[str, Any]
 ) -> None:
     """So nothing gets lost between a fitted layer and what is loaded, biases for one."""
-    source = _with_tokenizer(save(family, **special))
+    source = with_tokenizer(save(family, **special))
     report = convert(source, tmp_path / "out", kv_budget=0.4, calibrate=text, evaluate=[text], dtype="float32").report
     loss = report["losses"][1]
     from mlacompile.convert.compression import Evaluation
@@ -103,7 +80,7 @@ def test_the_more_is_kept_the_less_is_lost(llama: Path, text: Path, tmp_path: Pa
 def test_vllm_widths_have_no_bias_and_a_default_table(save: Save, text: Path, tmp_path: Path) -> None:
     from mlacompile.convert.rope import default_theta
 
-    source = _with_tokenizer(save(head_dim=128, num_attention_heads=2, num_key_value_heads=2))
+    source = with_tokenizer(save(head_dim=128, num_attention_heads=2, num_key_value_heads=2))
     convert(source, tmp_path / "out", kv_lora_rank=256, rope_dim=64, calibrate=text, target="vllm", dtype="float32")
     model = load(tmp_path / "out")
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim, model.config.attention_bias) == (256, 64, False)
@@ -154,7 +131,7 @@ def test_another_text_starts_anew(llama: Path, text: Path, tmp_path: Path) -> No
 
     with pytest.raises(KeyboardInterrupt):
         convert(llama, tmp_path / "out", kv_budget=0.5, calibrate=text, advance=stop)
-    other = _write_text(tmp_path / "other.txt", 5000, seed=1)
+    other = write_text(tmp_path / "other.txt", 5000, seed=1)
     heard: list[str] = []
     convert(llama, tmp_path / "out", kv_budget=0.5, calibrate=other, say=heard.append)
     assert not any("earlier run" in line for line in heard)
@@ -194,7 +171,7 @@ def test_refused_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text(" \n")
-    _write_text(Path("short.txt"), 500)
+    write_text(Path("short.txt"), 500)
     Path("noise.txt").write_bytes(bytes(range(256)) * 40)
     with pytest.raises(UnsupportedInputError, match=message):
         convert(llama, "out", **options)

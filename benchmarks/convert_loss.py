@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mlacompile
 from mlacompile.convert.attend import GroupedAttention
 from mlacompile.convert.compression import (
     Budget,
@@ -40,6 +38,7 @@ from mlacompile.convert.shelf import Shelf
 from mlacompile.convert.source import Source, open_source
 from mlacompile.convert.stream import Blocks, Layers
 from mlacompile.convert.transmla import transmla
+from mlacompile.testing.timing import environment
 
 #: Cache saved, and the latent and rotary widths that TransMLA is known with at it. Ours divides the same sum itself.
 BUDGETS = {"50 %": Budget(128, 64), "68.75 %": Budget(88, 32), "87.5 %": Budget(16, 32)}
@@ -130,11 +129,12 @@ def main() -> None:
     result: dict[str, Any] = json.loads(asked.result.read_text()) if asked.result.exists() else {"runs": {}}
     result |= {
         "model": source.path.name,
-        "mlacompile": mlacompile.__version__,
-        "torch": torch.__version__,
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "calibration": f"{asked.calibrate.name}: {list(calibration.windows.shape)} to fit, "
-        f"{list(calibration.validation.shape)} to choose by",
+        "environment": environment(),
+        "calibration": {
+            "text": asked.calibrate.name,
+            "fitted": list(calibration.windows.shape),
+            "chosen by": list(calibration.validation.shape),
+        },
         "evaluation": {text.name: list(text.windows.shape) for text in texts},
     }
     moments: list[Tensor] = []

@@ -1,0 +1,100 @@
+"""Writes the table and the plot of docs/convert.md from the committed losses, so that no figure is ever typed.
+
+python benchmarks/convert_table.py          rewrites what is between the two markers, and the plot
+python benchmarks/convert_table.py --check  exits with 1 if the page says something else
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "convert_loss-cpu.json"
+PLOT = RESULT.with_suffix(".png")
+PAGE = HERE.parent / "docs" / "convert.md"
+BEGIN = "<!-- losses: written by benchmarks/convert_table.py from benchmarks/results -->"
+END = "<!-- end of losses -->"
+BUDGETS = ("50 %", "68.75 %", "87.5 %")
+TEXTS = ("wiki_test.txt", "lee.txt")
+_MISSING = "not measured"
+
+
+def main() -> int:
+    """Rewrite or check the page."""
+    result = json.loads(RESULT.read_text())
+    old = PAGE.read_text()
+    head, begin, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE.name} lacks the markers {BEGIN!r} and {END!r}")
+    new = f"{head}{BEGIN}\n{losses(result)}\n\n{ablations(result)}\n{END}{tail}"
+    if "--check" in sys.argv[1:]:
+        if new != old:
+            print(f"{PAGE.name} does not say what {RESULT.name} does: run benchmarks/convert_table.py")
+        return int(new != old)
+    PAGE.write_text(new)
+    plot(result)
+    return 0
+
+
+def _figure(row: dict[str, Any] | None, text: str, name: str) -> str:
+    return _MISSING if row is None or text not in row else f"{row[text][name]:.2f}"
+
+
+def losses(result: dict[str, Any]) -> str:
+    """Perplexities of the baseline and ours at every budget, in Markdown."""
+    runs = result["runs"]
+    lines = [
+        "| cache saved | method | rope + latent | " + " | ".join(f"{t}, perplexity | KL" for t in TEXTS) + " |",
+        "|---|---|---|" + "--:|--:|" * len(TEXTS),
+    ]
+    first = next(iter(runs.values()))
+    originals = [_figure(first, text, "original") for text in TEXTS]
+    lines.append("| 0 % | original | | " + " | ".join(f"{original} | 0" for original in originals) + " |")
+    for budget in BUDGETS:
+        for kind, says in (("baseline", "TransMLA"), ("ours", "**mlacompile**")):
+            row = runs.get(f"{kind} {budget}")
+            widths = _MISSING if row is None else f"{row['rope_dim']} + {row['rank']}"
+            if row is not None and "fold" in row:
+                says += f", fold {row['fold']}"
+            cells = [_figure(row, text, name) for text in TEXTS for name in ("perplexity", "kl")]
+            lines.append(f"| {budget} | {says} | {widths} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations(result: dict[str, Any]) -> str:
+    """Ours at half the cache, with each idea switched off."""
+    known = {name: row for name, row in result["runs"].items() if name.split()[0] not in ("baseline", "ours")}
+    if not known:
+        return "The ablations have not been measured yet: `benchmarks/convert_loss.py` runs them."
+    lines = ["| switched off, at 50 % | instead | " + " | ".join(TEXTS) + " |", "|---|---|" + "--:|" * len(TEXTS)]
+    for name, row in {"nothing": result["runs"].get("ours 50 %"), **known}.items():
+        cells = " | ".join(_figure(row, text, "perplexity") for text in TEXTS)
+        lines.append(f"| {name} | {(row or {}).get('says', '')} | {cells} |")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any]) -> None:
+    """Perplexity against what is saved, baseline and ours, a panel a text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        for axes, text in zip(figure.subplots(1, len(TEXTS)), TEXTS):
+            for kind, color in (("baseline", "#888888"), ("ours", "#f58518")):
+                rows = {b: result["runs"].get(f"{kind} {b}", {}).get(text) for b in BUDGETS}
+                points = [(float(b.split()[0]), row["perplexity"]) for b, row in rows.items() if row is not None]
+                if points:
+                    label = "TransMLA" if kind == "baseline" else "mlacompile"
+                    axes.plot(*zip(*points), marker="o", label=label, color=color)
+            axes.set(title=text, xlabel="cache saved, %", ylabel="perplexity", yscale="log")
+            axes.legend(frameon=False)
+        figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,6 +33,10 @@ def calibrate(
     ] = "fp8_e4m3",
     keep: Annotated[list[str] | None, typer.Option(help="A pattern of layers that stay as they are.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
+    dtype: Annotated[
+        str,
+        typer.Option(help='What to compute in; "auto" is the model\'s own, whose rounding hides small differences.'),
+    ] = "float32",
 ) -> None:
     """Measure, product by product, the error that FP8 adds to outputs and to logits, and write which are safe.
 
@@ -45,7 +49,7 @@ def calibrate(
 
     console = Console(soft_wrap=True)
     _quiet_transformers()
-    loaded, tokenizer = _load(model, device)
+    loaded, tokenizer = _load(model, device, dtype)
 
     def read(text: Path) -> Any:
         ids = tokenize(tokenizer, text, at_least=windows * length)
@@ -74,7 +78,7 @@ def calibrate(
     raise typer.Exit(0 if found.rise <= budget else 1)
 
 
-def _load(folder: Path, device: str) -> tuple:  # type: ignore[type-arg]
+def _load(folder: Path, device: str, dtype: str) -> tuple:  # type: ignore[type-arg]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mlacompile.errors import UnsupportedInputError
@@ -82,7 +86,7 @@ def _load(folder: Path, device: str) -> tuple:  # type: ignore[type-arg]
     if not (folder / "config.json").is_file():
         raise UnsupportedInputError(f"{folder}: expected a Hugging Face folder with a config.json, found none")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise UnsupportedInputError(f"{folder}: transformers cannot load it: {error}") from error

@@ -49,7 +49,7 @@ def calibrate(
 
     console = Console(soft_wrap=True)
     _quiet_transformers()
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = _load(model, device, dtype.value)
 
     def read(text: Path) -> Any:
         ids = tokenize(tokenizer, text, at_least=windows * length)

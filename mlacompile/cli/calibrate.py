@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mlacompile.cli.convert import DType, _quiet_transformers
+
 if TYPE_CHECKING:
     from mlacompile.calibration import Calibration
 
@@ -34,16 +36,14 @@ def calibrate(
     keep: Annotated[list[str] | None, typer.Option(help="A pattern of layers that stay as they are.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     dtype: Annotated[
-        str,
-        typer.Option(help='What to compute in; "auto" is the model\'s own, whose rounding hides small differences.'),
-    ] = "float32",
+        DType, typer.Option(help="What to compute in; auto is the model's own, whose rounding hides small differences.")
+    ] = DType.float32,
 ) -> None:
     """Measure, product by product, the error that FP8 adds to outputs and to logits, and write which are safe.
 
     Ends with 1 when not even all of the sites left keep to the budget.
     """
     from mlacompile.calibration import calibrate as run
-    from mlacompile.cli.convert import _quiet_transformers
     from mlacompile.convert.evaluate import spread_windows
     from mlacompile.convert.texts import tokenize
 

@@ -3,7 +3,8 @@
     site        a linear layer with weight and activations in FP8 ("weights"), or the up-projection of an attention
                 with its weight alone in FP8, as the absorbed products of its heads have it ("absorb")
     measured    what the site's output is off by, and what the logits are, were it the only site in FP8
-    policy      all sites, without the worst, until the perplexity of all together rises by no more than the budget
+    policy      the best sites, whose divergences add up to the budget; without the worst of them, until the perplexity
+                of all together rises by no more than that
 
 Compute in float32 if you can: in 16 bits, rounding alone moves logits by as much as one site in FP8 does. Everything is
 measured in eager mode, by hooks that put quantized products in the places of the original ones; rounding
@@ -305,9 +306,16 @@ class _Trial:
 def _within(
     model: nn.Module, windows: Tensor, trial: _Trial, sites: list[Site], budget: float, original: float, say: Say
 ) -> tuple[list[Site], float]:
-    """The sites, the worst of them not safe, such that all safe ones together keep to the budget; and their loss."""
-    limit = math.log1p(budget)
-    safe = [replace(site, safe=site.divergence <= limit and not site.lost) for site in sites]
+    """The sites, the worst of them not safe, such that all safe ones together keep to the budget; and their loss.
+
+    Errors of different sites have little to do with each other, so that their divergences add up.
+    """
+    limit, total, within = math.log1p(budget), 0.0, set()
+    for site in sorted(sites, key=lambda site: site.divergence):
+        total += 0.0 if site.lost else max(0.0, site.divergence)
+        if not site.lost and total <= limit:
+            within.add(site.key)
+    safe = [replace(site, safe=site.key in within) for site in sites]
     while True:
         taken = [site for site in safe if site.safe]
         with trial.on(taken):

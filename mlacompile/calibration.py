@@ -3,9 +3,11 @@
     site        a linear layer with weight and activations in FP8 ("weights"), or the up-projection of an attention
                 with its weight alone in FP8, as the absorbed products of its heads have it ("absorb")
     measured    what the site's output is off by, and what the logits are, were it the only site in FP8
-    policy      all sites, without the worst, until the perplexity of all together rises by no more than the budget
+    policy      the best sites, whose divergences add up to the budget; without the worst of them, until the perplexity
+                of all together rises by no more than that
 
-Everything is measured in eager mode, by hooks that put quantized products in the places of the original ones; rounding
+Compute in float32 if you can: in 16 bits, rounding alone moves logits by as much as one site in FP8 does. Everything is
+measured in eager mode, by hooks that put quantized products in the places of the original ones; rounding
 is that of ``mlacompile::fp8_linear``. Nothing of the model is changed.
 """
 
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.gate import FORMAT, Gate
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.ops.fp8_linear import E4M3, fp8_dequantize_weight, fp8_linear, fp8_quantize_weight
+from mlacompile.ops.fp8_linear import E4M3, fp8_dequantize_weight, fp8_linear, fp8_quantize_weight, lost_rows
 from mlacompile.ops.fp8_quantize import fp8_quantize
 
 Say = Callable[[str], None]
@@ -41,7 +43,8 @@ class Site:
 
     path: of the module. kind: "weights" or "absorb". linears: paths of the layers whose weights are quantized.
     output_error: norm of the error over norm of the output, of this site on exact inputs. divergence: of the logits, in
-    nats a token, were this the only site in FP8. safe: whether the policy takes it.
+    nats a token, were this the only site in FP8. lost: rows of its weights that become zero beside others that are far
+    larger. safe: whether the policy takes it; not where rows are lost.
     """
 
     path: str
@@ -49,6 +52,7 @@ class Site:
     linears: tuple[str, ...]
     output_error: float = math.nan
     divergence: float = math.nan
+    lost: int = 0
     safe: bool = True
 
     @property
@@ -169,7 +173,8 @@ def calibrate(
             with trial.on([site]):
                 off = model(input_ids=few).logits.float().log_softmax(-1)
             divergence = float((exact.exp() * (exact - off)).sum(-1).mean())
-            found.append(replace(site, output_error=errors[site.key], divergence=divergence))
+            lost = sum(trial.lost[path] for path in site.linears)
+            found.append(replace(site, output_error=errors[site.key], divergence=divergence, lost=lost))
             advance(i + 1, len(sites))
         found, loss = _within(model, windows, trial, found, budget, original, say)
         losses = {"original": original, "fp8": loss}
@@ -241,12 +246,14 @@ class _Trial:
         self.model, self.sites = model, list(sites)
         self.linears = {path: model.get_submodule(path) for site in self.sites for path in site.linears}
         self.quantized: dict[str, tuple[Tensor, Tensor]] = {}
+        self.lost: dict[str, int] = {}
 
     def product(self, path: str, kind: str, x: Tensor) -> Tensor:
         """What the layer would compute: by its weight and x in FP8, or by its weight alone."""
         linear: Any = self.linears[path]
         if path not in self.quantized:
             self.quantized[path] = fp8_quantize_weight(linear.weight.detach())
+            self.lost[path] = len(lost_rows(linear.weight, self.quantized[path][0]))
         weight, descale = self.quantized[path]
         rows = x.reshape(-1, x.shape[-1])
         if kind == "weights":
@@ -299,9 +306,16 @@ class _Trial:
 def _within(
     model: nn.Module, windows: Tensor, trial: _Trial, sites: list[Site], budget: float, original: float, say: Say
 ) -> tuple[list[Site], float]:
-    """The sites, the worst of them not safe, such that all safe ones together keep to the budget; and their loss."""
-    limit = math.log1p(budget)
-    safe = [replace(site, safe=site.divergence <= limit) for site in sites]
+    """The sites, the worst of them not safe, such that all safe ones together keep to the budget; and their loss.
+
+    Errors of different sites have little to do with each other, so that their divergences add up.
+    """
+    limit, total, within = math.log1p(budget), 0.0, set()
+    for site in sorted(sites, key=lambda site: site.divergence):
+        total += 0.0 if site.lost else max(0.0, site.divergence)
+        if not site.lost and total <= limit:
+            within.add(site.key)
+    safe = [replace(site, safe=site.key in within) for site in sites]
     while True:
         taken = [site for site in safe if site.safe]
         with trial.on(taken):

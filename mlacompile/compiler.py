@@ -22,7 +22,7 @@ from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.derived import with_derived
 from mlacompile.lowering.inductor import compile_rest
 from mlacompile.lowering.place import place
-from mlacompile.lowering.select import reads_fp8, slower_in_fp8
+from mlacompile.lowering.select import reads_fp8, slower_in_fp8, spoilt_in_fp8
 from mlacompile.options import Options, check_mode
 from mlacompile.passes.canonicalize import canonicalize_sdpa, may_hold_attention
 from mlacompile.passes.functionalize import carry_dynamo_marks, functionalize, nested_context
@@ -100,6 +100,7 @@ def compile_graph(
         f"graph{next(_graphs)}",
         slower_in_fp8=slower_in_fp8,
         reads_fp8=partial(reads_fp8, options.kernel),
+        spoilt_in_fp8=lambda position: spoilt_in_fp8(example_inputs[position]),
     )
     dump_graph(options.dump, pipeline.name, "0-dynamo", gm)
     canonical = canonicalize_sdpa(gm)

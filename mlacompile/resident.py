@@ -27,6 +27,7 @@ from mlacompile.ops.fp8_linear import (
     fp8_dequantize_weight,
     fp8_linear,
     fp8_quantize_weight,
+    lost_rows,
 )
 from mlacompile.ops.fp8_quantize import fp8_quantize
 
@@ -42,13 +43,10 @@ class QuantizedLinear(nn.Module):
     are saved and loaded again.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, q: Tensor, descale: Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
-        # Never inference tensors: their changes leave no trace, and what is derived from them could grow old.
-        with torch.inference_mode(False), torch.no_grad():
-            q, descale = fp8_quantize_weight(linear.weight.detach())
         self.weight = nn.Parameter(q, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(descale, requires_grad=False)
         self.bias = linear.bias
@@ -183,9 +181,18 @@ def _in_place(model: nn.Module, *, keep: Iterable[str] = ()) -> Resident:
             raise UnsupportedInputError(
                 f"quantize: {path}.weight holds values that are not finite; nothing was changed"
             )
+    done = []
     for path in taken:
-        model.set_submodule(path, QuantizedLinear(linears.pop(path)).train(model.training))
-    return Resident(tuple(taken), kept, before, _bytes(model))
+        linear = linears.pop(path)
+        # Never inference tensors: their changes leave no trace, and what is derived from them could grow old.
+        with torch.inference_mode(False), torch.no_grad():
+            q, descale = fp8_quantize_weight(linear.weight.detach())
+        if lost := len(lost_rows(linear.weight, q)):
+            kept[path] = f"{lost} rows of its weight would become zero beside others that are far larger"
+            continue
+        model.set_submodule(path, QuantizedLinear(linear, q, descale).train(model.training))
+        done.append(path)
+    return Resident(tuple(done), kept, before, _bytes(model))
 
 
 def _why_not(linear: nn.Linear, others: list[str]) -> str | None:

@@ -155,7 +155,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tokenizer(text: str, **settings: Any) -> dict[str, list[int]]:
         return {"input_ids": [3 + ord(c) % 200 for c in text]}
 
-    monkeypatch.setattr(sys.modules["mlacompile.cli.calibrate"], "_load", lambda folder, device: (model, tokenizer))
+    monkeypatch.setattr(sys.modules["mlacompile.cli.calibrate"], "_load", lambda *_: (model, tokenizer))
     data, out = tmp_path / "text.txt", tmp_path / "fp8.json"
     data.write_text("All happy families are alike; each unhappy family is unhappy in its own way. " * 3)
     arguments = ["calibrate", "model", "--data", str(data), "--out", str(out), "--windows", "3", "--length", "32"]

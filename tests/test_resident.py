@@ -133,6 +133,16 @@ def test_what_cannot_be_released_says_why() -> None:
         quantize(model, "folder")  # type: ignore[call-overload]
 
 
+def test_a_layer_whose_rows_would_be_lost_stays() -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).requires_grad_(False)
+    model[0].weight[7] *= 1e-8
+    want = model[0](torch.ones(1, 128))
+    done = quantize(model)
+    assert done.kept == {"0": "1 rows of its weight would become zero beside others that are far larger"}
+    assert done.quantized == ("1",)
+    assert torch.equal(model[0](torch.ones(1, 128)), want)
+
+
 def test_heads_and_routers_stay() -> None:
     model = tiny_model("deepseek_v3", hidden_size=256, n_routed_experts=8, num_hidden_layers=2)
     done = quantize(model)

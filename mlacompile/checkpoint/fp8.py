@@ -26,7 +26,13 @@ from mlacompile.checkpoint.tensors import TensorSpec
 from mlacompile.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, plan_shards
 from mlacompile.errors import CheckpointError
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.ops.fp8_linear import E4M3, block_grid, fp8_dequantize_weight_reference, fp8_quantize_weight_reference
+from mlacompile.ops.fp8_linear import (
+    E4M3,
+    block_grid,
+    fp8_dequantize_weight_reference,
+    fp8_quantize_weight_reference,
+    lost_rows,
+)
 
 SCALE = "weight_scale_inv"
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,8 +206,7 @@ def dequantize(
 
 
 def _check_rows_live(file: Path, name: str, wide: Tensor, q: Tensor) -> None:
-    """A scale serves 128 rows: one that is half a million times smaller than the largest becomes zero."""
-    lost = ((wide != 0).any(1) & (q.float() == 0).all(1)).nonzero().flatten()
+    lost = lost_rows(wide, q)
     if len(lost):
         path = name.removesuffix(".weight")
         raise CheckpointError(

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mlacompile.cli.convert import DType, _quiet_transformers
+
 if TYPE_CHECKING:
     from mlacompile.calibration import Calibration
 
@@ -33,19 +35,21 @@ def calibrate(
     ] = "fp8_e4m3",
     keep: Annotated[list[str] | None, typer.Option(help="A pattern of layers that stay as they are.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
+    dtype: Annotated[
+        DType, typer.Option(help="What to compute in; auto is the model's own, whose rounding hides small differences.")
+    ] = DType.float32,
 ) -> None:
     """Measure, product by product, the error that FP8 adds to outputs and to logits, and write which are safe.
 
     Ends with 1 when not even all of the sites left keep to the budget.
     """
     from mlacompile.calibration import calibrate as run
-    from mlacompile.cli.convert import _quiet_transformers
     from mlacompile.convert.evaluate import spread_windows
     from mlacompile.convert.texts import tokenize
 
     console = Console(soft_wrap=True)
     _quiet_transformers()
-    loaded, tokenizer = _load(model, device)
+    loaded, tokenizer = _load(model, device, dtype.value)
 
     def read(text: Path) -> Any:
         ids = tokenize(tokenizer, text, at_least=windows * length)
@@ -74,7 +78,7 @@ def calibrate(
     raise typer.Exit(0 if found.rise <= budget else 1)
 
 
-def _load(folder: Path, device: str) -> tuple:  # type: ignore[type-arg]
+def _load(folder: Path, device: str, dtype: str) -> tuple:  # type: ignore[type-arg]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mlacompile.errors import UnsupportedInputError
@@ -82,7 +86,7 @@ def _load(folder: Path, device: str) -> tuple:  # type: ignore[type-arg]
     if not (folder / "config.json").is_file():
         raise UnsupportedInputError(f"{folder}: expected a Hugging Face folder with a config.json, found none")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise UnsupportedInputError(f"{folder}: transformers cannot load it: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from mlacompile.geometry import scale_groups
@@ -15,7 +16,7 @@ from mlacompile.kernels import registry
 from mlacompile.kernels.fp8_linear.supports import slower_than_16_bits
 from mlacompile.lowering.inline import compiles_fp8
 from mlacompile.ops import mla_decode_reference
-from mlacompile.ops.fp8_linear import E4M3, WEIGHT_ONLY_ROWS, block_grid
+from mlacompile.ops.fp8_linear import E4M3, WEIGHT_ONLY_ROWS, block_grid, fp8_quantize_weight, lost_rows
 
 _DECODE_ARGS = 9
 
@@ -79,6 +80,16 @@ def slower_in_fp8(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     if best is None:
         return "; ".join(f"{name}: {' and '.join(reasons)}" for name, reasons in passed.items())
     return slower_than_16_bits(m, n, k, heads[0] if heads else 0)
+
+
+def spoilt_in_fp8(weight: torch.Tensor) -> str | None:
+    """Why a weight would not survive FP8, looked at value by value, or None; also for one that has no values."""
+    if weight.device.type == "meta" or isinstance(weight, FakeTensor):
+        return None
+    with unset_fake_temporarily(), torch.no_grad():
+        q, _ = fp8_quantize_weight(weight.detach())
+        lost = len(lost_rows(weight, q))
+    return f"{lost} rows of the weight would become zero beside others that are far larger" if lost else None
 
 
 def place_kernels(gm: GraphModule, chosen: dict[Node, str]) -> None:

@@ -65,6 +65,12 @@ def fp8_linear_reference(
     return (left @ right.transpose(-1, -2)).to(dtype)
 
 
+def lost_rows(weight: Tensor, q: Tensor) -> Tensor:
+    """Which rows ``[n]`` of a weight became zero: a scale serves 128 of them, and one that is half a million times
+    smaller than the largest of its blocks is gone."""
+    return ((weight != 0).any(-1) & (q.view(torch.uint8) & 0x7F == 0).all(-1)).nonzero()[:, -1]
+
+
 @torch.library.custom_op("mlacompile::fp8_quantize_weight", mutates_args=())
 def fp8_quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a weight to e4m3 with one scale a block of 128 × 128.

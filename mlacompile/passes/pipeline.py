@@ -42,6 +42,7 @@ class Pipeline:
     hoisted, derived: what was taken out of the graph because it depends on weights alone, and examples of the inputs
     that the graph has instead. slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
     reads_fp8: called like ``mla_decode``, whether a kernel takes an FP8 cache as it is stored.
+    spoilt_in_fp8: why the weight at a position among the inputs would not survive FP8, or None.
     """
 
     options: Options
@@ -57,6 +58,7 @@ class Pipeline:
     products: list[Product] = field(default_factory=list)
     slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
     reads_fp8: Callable[..., bool] = lambda *args, **kwargs: True
+    spoilt_in_fp8: Callable[[int], str | None] = lambda position: None
 
     def run(self, gm: GraphModule) -> GraphModule:
         """Rewrite ``gm`` in place. What is not rewritten is as it was.
@@ -163,7 +165,7 @@ class Pipeline:
         """FP8 where it is asked for, and out of the graph what depends on weights alone."""
         if self.options.fp8 != "off":
             with self.stage("quantize"):
-                products, remarks = quantize(gm.graph, weights, Policy(self._fp8(), self.slower_in_fp8))
+                products, remarks = quantize(gm.graph, weights, self._policy(gm))
             self.rewritten += sum(product.left is None for product in products)
             self.products += products
             self.notes += remarks
@@ -171,6 +173,10 @@ class Pipeline:
             self.hoisted, self.derived = hoist(gm, weights)
         if self.options.fp8 != "off":
             dump_graph(self.options.dump, self.name, "5-quantized", gm)
+
+    def _policy(self, gm: GraphModule) -> Policy:
+        inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        return Policy(self._fp8(), self.slower_in_fp8, lambda weight: self.spoilt_in_fp8(inputs[weight]))
 
     def _fp8(self) -> str | Mapping[str, str] | Gate:
         asked = self.options.fp8

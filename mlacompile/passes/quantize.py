@@ -131,13 +131,18 @@ class Policy:
     fp8: str | Mapping[str, str] | Gate = "off"
     #: Why FP8 would not be faster for x, weight (fake tensors), or None.
     slower: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
+    #: Why a weight, a placeholder, would not survive FP8, or None.
+    spoilt: Callable[[Node], str | None] = lambda weight: None
 
     def refuse(self, linear: Linear) -> str | None:
         """Why a product stays as it is, or None."""
         mode, asked = self._mode(linear)
         if linear.by_head not in TAKEN[mode]:
             return f"fp8 is {mode}" + (" for this source" if not isinstance(self.fp8, str) else "")
-        return _unfit(linear) or (None if asked else _kept(linear) or self.slower(linear.x.meta["val"], linear.value))
+        if (unfit := _unfit(linear)) or asked:
+            return unfit
+        slower = _kept(linear) or self.slower(linear.x.meta["val"], linear.value)
+        return slower or (None if linear.by_head else self.spoilt(linear.weight))
 
     def _mode(self, linear: Linear) -> tuple[str, bool]:
         if isinstance(self.fp8, str):

@@ -142,6 +142,18 @@ def test_without_being_asked_routers_and_heads_stay_and_so_does_what_would_be_sl
     assert "3 products with weights" in last_report().notes[0], "unless they are asked for"
 
 
+def test_a_weight_whose_rows_would_be_lost_stays_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlacompile.compiler.slower_in_fp8", lambda x, weight: None)
+    module, x = Gated().requires_grad_(False), torch.randn(4, 128)
+    module.up.weight[5] *= 1e-8
+    compiled(module, "weights")(x)
+    left = [p.left for p in last_report().products if p.left]
+    assert "1 rows of the weight would become zero beside others that are far larger" in left
+    torch._dynamo.reset()
+    compiled(module, ALL)(x)
+    assert all(p.left is None for p in last_report().products)
+
+
 def test_a_mapping_names_single_modules_or_lines() -> None:
     module, x = Routed().requires_grad_(False), torch.randn(3, 256)
     compiled(module, {"expert": "weights"})(x)

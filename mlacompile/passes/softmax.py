@@ -9,6 +9,7 @@ scores, and views and casts on the way, do not matter. Nor do keys without heads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch.fx import Graph, Node
 
 from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of, upstream
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Product, Scores, read_scores
+from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Kept, Product, Scores, read_scores
 from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, op_name
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ _RESHAPE = {
     aten.squeeze.dims,
 }
 _ENDS = {*PRODUCTS, aten.addmm.default, aten._softmax.default, aten._safe_softmax.default}
+NEVER = -1e30  # added to a score leaves nothing of it, in float32 and float64, and does not overflow where it is scaled
 _FAR = 12  # more ops than any spelling of attention has between scores and softmax
 
 
@@ -253,7 +255,7 @@ def _taken_apart(match: _Match, axes: Dims) -> Dims | None:
     return None
 
 
-def _heads(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> str | None:
+def heads_of(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> str | None:
     """Which of the axes is heads: the one that a weight gives to queries or keys."""
     if dynamic is None:
         return None
@@ -278,13 +280,13 @@ def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[st
     present = [a.label for d in axes for a in d if a.label != TOKENS]
     shared = [x for x in present if all(x in labels(p.k_dims) for p in scores.products)]
     rows = [x for x in present if x not in shared]
-    head = _heads(scores, set(present), dynamic)
+    head = heads_of(scores, set(present), dynamic)
     if len(rows) == 2 and len(shared) == 2:
         raise NotAttention("query heads share key heads in groups: grouped-query attention has no latent")
     if len(rows) > 2 or len(shared) > 2:
         return None
     if head is None:
-        head = _guess_head(axes, scores, shared, rows)
+        head = _guess_head(axes, scores, shared, rows, dynamic)
     queries = [x for x in rows if x != head]
     batch = [x for x in shared if x != head]
     if len(queries) > 1 or len(batch) > 1:
@@ -293,15 +295,20 @@ def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[st
     return names if head is None else names | {head: "H"}
 
 
-def _guess_head(axes: Dims, scores: Scores, shared: list[str], rows: list[str]) -> str | None:
+def _guess_head(
+    axes: Dims, scores: Scores, shared: list[str], rows: list[str], dynamic: set[Node] | None
+) -> str | None:
     """Heads where no weight tells: of two axes that only queries have, the one no mask knows; else behind batch."""
     if len(rows) == 2:
-        masks = [labels(d) for _, d, _ in (*scores.added, *scores.kept)]
+        masks = [labels(d) for d in (*(a[1] for a in scores.added), *(k.dims for k in scores.kept))]
         unmasked = [x for x in rows if not any(x in m for m in masks)]
         return unmasked[0] if len(unmasked) == 1 else rows[0]
     if len(shared) == 2:
         return shared[1]
     first = next((d[0].label for d in axes if d), None)
+    keys = [(p.k, p.k_dims) for p in scores.products]
+    if dynamic is not None and any(n not in dynamic for k in keys for n, _ in _weights_of(*k, dynamic)):
+        return None  # a weight made the keys, and gave them no heads: there is one
     return shared[0] if shared and (len(axes) == 3 or shared[0] != first or not axes[0]) else None
 
 
@@ -380,12 +387,32 @@ def _mask(emit: Emitter, scores: Scores, names: dict[str, str]) -> Node | None:
         term = term if factor.number == 1.0 else emit(aten.mul.Tensor, term, factor.number)
         term = _by_tensors(emit, term, factor, names)
         mask = term if mask is None else emit(aten.add.Tensor, mask, term)
+    for uniform in (True, False):
+        kept = [k for k in scores.kept if k.uniform is uniform]
+        keep = _all_of(emit, kept, names)
+        if keep is None:
+            continue
+        if mask is None and not uniform:
+            return keep
+        mask = _hidden(emit, keep, mask, NEVER if uniform else -math.inf)
+    return mask
+
+
+def _all_of(emit: Emitter, kept: list[Kept], names: dict[str, str]) -> Node | None:
     keep: Node | None = None
-    for node, dims, attend in scores.kept:
-        term = emit.arrange(node, renamed(dims, names), "BHST")
+    for one in kept:
+        condition, attend = one.condition, one.attend
+        if condition.target in (aten.logical_not.default, aten.bitwise_not.default):
+            condition, attend = condition.args[0], not attend  # type: ignore[assignment]
+        term = emit.arrange(condition, renamed(one.dims, names), "BHST")
         term = term if attend else emit(aten.logical_not.default, term)
         keep = term if keep is None else emit(aten.logical_and.default, keep, term)
-    if mask is None or keep is None:
-        return keep if mask is None else mask
-    low = emit(aten.full.default, [], float("-inf"), dtype=mask.meta["val"].dtype, device=mask.meta["val"].device)
-    return emit(aten.where.self, keep, mask, low)
+    return keep
+
+
+def _hidden(emit: Emitter, keep: Node, mask: Node | None, low: float) -> Node:
+    """An additive mask, or zero, where tokens are kept, and ``low`` elsewhere."""
+    device = keep.meta["val"].device
+    dtype = torch.float32 if mask is None else torch.promote_types(mask.meta["val"].dtype, torch.float32)
+    values = [emit(aten.full.default, [], value, dtype=dtype, device=device) for value in (0.0, low)]
+    return emit(aten.where.self, keep, values[0] if mask is None else emit.cast(mask, dtype), values[1])

@@ -312,8 +312,8 @@ def test_the_layer_without_a_change_is_absorbed() -> None:
 
 
 def cached_in_another_dtype(m: Layer, q: Tensor, x: Tensor, c: Tensor, pe: Tensor) -> Tensor:
-    k = torch.cat((m.heads(m.up_k(c)).float(), pe[:, None].expand(-1, H, -1, -1)), -1)
-    return sdpa(q.float(), k, m.heads(m.up_v(c)).float()).to(x.dtype)
+    k = torch.cat((m.heads(m.up_k(c)).to(pe.dtype), pe[:, None].expand(-1, H, -1, -1)), -1)
+    return sdpa(q.to(pe.dtype), k, m.heads(m.up_v(c)).to(pe.dtype)).to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

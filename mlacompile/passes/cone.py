@@ -30,6 +30,7 @@ from mlacompile.passes.axes import (
     pull,
     shape_of,
     shape_with,
+    without_ones,
 )
 from mlacompile.passes.source import describe
 
@@ -202,6 +203,7 @@ def _walk(cone: Cone, roots: Pulled, dynamic: set[Node], leaves: dict[Node, Dims
         if node in cone.dims:
             _check_same_axes(node, cone.dims[node], dims)
             continue
+        dims = dims if node in dynamic else without_ones(dims)
         cone.dims[node] = dims
         headed = HEAD in labels(dims)
         if node.op == "call_function" and node.target in CONSTANT:

@@ -26,6 +26,7 @@ from mlacompile.passes.flexible import open_flexible
 from mlacompile.passes.forms import Choice, choose_form
 from mlacompile.passes.hoist import Hoisted, hoist
 from mlacompile.passes.join_heads import join_heads
+from mlacompile.passes.keep_latents import keep_latents
 from mlacompile.passes.merged import give_four_axes
 from mlacompile.passes.quantize import Policy, quantize
 from mlacompile.passes.read_stored import read_stored
@@ -80,6 +81,7 @@ class Pipeline:
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
             weights = self._weights(gm)
             in_fp8 = see_through(gm.graph, dynamic_nodes(gm.graph, weights))
+            self.rewritten += keep_latents(gm.graph, dynamic_nodes(gm.graph, weights))
             open_flexible(gm)
             left = canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)) + opaque_attention(gm.graph)
             give_four_axes(gm.graph, dynamic_nodes(gm.graph, weights))

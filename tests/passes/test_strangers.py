@@ -12,9 +12,9 @@ from tests.strangers import HIDDEN, STRANGERS
 from tests.strangers_two import MORE, TwoRuns
 
 PROMPT = 5
-#: A list that grows is another list to Dynamo at every step, and each compiles anew.
+#: Lists that grow, and functions mapped anew, are others to Dynamo at every step, and each compiles anew.
 TOKEN_BY_TOKEN = ("pages and a flat batch", "rolled int8 codes")
-STEPS = {"weights made on the fly": 4}
+STEPS = {"weights made on the fly": 4, "mapped over the batch": 4}
 #: float32 rounding of sums of a few dozen terms, relative to the largest output.
 SINGLE = 1e-5
 ALL = {name: (make, batch, 1) for name, (make, batch) in STRANGERS.items()} | MORE

@@ -65,7 +65,7 @@ class StandIn:
 
         batch = BATCHES if any(BATCH in labels(cone.dims[n]) for n in cone.latent_nodes()) else 1
         latents = [random(batch, TOKENS, latent.width) for latent in cone.latents]
-        weights = [random(*cone.feed_shape(n, 1, 1)) / cone.feed_shape(n, 1, 1)[-1] ** 0.5 for n in cone.weights]
+        weights = [_weight(cone.feed_shape(n, 1, 1), draw) for n in cone.weights]
         env = cone.evaluate(cone.feeds(latents, weights), batch, TOKENS)
         mask = torch.rand(batch, 1, QUERIES, TOKENS, generator=draw) < 0.7
         mask[..., 0] = True
@@ -79,6 +79,12 @@ class StandIn:
         feeds = cone.feeds(self.latents, self.weights)
         nodes = (*cone.latent_nodes(), *cone.weights)
         return {f"leaf{i}": feeds[node].contiguous() for i, node in enumerate(nodes)}
+
+
+def _weight(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    """Uniform numbers, which are drawn in a third of the time that normal ones take, that keep what they multiply near
+    its size."""
+    return torch.rand(shape, dtype=torch.float64, generator=draw).sub_(0.5).mul_((12 / (shape or (1,))[-1]) ** 0.5)
 
 
 def validate(site: MLASite, options: Options, seed: int = 0, rewrite: Rewrite = absorb) -> Verdict:

@@ -3,8 +3,8 @@
     c_kv, k_pe = latent_of(k, v)                  what new keys and values were expanded from
     k, v       = expanded_again(c_kv, k_pe, k, v)  cached latents, expanded as the new keys and values were
 
-Both stand in a graph only until ``passes/keep_latents.py`` has replaced them by what the graph itself shows. Run as they
-are, they are an error: from numbers alone nobody can tell.
+Both stand in a graph only until ``passes/keep_latents.py`` has replaced them by what the graph itself shows. Run as
+they are, they are an error: from numbers alone nobody can tell.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from mlacompile.options import Options
 from mlacompile.passes.axes import BATCH
 from mlacompile.passes.cone import Latent
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.hoist import HOISTED_IF_TRACKED
 from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
 from mlacompile.passes.recognize import MLASite, mask_without_heads
 from mlacompile.passes.unit import unit_response
@@ -109,7 +110,8 @@ class Maps:
         zero = emit(aten.slice.Tensor, value, 2, width, width + 1)
         maps = emit(aten.sub.Tensor, emit(aten.slice.Tensor, value, 2, 0, width), zero)
         maps = emit.permute(_rows(emit, emit(aten.select.int, maps, 0, 0), rows, dim=2), [0, 2, 1])
-        return emit(aten.slice.Tensor, maps, 0, 0, 1) if found.shared else maps
+        maps = emit(aten.slice.Tensor, maps, 0, 0, 1) if found.shared else maps
+        return _kept(emit(aten.clone.default, maps, memory_format=torch.contiguous_format))
 
     def v_bias(self, found: WeightView | Computed) -> Node:
         """``[H, V, 1]``."""
@@ -129,7 +131,10 @@ class Maps:
 
     def _view(self, found: WeightView) -> Node:
         weight = self.site.leaf(self.site.cone.weights[found.leaf])[0]
-        return self.emit.cast(emit_view(self.emit, weight, found.view), self.site.dtype)
+        weight = weight if weight.op == "placeholder" else _kept(weight)
+        if weight.meta["val"].dtype is not self.site.dtype:
+            weight = _kept(self.emit.cast(weight, self.site.dtype))
+        return emit_view(self.emit, weight, found.view)
 
     def _unit(self, latent: int, found: Computed) -> Node:
         """K or V ``[1, H, width + 1, rows]`` for every unit vector of a latent, and for zero."""
@@ -137,6 +142,12 @@ class Maps:
             self._known[latent] = unit_response(self.emit, self.site, latent)
         attention = self.site.attention
         return self.emit.cast(self._known[latent][attention.k if found.of == "k" else attention.v], self.site.dtype)
+
+
+def _kept(node: Node) -> Node:
+    """A map that is computed from weights, and is to be computed once a version of them."""
+    node.meta[HOISTED_IF_TRACKED] = True
+    return node
 
 
 def emit_view(emit: Emitter, node: Node, view: View) -> Node:

@@ -45,6 +45,7 @@ class Pipeline:
     """One graph on its way from functional ATen to a graph that is rewritten, and ready to be lowered.
 
     parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
+    untracked: for every placeholder, whether it was made in inference mode, where changes leave no trace.
     hoisted, derived: what was taken out of the graph because it depends on weights alone, and examples of the inputs
     that the graph has instead. seed: of the random data that rewrites are checked on.
     slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
@@ -62,6 +63,7 @@ class Pipeline:
     hoisted: list[Hoisted] = field(default_factory=list)
     derived: list[Any] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    untracked: Sequence[bool] = ()
     seed: int = field(init=False)
     slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
     reads_fp8: Callable[..., bool] = lambda *args, **kwargs: True
@@ -198,7 +200,9 @@ class Pipeline:
             self.products += products
             self.notes += remarks
         with self.stage("hoist"):
-            self.hoisted, self.derived = hoist(gm, weights)
+            placeholders = gm.graph.find_nodes(op="placeholder")
+            untracked = (n for n, silent in zip(placeholders, self.untracked, strict=False) if silent)
+            self.hoisted, self.derived = hoist(gm, weights, frozenset(untracked))
         if self.options.fp8 != "off":
             dump_graph(self.options.dump, self.name, "5-quantized", gm)
 

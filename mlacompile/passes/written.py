@@ -89,9 +89,10 @@ def _expanded_apart(node: Node, dynamic: set[Node]) -> bool:
 
 def _is_linear(node: Node, dims: Dims, dynamic: set[Node]) -> bool:
     try:
-        return bool(walk([(node, dims)], dynamic).weights)
+        cone = walk([(node, dims)], dynamic)
     except WalkError:
         return False
+    return bool(cone.weights and cone.latents)
 
 
 def _headed_leaf(node: Node, dynamic: set[Node]) -> HeadedLeaf | None:

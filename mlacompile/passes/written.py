@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, dims_for, shape_of
 from mlacompile.passes.cone import Cone, HeadedLeaf, WalkError, walk
+from mlacompile.passes.scores import PRODUCTS
 from mlacompile.passes.source import describe, source_of
 
 aten = torch.ops.aten
@@ -84,15 +85,24 @@ def _expanded_apart(node: Node, dynamic: set[Node]) -> bool:
         return False
     parts: Any = leaf.node.args[0]
     shapes = [shape_of(part) for part in parts]
-    return all(s is not None and _is_linear(p, dims_for(s, names), dynamic) for p, s in zip(parts, shapes, strict=True))
+    return all(
+        s is not None and _is_expanded(p, dims_for(s, names), dynamic) for p, s in zip(parts, shapes, strict=True)
+    )
 
 
-def _is_linear(node: Node, dims: Dims, dynamic: set[Node]) -> bool:
+def _is_expanded(node: Node, dims: Dims, dynamic: set[Node]) -> bool:
+    """Whether keys are made here, by a product, and not read from a cache."""
     try:
-        cone = walk([(node, dims)], dynamic)
+        nodes = set(walk([(node, dims)], dynamic).order)
     except WalkError:
         return False
-    return bool(cone.weights and cone.latents)
+    stack = [n for n in nodes if n not in dynamic]  # a cache that a module holds looks constant, and what is made of it
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in nodes:
+                nodes.add(source)
+                stack.append(source)
+    return any(n.target in (*PRODUCTS, aten.addmm.default) for n in nodes)
 
 
 def _headed_leaf(node: Node, dynamic: set[Node]) -> HeadedLeaf | None:

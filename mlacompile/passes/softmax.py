@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of, upstream
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Kept, Product, Scores, read_scores
+from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Kept, Product, Scores, read_scores, scalar
 from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, op_name
 
 aten = torch.ops.aten
@@ -158,11 +158,23 @@ def _match(softmax: Softmax, axes: Dims, dynamic: set[Node] | None) -> _Match | 
         axes = (*axes[: softmax.dim], (Atom(TOKENS, tokens),), *axes[softmax.dim + 1 :])
         sunk = extra, (*axes[: softmax.dim], (), *axes[softmax.dim + 1 :])
     scores = read_scores(start, axes, dynamic)
-    value = _forward(node, axes)
+    value, zeroed = _forward(node, axes)
     if scores is None or not scores.products or value is None or (sink is not None and scores.shifted):
         return None
+    if zeroed and not _hidden_already(zeroed, scores):
+        raise NotAttention(
+            "attention weights are set to zero after the softmax, where scores were not hidden before it; hide the scores"
+        )
     names = _name_axes(axes, scores, dynamic)
     return None if names is None else _Match(scores, *value, None if sink is None else sunk, names)
+
+
+def _hidden_already(zeroed: list[tuple[Any, bool]], scores: Scores) -> bool:
+    """Whether weights were only set to zero where scores are hidden. Then a query that sees nothing gets zeros."""
+    for i, kept in enumerate(scores.kept):
+        if (kept.condition, kept.attend) in zeroed:
+            scores.kept[i] = replace(kept, uniform=False)
+    return all(any((k.condition, k.attend) == zero for k in scores.kept) for zero in zeroed)
 
 
 def _unshifted(node: Node, dim: int) -> Node:
@@ -202,21 +214,41 @@ def _sink(softmax: Softmax, start: Node) -> tuple[Node, Node, Node] | None:
     return None
 
 
-def _forward(softmax: Node, dims: Dims) -> tuple[Node, Dims, bool] | None:
-    """The product with V that consumes the softmax, the axes of the weights in it, and whether they are on the left."""
-    node = softmax
+def _forward(softmax: Node, dims: Dims) -> tuple[tuple[Node, Dims, bool] | None, list[tuple[Any, bool]]]:
+    """The product with V that consumes the softmax, the axes of the weights in it, and whether they are on the left;
+    and the conditions under which weights are set to zero before (where they hold, or with True where they do not)."""
+    node, zeroed = softmax, list[tuple[Any, bool]]()
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.target in (aten.bmm.default, aten.mm.default):
             left = user.args[0] is node
             if len(set(user.args[:2])) == 2 and [a.label for a in dims[-1 if left else -2]] == [TOKENS]:
-                return user, dims, left
-            return None
-        pushed = _push(user, dims)
+                return (user, dims, left), zeroed
+            return None, zeroed
+        zero = _zeroed(user, node)
+        zeroed += [] if zero is None else [zero]
+        pushed = dims if zero is not None or _ends_nan(user) else _push(user, dims)
         if pushed is None:
-            return None
+            return None, zeroed
         node, dims = user, pushed
+    return None, zeroed
+
+
+def _zeroed(node: Node, weights: Node) -> tuple[Any, bool] | None:
+    """The condition under which a node sets weights to zero; True beside it where it says which are kept."""
+    args: Any = node.args
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return (args[1], False) if args[0] is weights and scalar(args[2]) == 0 else None
+    if node.target is aten.where.self and shape_of(node) == shape_of(weights):
+        for kept, other, attend in ((args[1], args[2], True), (args[2], args[1], False)):
+            if kept is weights and scalar(other) == 0:
+                return args[0], attend
     return None
+
+
+def _ends_nan(node: Node) -> bool:
+    """Whether a node makes zeros of the weights of a query that sees nothing, which is what they are in the op."""
+    return node.target is aten.nan_to_num.default and (len(node.args) < 2 or node.args[1] in (None, 0))
 
 
 def _push(node: Node, dims: Dims) -> Dims | None:

@@ -55,6 +55,43 @@ def test_a_row_that_is_hidden_whole_is_the_mean_of_all_values(spelled: str, fill
     assert float(want[0, :, 0].abs().max()) > 1e-2  # and not nothing
 
 
+@pytest.mark.parametrize("fill", [float("-inf"), -1e9], ids=str)
+@pytest.mark.parametrize("spelled", ["masked_fill", "where", "nan_to_num"])
+def test_a_row_that_is_hidden_whole_is_zero_where_the_model_says_so(spelled: str, fill: float) -> None:
+    class Zeroed(Layer):
+        def forward(self, q: Tensor, c: Tensor, pe: Tensor, hidden: Tensor) -> Tensor:
+            k, v = self.up(c).view(*c.shape[:2], H, -1).transpose(1, 2).split([N, V], -1)
+            k = torch.cat((k, pe[:, None].expand(-1, H, -1, -1)), -1)
+            weights = (q @ k.transpose(2, 3)).masked_fill(hidden, fill).softmax(-1)
+            if spelled == "nan_to_num":
+                weights = weights.nan_to_num()
+            elif spelled == "masked_fill":
+                weights = weights.masked_fill(hidden, 0.0)
+            else:
+                weights = torch.where(hidden, 0.0, weights)
+            return weights @ v
+
+    hidden = torch.rand(2, 1, 4, T, generator=torch.Generator().manual_seed(1)) < 0.5
+    hidden[0, :, 0] = True
+    got, want = compiled_and_eager(Zeroed(fill, spelled), hidden, 4)
+    assert last_report().absorbed == 1
+    assert float((got - want).abs().max() / want.abs().max()) <= 1e-5
+
+
+def test_weights_set_to_zero_that_are_not_hidden_are_another_attention() -> None:
+    class Dropped(Layer):
+        def forward(self, q: Tensor, c: Tensor, pe: Tensor, hidden: Tensor) -> Tensor:
+            k, v = self.up(c).view(*c.shape[:2], H, -1).transpose(1, 2).split([N, V], -1)
+            k = torch.cat((k, pe[:, None].expand(-1, H, -1, -1)), -1)
+            return (q @ k.transpose(2, 3)).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    hidden = torch.rand(2, 1, 4, T) < 0.5
+    got, want = compiled_and_eager(Dropped(0.0, ""), hidden, 4)
+    assert (last_report().absorbed, last_report().refused) == (0, 1)
+    assert "set to zero after the softmax" in last_report().sites[0].reason
+    assert torch.equal(got, want)
+
+
 class Window(nn.Module):
     """A sliding window whose hidden scores become finite: every query sees itself, so nothing has to stay a mask."""
 

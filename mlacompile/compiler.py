@@ -101,6 +101,7 @@ def compile_graph(
         slower_in_fp8=slower_in_fp8,
         reads_fp8=partial(reads_fp8, options.kernel),
         spoilt_in_fp8=lambda position: spoilt_in_fp8(example_inputs[position]),
+        untracked=[isinstance(x, torch.Tensor) and x.is_inference() for x in example_inputs],
     )
     dump_graph(options.dump, pipeline.name, "0-dynamo", gm)
     canonical = canonicalize_sdpa(gm)

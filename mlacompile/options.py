@@ -47,6 +47,7 @@ class Options:
     or a TOML
         file. None: what ``MLACOMPILE_HARDWARE`` says, else the device that attention runs on.
     kernel: which implementation serves ``mla_decode``; "auto" takes the best that supports the shape.
+    seed: of the random data that rewrites are checked on, to repeat a check; None: another at every compilation.
     """
 
     form: str = "auto"
@@ -58,6 +59,7 @@ class Options:
     rest: str = "inductor"
     kernel: str = "auto"
     hardware: str | Path | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -71,6 +73,8 @@ class Options:
             raise OptionsError(f"option cudagraphs={self.cudagraphs!r}: expected True, False or None (automatic)")
         if self.hardware is not None and not isinstance(self.hardware, (str, Path)):
             raise OptionsError(f"option hardware={self.hardware!r}: expected a name or the path of a TOML file")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**32):
+            raise OptionsError(f"option seed={self.seed!r}: expected a whole number below 2**32, or None")
         if self.dump is not None and not isinstance(self.dump, (str, Path)):
             raise OptionsError(f"option dump={self.dump!r}: expected the path of a folder")
 

@@ -24,7 +24,7 @@ class Site:
     kernel: what computes it. queries, context: tokens as text, symbolic where they vary. sees: which tokens a query
     sees, in words.
     flops, bytes, seconds: what one call is predicted to cost on ``hardware``, in this form; instead: other forms and
-    their seconds. None and empty where nothing was predicted.
+    their seconds. None and empty where nothing was predicted. seed: of the random data that the rewrite was checked on.
     """
 
     status: str
@@ -42,6 +42,7 @@ class Site:
     seconds: float | None = None
     hardware: str = ""
     instead: tuple[tuple[str, float], ...] = ()
+    seed: int | None = field(default=None, compare=False)
 
     def predicted(self) -> str:
         """FLOPs, bytes and time of one call in a line, and what the other forms would take; "" when not predicted."""

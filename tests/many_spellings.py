@@ -97,6 +97,9 @@ def main() -> int:
             if fault is not None:
                 bad += 1
                 print(f"seed {seed}: {spelling}\n    {fault}", flush=True)
+            done = seed + 1 - settings.seed
+            if done % 100 == 0:
+                print(f"  {done - bad} of {done} so far", flush=True)
         spent = time.perf_counter() - begin
         if count:
             last = settings.seed + count - 1

@@ -25,6 +25,7 @@ from mlacompile.cache.store import LatentStore
 from mlacompile.errors import CacheError, UnsupportedInputError
 from mlacompile.geometry import KVLayout
 from mlacompile.ops.cache_slots import cache_slots, room_left, slots_on_device
+from mlacompile.ops.latents import expanded_again, latent_of
 
 
 class LatentLayer(StaticLayer):
@@ -88,13 +89,28 @@ class LatentLayer(StaticLayer):
             self._check(key_states, value_states, key_states.shape[0])
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states, self.batch_size)
+        if self._are_expanded(key_states, value_states):
+            return self._update_expanded(key_states, value_states)
         count = key_states.shape[-2]
         slots = self._slots(count)
+        c_kv, k_pe = self._write(slots, count, key_states.squeeze(1), value_states.squeeze(1))
+        return c_kv.unsqueeze(1), k_pe.unsqueeze(1)
+
+    def _update_expanded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for keys ``[B, H, S, D]`` and values ``[B, H, S, V]``, as transformers before 5.15 caches them.
+
+        Returns those of all rows. The latents behind them are found when mlacompile compiles this.
+        """
+        count = k.shape[-2]
+        slots = self._slots(count)
+        c_kv, k_pe = latent_of(k, v, self.rank, self.rope)
+        return expanded_again(*self._write(slots, count, c_kv, k_pe), k, v)
+
+    def _write(self, slots: Tensor, count: int, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         self.cumulative_length.add_(count)
         assert self.store is not None
-        self.store.write(slots, key_states.squeeze(1), value_states.squeeze(1))
-        c_kv, k_pe = self.store.read()
-        return c_kv.unsqueeze(1), k_pe.unsqueeze(1)
+        self.store.write(slots, c_kv, k_pe)
+        return self.store.read()
 
     def get_seq_length(self) -> Any:
         """How many tokens are held: a tensor, as StaticLayer has it, so that nothing compiled depends on its value."""
@@ -177,8 +193,15 @@ class LatentLayer(StaticLayer):
 
     def _check(self, c_kv: Tensor, k_pe: Tensor, batch: int) -> None:
         count = c_kv.shape[-2]
+        if self._are_expanded(c_kv, k_pe) and c_kv.shape[0] == batch and torch.compiler.is_compiling():
+            return
         if c_kv.shape != (batch, 1, count, self.rank) or k_pe.shape != (batch, 1, count, self.rope):
             raise CacheError(self._mismatch(c_kv, k_pe, batch))
+
+    def _are_expanded(self, k: Tensor, v: Tensor) -> bool:
+        """Whether these are keys and values of every head, and no latents."""
+        alike = k.shape[:3] == v.shape[:3]
+        return alike and (k.shape[1] != 1 or k.shape[3] != self.rank or v.shape[3] != self.rope)
 
     def _mismatch(self, c_kv: Tensor, k_pe: Tensor, batch: int) -> str:
         got = f"layer {self.layer_idx}: got {list(c_kv.shape)} and {list(k_pe.shape)}"
@@ -188,7 +211,8 @@ class LatentLayer(StaticLayer):
         return (
             f"{got}; {want}: these are expanded keys and values, or belong to another model. transformers caches "
             f"latents from 5.15 on, those of sparse attention later (this is {transformers.__version__}): upgrade it, "
-            "or use StaticCache."
+            "or compile all that uses the cache, the prompt too (model.forward = torch.compile(model.forward, "
+            "backend='mlacompile')), or use StaticCache."
         )
 
 

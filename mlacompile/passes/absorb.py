@@ -18,6 +18,7 @@ from mlacompile.options import Options
 from mlacompile.passes.axes import BATCH
 from mlacompile.passes.cone import Latent
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.hoist import HOISTED_IF_TRACKED
 from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
 from mlacompile.passes.recognize import MLASite, mask_without_heads
 from mlacompile.passes.unit import unit_response
@@ -45,17 +46,18 @@ def absorb(site: MLASite, options: Options) -> Node:
     attention, found, emit = site.attention, site.probe, Emitter(site.attention.node)
     emit.known = {BATCH: emit.size(attention.q, 0)}
     maps = Maps(emit, site)
-    q_latent = _rows(emit, attention.q, found.k_rows)
+    q = emit.cast(attention.q, site.dtype)
+    q_latent = _rows(emit, q, found.k_rows)
     q_latent = _up(emit, q_latent, maps.of(found.w_uk, found.c_kv, found.k_rows), transposed=False)
     q_latent = scaled(emit, q_latent, found.w_uk)
     q_pe, k_pe = None, None
     if site.k_pe is not None and found.k_pe is not None:
-        q_pe = _rows(emit, attention.q, found.pe_rows)
+        q_pe = _rows(emit, q, found.pe_rows)
         q_pe = _up(emit, q_pe, maps.of(found.w_pe, found.k_pe, found.pe_rows), transposed=False)
         q_pe = scaled(emit, q_pe, found.w_pe)
         k_pe = latent_of(emit, site, site.k_pe)
     c_kv = latent_of(emit, site, site.c_kv)
-    seen = emit_arguments(emit, understand(attention), attention.q)
+    seen = emit_arguments(emit, understand(attention), q)
     decode = emit(
         torch.ops.mlacompile.mla_decode.default,
         *(q_latent, q_pe, c_kv, k_pe, seen.mask, seen.start, seen.length),
@@ -71,7 +73,7 @@ def absorb(site: MLASite, options: Options) -> Node:
     if attention.sink is not None:
         lse = emit(aten.unsqueeze.default, emit(operator.getitem, decode, 1), -1)
         if found.k_bias:  # the latent knows nothing of it, and the sink has none
-            shift = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, attention.q, maps.k_bias()), [-1], True)
+            shift = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, q, maps.k_bias()), [-1], True)
             lse = emit(aten.add.Tensor, lse, emit(aten.mul.Tensor, shift, attention.scale))
         out = _beside_sink(emit, out, lse, attention.sink)
     finish(emit, site, out)
@@ -81,6 +83,7 @@ def absorb(site: MLASite, options: Options) -> Node:
 def finish(emit: Emitter, site: MLASite, out: Node) -> None:
     """Put the output of a site, ``[B, H, S, V]``, in the place of its attention op's."""
     first, rows = site.probe.v_rows
+    out = emit.cast(out, site.attention.node.meta["val"].dtype)
     if rows != site.v_size:
         out = emit(aten.constant_pad_nd.default, out, [first, site.v_size - first - rows])
     # What follows was traced on contiguous attention outputs, and views them; Inductor fuses this copy away.
@@ -101,18 +104,19 @@ class Maps:
         if isinstance(found, Plain):
             return None
         if isinstance(found, WeightView):
-            return emit_view(self.emit, self.site.leaf(self.site.cone.weights[found.leaf])[0], found.view)
+            return self._view(found)
         emit, width = self.emit, self.site.cone.latents[latent].width
         value = self._unit(latent, found)
         zero = emit(aten.slice.Tensor, value, 2, width, width + 1)
         maps = emit(aten.sub.Tensor, emit(aten.slice.Tensor, value, 2, 0, width), zero)
         maps = emit.permute(_rows(emit, emit(aten.select.int, maps, 0, 0), rows, dim=2), [0, 2, 1])
-        return emit(aten.slice.Tensor, maps, 0, 0, 1) if found.shared else maps
+        maps = emit(aten.slice.Tensor, maps, 0, 0, 1) if found.shared else maps
+        return _kept(emit(aten.clone.default, maps, memory_format=torch.contiguous_format))
 
     def v_bias(self, found: WeightView | Computed) -> Node:
         """``[H, V, 1]``."""
         if isinstance(found, WeightView):
-            return emit_view(self.emit, self.site.leaf(self.site.cone.weights[found.leaf])[0], found.view)
+            return self._view(found)
         emit, latent = self.emit, self.site.probe.c_kv
         width = self.site.cone.latents[latent].width
         zero = emit(aten.slice.Tensor, self._unit(latent, found), 2, width, width + 1)
@@ -125,11 +129,25 @@ class Maps:
         width = self.site.cone.latents[latent].width
         return self.emit(aten.slice.Tensor, self._unit(latent, Computed("k")), 2, width, width + 1)
 
+    def _view(self, found: WeightView) -> Node:
+        weight = self.site.leaf(self.site.cone.weights[found.leaf])[0]
+        weight = weight if weight.op == "placeholder" else _kept(weight)
+        if weight.meta["val"].dtype is not self.site.dtype:
+            weight = _kept(self.emit.cast(weight, self.site.dtype))
+        return emit_view(self.emit, weight, found.view)
+
     def _unit(self, latent: int, found: Computed) -> Node:
         """K or V ``[1, H, width + 1, rows]`` for every unit vector of a latent, and for zero."""
         if latent not in self._known:
             self._known[latent] = unit_response(self.emit, self.site, latent)
-        return self._known[latent][self.site.attention.k if found.of == "k" else self.site.attention.v]
+        attention = self.site.attention
+        return self.emit.cast(self._known[latent][attention.k if found.of == "k" else attention.v], self.site.dtype)
+
+
+def _kept(node: Node) -> Node:
+    """A map that is computed from weights, and is to be computed once a version of them."""
+    node.meta[HOISTED_IF_TRACKED] = True
+    return node
 
 
 def emit_view(emit: Emitter, node: Node, view: View) -> Node:
@@ -158,7 +176,7 @@ def latent_of(emit: Emitter, site: MLASite, latent: Latent) -> Node:
     """``[B, T, width]``, of the tokens attended to."""
     node, dims = site.leaf(latent.node)
     whole = emit.narrow(emit.arrange(node, dims, "BTD"), 2, latent.start, latent.width)
-    return _first_tokens(emit, whole, site.attention.prefix)
+    return emit.cast(_first_tokens(emit, whole, site.attention.prefix), site.dtype)
 
 
 def _rows(emit: Emitter, x: Node, rows: tuple[int, int], dim: int = 3) -> Node:

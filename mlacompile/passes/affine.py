@@ -24,6 +24,7 @@ aten = torch.ops.aten
 Labels: TypeAlias = tuple[str | None, ...]
 INTEGERS = (torch.int32, torch.int64)  # a bound of another dtype rounds, or wraps when it is shifted
 FAR = 2**30  # longer than any cache, and with a shift still an int32
+_SHIFTS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor)
 _TRAILING: Labels = ("B", "H", "S", "T")
 
 
@@ -75,7 +76,8 @@ def affine(value: Any, labels: Labels) -> Affine | None:
         return None
     labels = labels[len(labels) - len(shape) :]
     if not any(size != 1 and label != "B" for size, label in zip(shape, labels, strict=True)):
-        return Affine(terms=((value, 1),))
+        shifted = value.target in _SHIFTS and len(value.args) > 1 and isinstance(value.args[1], int)
+        return (_sum(value, labels) if shifted else None) or Affine(terms=((value, 1),))
     rule = _RULES.get(value.target) if value.op == "call_function" else None
     return None if rule is None else rule(value, labels)
 

@@ -113,8 +113,18 @@ def regroup(atoms: Sequence[Atom], sizes: Sequence[Size]) -> Dims | None:
             dim.append(Atom(atom.label, left))
             rest.append(Atom(atom.label, inner))
             left = 1
+        # One new token: an axis that a dimension of one holds, or that of the batch when they are merged.
+        while rest and rest[-1].size == 1 and (want == 1 or dim[-1].resizable):
+            dim.append(rest.pop())
         dims.append(tuple(dim))
+    while dims and rest and rest[-1].size == 1:
+        dims[-1] = (*dims[-1], rest.pop())
     return None if rest else tuple(dims)
+
+
+def without_ones(dims: Dims) -> Dims:
+    """The same without axes of one, which a weight has not."""
+    return tuple(tuple(a for a in d if a.size != 1) for d in dims)
 
 
 def _blocked(dim: Dim) -> bool:
@@ -134,7 +144,7 @@ def broadcast_dims(node: Node, dims: Dims) -> Dims | None:
     if shape is None or len(shape) > len(dims):
         return None
     tail = dims[len(dims) - len(shape) :]
-    return tuple(() if s == 1 else d for s, d in zip(shape, tail, strict=True))
+    return tuple(tuple(a for a in d if a.size == 1) if s == 1 else d for s, d in zip(shape, tail, strict=True))
 
 
 def _axis(dim: int, rank: int) -> int:
@@ -199,7 +209,11 @@ def _permute(node: Node, dims: Dims) -> Pulled | None:
 
 def _unsqueeze(node: Node, dims: Dims) -> Pulled | None:
     at = _axis(node.args[1], len(dims))  # type: ignore[arg-type]
-    return [(node.args[0], dims[:at] + dims[at + 1 :])]  # type: ignore[list-item]
+    rest = list(dims[:at] + dims[at + 1 :])
+    if dims[at] and rest:  # an axis of one moves to a neighbour
+        near = min(at, len(rest) - 1)
+        rest[near] = dims[at] + rest[near] if near == at else rest[near] + dims[at]
+    return [(node.args[0], tuple(rest))]  # type: ignore[list-item]
 
 
 def _squeeze(node: Node, dims: Dims) -> Pulled | None:

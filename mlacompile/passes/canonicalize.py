@@ -25,6 +25,7 @@ from mlacompile.passes.source import op_name, source_of
 
 aten = torch.ops.aten
 ORIGINAL = "mlacompile_original"
+JOINED = "mlacompile_joined"  # of an op that stands for several: (its part, arguments, meta) of each
 _SDPA = (
     torch.nn.functional.scaled_dot_product_attention,
     aten.scaled_dot_product_attention,
@@ -92,7 +93,8 @@ def opaque_attention(graph: Graph) -> list[tuple[Node, str]]:
     left = []
     for node in graph.nodes:
         name = op_name(node) if node.op == "call_function" else ""
-        if _sounds_like_attention(name) and not name.startswith("mlacompile::"):
+        replaced = all(not user.users for user in node.users)
+        if _sounds_like_attention(name) and not name.startswith("mlacompile::") and not replaced:
             reason = (
                 f"attention is computed by {name}, which cannot be looked into; use scaled_dot_product_attention, or "
                 "attention written out (attn_implementation='sdpa' or 'eager')"
@@ -108,6 +110,14 @@ def _sounds_like_attention(name: str) -> bool:
 def restore(node: Node) -> None:
     """Put back what an attention node stands for."""
     graph = node.graph
+    for part, args, meta in node.meta.get(JOINED, ()):
+        with graph.inserting_before(part):
+            single = graph.call_function(torch.ops.mlacompile.attention.default, args)
+        single.meta = meta
+        part.replace_all_uses_with(single)
+        restore(single)
+    if JOINED in node.meta:
+        return
     original: Node | None = node.meta.get(ORIGINAL)
     if original is None:
         q, k, v, mask, causal, scale, gqa = node.args

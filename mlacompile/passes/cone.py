@@ -30,6 +30,7 @@ from mlacompile.passes.axes import (
     pull,
     shape_of,
     shape_with,
+    without_ones,
 )
 from mlacompile.passes.source import describe
 
@@ -114,6 +115,20 @@ class Cone:
         """The shape a leaf takes at stand-in sizes."""
         return tuple(int(s) for s in shape_with(self.dims[node], batch, tokens))
 
+    def roundings(self) -> int:
+        """At most so many roundings lie between a leaf and K or V: the terms of every sum, and one for every op."""
+        count = 0
+        for node in self.order:
+            if node.target in _PRODUCTS:
+                left: Node = node.args[1 if node.target is aten.addmm.default else 0]  # type: ignore[assignment]
+                count += _length(left, -1)
+            elif node.target is aten.sum.dim_IntList:
+                for dim in node.args[1]:  # type: ignore[union-attr]
+                    count += _length(node.args[0], dim)  # type: ignore[arg-type]
+            elif node.target not in REARRANGE:
+                count += 1
+        return count
+
     def signature(self) -> tuple[Any, ...]:
         """Equal for two cones that compute the same function of their leaves: the key under which a probe is
         remembered."""
@@ -134,6 +149,11 @@ class Cone:
             layout = tuple(tuple((a.label[0], str(a.size)) for a in d) for d in self.dims[node])
             rows.append((leaf, node in latents, "" if leaf else str(node.target), args, layout, str(shape_of(node))))
         return tuple(rows)
+
+
+def _length(node: Node, dim: Any) -> int:
+    size = (shape_of(node) or (1,))[dim]
+    return size if isinstance(size, int) else 1
 
 
 def _resolved(node: Node) -> tuple[Any, ...]:
@@ -183,6 +203,7 @@ def _walk(cone: Cone, roots: Pulled, dynamic: set[Node], leaves: dict[Node, Dims
         if node in cone.dims:
             _check_same_axes(node, cone.dims[node], dims)
             continue
+        dims = dims if node in dynamic else without_ones(dims)
         cone.dims[node] = dims
         headed = HEAD in labels(dims)
         if node.op == "call_function" and node.target in CONSTANT:

@@ -47,6 +47,10 @@ class Emitter:
         """``permute``, left out when it would change nothing."""
         return node if order == sorted(order) else self(aten.permute.default, node, order)
 
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """The same in another dtype, left out when it is that already."""
+        return node if node.meta["val"].dtype is dtype else self(aten._to_copy.default, node, dtype=dtype)
+
     def narrow(self, node: Node, dim: int, start: int, length: int) -> Node:
         """A range of one dimension, left out when it is all of it."""
         whole = node.meta["val"].shape[dim]

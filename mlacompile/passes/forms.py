@@ -99,7 +99,7 @@ def choose_form(site: MLASite, options: Options) -> Choice:
         choice = replace(expanded, costs=dear, hardware=hardware.name)
     if options.form != "auto":
         return replace(choice, why=f"form={options.form!r} was asked for")
-    if isinstance(queries, int) or seen.whole or why_not_in_chunks(site) is not None:
+    if isinstance(queries, int) or seen.whole or _why_not_in_chunks(site) is not None:
         return replace(choice, why=f"{several}: attention on the latent is {cheap}")
     return replace(
         choice,
@@ -120,6 +120,10 @@ def _already(site: MLASite, options: Options) -> Choice:
     return Choice("absorbed", "absorbed", why, absorb, sees)
 
 
+def _why_not_in_chunks(site: MLASite) -> str | None:
+    return "it mixes several dtypes" if site.mixed else why_not_in_chunks(site)
+
+
 def _border(limit: int) -> str:
     return "at any length" if limit >= NEVER_EXPAND else "at no length" if limit < 1 else f"up to {limit} queries"
 
@@ -130,7 +134,7 @@ def _expanded(site: MLASite, seen: Visibility, chunk: int) -> Choice:
     if seen.whole and masked and site.attention.sink is None:
         return Choice("expanded", "expanded", "", expand_directly, described, "PyTorch, without the mask")
     pays = site.attention.queries != 1 and (seen.causal or bool(seen.binding))
-    if seen.whole or not pays or why_not_in_chunks(site) is not None:
+    if seen.whole or not pays or _why_not_in_chunks(site) is not None:
         return Choice("expanded", "expanded", "", None, described, masked=masked)
     rewrite = partial(expand_in_chunks, chunk=chunk)
     return Choice("chunked", "expanded", "", rewrite, described, "chunked", masked=seen.opaque)

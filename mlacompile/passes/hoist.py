@@ -27,6 +27,8 @@ _TARGETS = {
 }
 #: In the ``meta`` of any other node that a pass wants to be taken out.
 HOISTED = "hoisted"
+#: The same, but only where all weights say when they change; those made in inference mode do not.
+HOISTED_IF_TRACKED = "hoisted if tracked"
 #: Marks an input whose address never changes, as Dynamo marks parameters: CUDA graphs copy all others.
 _STATIC = {"_dynamo_static_input_type": "unguarded"}
 
@@ -44,16 +46,19 @@ class Hoisted:
     key: str
 
 
-def hoist(gm: GraphModule, weights: set[Node]) -> tuple[list[Hoisted], list[Any]]:
+def hoist(
+    gm: GraphModule, weights: set[Node], untracked: frozenset[Node] = frozenset()
+) -> tuple[list[Hoisted], list[Any]]:
     """Take every call that is to be hoisted, and depends on ``weights`` alone, out of ``gm``, in place.
 
+    untracked: those of the weights that do not tell when they change.
     Returns the parts, and an example (fake) of every new input, in order.
     """
     graph = gm.graph
     graph.eliminate_dead_code()
     inputs = list(graph.find_nodes(op="placeholder"))
     dynamic = dynamic_nodes(graph, weights)
-    calls = [n for n in graph.nodes if (n.target in _TARGETS or HOISTED in n.meta) and n not in dynamic]
+    calls = [n for n in graph.nodes if n not in dynamic and _wanted(n, weights - untracked)]
     parts = [_part(call, inputs) for call in calls]  # all before the first is replaced: one may feed another
     examples: list[Any] = []
     last = inputs[-1] if inputs else None
@@ -79,8 +84,17 @@ def _results(call: Node) -> list[tuple[list[Node], Any]]:
     return [([n for n in picks if n.args[1] == i], v) for i, v in enumerate(value)]
 
 
-def _part(call: Node, inputs: Sequence[Node]) -> Hoisted:
-    """The call and all it is computed from, as a graph of its own."""
+def _wanted(node: Node, tracked: set[Node]) -> bool:
+    if node.target in _TARGETS or HOISTED in node.meta:
+        return True
+    if HOISTED_IF_TRACKED not in node.meta:
+        return False
+    leaves = {n for n in _behind(node) if n.op != "call_function"}
+    return bool(leaves) and leaves <= tracked
+
+
+def _behind(call: Node) -> set[Node]:
+    """The call and all it is computed from."""
     needed: set[Node] = set()
     stack = [call]
     while stack:
@@ -88,6 +102,12 @@ def _part(call: Node, inputs: Sequence[Node]) -> Hoisted:
         if node not in needed:
             needed.add(node)
             stack += node.all_input_nodes
+    return needed
+
+
+def _part(call: Node, inputs: Sequence[Node]) -> Hoisted:
+    """The call and all it is computed from, as a graph of its own."""
+    needed = _behind(call)
     order = [n for n in call.graph.nodes if n in needed]
     part = Graph()
     copies: dict[Node, Node] = {}

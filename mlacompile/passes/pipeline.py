@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +22,16 @@ from mlacompile.passes.absorb import refuse
 from mlacompile.passes.axes import CONSTANT, shape_of
 from mlacompile.passes.canonicalize import attention_nodes, canonicalize_softmax, opaque_attention, restore
 from mlacompile.passes.cone import dynamic_nodes
+from mlacompile.passes.flexible import open_flexible
 from mlacompile.passes.forms import Choice, choose_form
 from mlacompile.passes.hoist import Hoisted, hoist
+from mlacompile.passes.join_heads import join_heads
+from mlacompile.passes.keep_latents import keep_latents
+from mlacompile.passes.merged import give_four_axes
 from mlacompile.passes.quantize import Policy, quantize
 from mlacompile.passes.read_stored import read_stored
 from mlacompile.passes.recognize import MLASite, Recognizer, Refusal, internal_error, source_position
+from mlacompile.passes.reproduce import write_reproducer
 from mlacompile.passes.see_through import put_back, see_through
 from mlacompile.passes.share import share_heads
 from mlacompile.passes.source import source_of
@@ -39,8 +45,10 @@ class Pipeline:
     """One graph on its way from functional ATen to a graph that is rewritten, and ready to be lowered.
 
     parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
+    untracked: for every placeholder, whether it was made in inference mode, where changes leave no trace.
     hoisted, derived: what was taken out of the graph because it depends on weights alone, and examples of the inputs
-    that the graph has instead. slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
+    that the graph has instead. seed: of the random data that rewrites are checked on.
+    slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
     reads_fp8: called like ``mla_decode``, whether a kernel takes an FP8 cache as it is stored.
     spoilt_in_fp8: why the weight at a position among the inputs would not survive FP8, or None.
     """
@@ -56,9 +64,14 @@ class Pipeline:
     hoisted: list[Hoisted] = field(default_factory=list)
     derived: list[Any] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    untracked: Sequence[bool] = ()
+    seed: int = field(init=False)
     slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
     reads_fp8: Callable[..., bool] = lambda *args, **kwargs: True
     spoilt_in_fp8: Callable[[int], str | None] = lambda position: None
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(32) if self.options.seed is None else self.options.seed
 
     def run(self, gm: GraphModule) -> GraphModule:
         """Rewrite ``gm`` in place. What is not rewritten is as it was.
@@ -72,7 +85,11 @@ class Pipeline:
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
             weights = self._weights(gm)
             in_fp8 = see_through(gm.graph, dynamic_nodes(gm.graph, weights))
+            self.rewritten += keep_latents(gm.graph, dynamic_nodes(gm.graph, weights))
+            open_flexible(gm)
             left = canonicalize_softmax(gm.graph, dynamic_nodes(gm.graph, weights)) + opaque_attention(gm.graph)
+            give_four_axes(gm.graph, dynamic_nodes(gm.graph, weights))
+            join_heads(gm.graph)
             share_heads(gm.graph, (a for node in attention_nodes(gm.graph) for a in node.args[1:3]))  # type: ignore[misc]
             for node, reason in left:
                 context = (shape_of(node) or ("unknown",))[-1]
@@ -130,36 +147,51 @@ class Pipeline:
             if isinstance(site, Refusal):
                 self._leave(site, site.reason)
                 continue
-            reason = refuse(site)
-            if reason is not None:
-                self._leave(site, reason)
-                continue
-            with self.stage("choose forms"):
-                choice = choose_form(site, self.options)
-            if choice.rewrite is None:
-                self._leave(site, choice.why, choice.status, choice)
-                continue
             try:
-                with self.stage("validate"):
-                    verdict = self._validate(site, choice, verdicts)
-            except Exception as error:
-                log.exception("attention at %s could not be validated", source_position(site.attention))
+                self._rewrite_site(site, verdicts)
+            except Exception as error:  # one site must not cost the whole model its compilation
+                log.exception("attention at %s could not be rewritten", source_position(site.attention))
                 self._leave(site, internal_error(error))
-                continue
-            if verdict is not None and not verdict.holds:
-                self._leave(
-                    site,
-                    f"the rewrite differs from the original by {verdict.error:.2e} "
-                    f"(rounding explains {verdict.bound:.2e}): "
-                    "this is a bug in mlacompile, please report it with the dump folder",
-                )
-                continue
-            with self.stage("absorb"):
-                node = choice.rewrite(site, self.options)
-            self.rewritten += 1
-            if choice.form == "absorbed":
-                self.decodes[node] = len(self.sites)
-            self._note(_rewritten(site, choice))
+
+    def _rewrite_site(self, site: MLASite, verdicts: dict[Any, Verdict]) -> None:
+        reason = refuse(site)
+        if reason is not None:
+            self._leave(site, reason)
+            return
+        with self.stage("choose forms"):
+            choice = choose_form(site, self.options)
+        if choice.rewrite is None:
+            self._leave(site, choice.why, choice.status, choice)
+            return
+        with self.stage("validate"):
+            verdict = self._validate(site, choice, verdicts)
+        if verdict is not None and not verdict.holds:
+            self._leave(site, self._differs(site, choice, verdict), seed=self.seed)
+            return
+        with self.stage("absorb"):
+            node = choice.rewrite(site, self.options)
+        self.rewritten += 1
+        if choice.form == "absorbed":
+            self.decodes[node] = len(self.sites)
+        self._note(_rewritten(site, choice, None if verdict is None else self.seed))
+
+    def _differs(self, site: MLASite, choice: Choice, verdict: Verdict) -> str:
+        """What a user should do about a rewrite that failed validation; writes it down where a folder was given."""
+        reason = (
+            f"the rewrite differs from the original by {verdict.error:.2e} (rounding explains {verdict.bound:.2e}): "
+            "this is a bug in mlacompile, please report it with "
+        )
+        if self.options.dump is None or choice.rewrite is None:
+            return (
+                f"{reason}the dump folder (options={{'dump': FOLDER, 'seed': {self.seed}}}), which holds a reproducer"
+            )
+        folder = Path(self.options.dump) / self.name / f"refused-{len(self.sites)}"
+        try:
+            file = write_reproducer(folder, site, self.options, choice.rewrite, verdict, self.seed, choice.form)
+        except Exception:
+            log.exception("no reproducer could be written to %s", folder)
+            return f"{reason}{self.options.dump}, and seed {self.seed}"
+        return f"{reason}the reproducer {file}"
 
     def _quantize(self, gm: GraphModule, weights: set[Node]) -> None:
         """FP8 where it is asked for, and out of the graph what depends on weights alone."""
@@ -170,7 +202,9 @@ class Pipeline:
             self.products += products
             self.notes += remarks
         with self.stage("hoist"):
-            self.hoisted, self.derived = hoist(gm, weights)
+            placeholders = gm.graph.find_nodes(op="placeholder")
+            untracked = (n for n, silent in zip(placeholders, self.untracked, strict=False) if silent)
+            self.hoisted, self.derived = hoist(gm, weights, frozenset(untracked))
         if self.options.fp8 != "off":
             dump_graph(self.options.dump, self.name, "5-quantized", gm)
 
@@ -196,17 +230,22 @@ class Pipeline:
             choice.form,
         )
         if key not in known:
-            known[key] = validate(site, self.options, rewrite=choice.rewrite)
+            known[key] = validate(site, self.options, self.seed, choice.rewrite)
         return known[key]
 
     def _leave(
-        self, site: MLASite | Refusal, reason: str, status: str = "refused", choice: Choice | None = None
+        self,
+        site: MLASite | Refusal,
+        reason: str,
+        status: str = "refused",
+        choice: Choice | None = None,
+        seed: int | None = None,
     ) -> None:
         attention = site.attention
         geometry = site.geometry if isinstance(site, MLASite) else None
         source = source_position(attention)
         lengths = {"queries": str(attention.queries), "context": str(attention.context)}
-        self._note(Site(status, reason, source, geometry, **lengths, **_predicted(choice)))  # type: ignore[arg-type]
+        self._note(Site(status, reason, source, geometry, **lengths, **_predicted(choice), seed=seed))  # type: ignore[arg-type]
         restore(attention.node)
 
     def _note(self, site: Site) -> None:
@@ -242,7 +281,7 @@ def _predicted(choice: Choice | None) -> dict[str, Any]:
     return costs
 
 
-def _rewritten(site: MLASite, choice: Choice) -> Site:
+def _rewritten(site: MLASite, choice: Choice, seed: int | None) -> Site:
     return Site(
         choice.status,
         choice.why,
@@ -253,5 +292,6 @@ def _rewritten(site: MLASite, choice: Choice) -> Site:
         kv_layout=stored_layout(site),
         queries=str(site.attention.queries),
         context=str(site.attention.context),
+        seed=seed,
         **_predicted(choice),
     )

@@ -127,7 +127,8 @@ class Prober:
 
     def random(self, seed: int = 0x31A) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(s, dtype=torch.float64, generator=generator) for s in self.weight_shapes]
+        # Uniform numbers: weights of large models have many, and normal ones take three times as long.
+        return [torch.rand(s, dtype=torch.float64, generator=generator).sub_(0.5) for s in self.weight_shapes]
 
     def units(self, latent: int, weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[H, width, rows]`` for each unit vector of a latent, less what they are for zero."""

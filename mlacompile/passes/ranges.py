@@ -99,7 +99,7 @@ def _parts(mask: Node, labels: Labels) -> list[tuple[Node, Labels]]:
             found += _parts(arg, labels[len(labels) - rank :])  # type: ignore[arg-type]
         return found
     inner = inner_labels(mask, labels)
-    if inner is not None and _in_order(mask.args[0], inner, labels[len(labels) - len(inner) :]):  # type: ignore[arg-type]
+    if inner is not None and _in_order(mask.args[0], inner, labels):  # type: ignore[arg-type]
         return _parts(mask.args[0], inner)  # type: ignore[arg-type]
     return [(mask, labels)]
 
@@ -107,6 +107,9 @@ def _parts(mask: Node, labels: Labels) -> list[tuple[Node, Labels]]:
 def _in_order(node: Node, labels: Labels, wanted: Labels) -> bool:
     """Whether a node's dimensions, those of one aside, range over what a mask's last dimensions do."""
     shape = shape_of(node) or ()
+    if len(shape) > 4:
+        return False
+    wanted = ((None,) * 4 + wanted)[-len(shape) :] if shape else ()
     return all(size == 1 or label == want for size, label, want in zip(shape, labels, wanted, strict=True))
 
 

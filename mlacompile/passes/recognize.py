@@ -18,7 +18,8 @@ from mlacompile.logs import log
 from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, shape_of, upstream
 from mlacompile.passes.canonicalize import attention_nodes
 from mlacompile.passes.cone import Cone, HeadedLeaf, Latent, WalkError, dynamic_nodes, walk
-from mlacompile.passes.probe import Plain, Probe, WeightView, probe
+from mlacompile.passes.precision import working_dtype
+from mlacompile.passes.probe import Plain, Probe, probe
 from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, describe, source_of
 from mlacompile.passes.written import expanded_cache
 
@@ -93,6 +94,17 @@ class MLASite:
         """The rotary key, or None."""
         return None if self.probe.k_pe is None else self.cone.latents[self.probe.k_pe]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention is computed in."""
+        return working_dtype(self.attention.q, self.attention.k, self.attention.v)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether operands come in several dtypes, and have to be brought into one."""
+        leaves = (self.leaf(n)[0] for n in (*self.cone.latent_nodes(), *self.cone.weights))
+        return any(n.meta["val"].dtype != self.dtype for n in (self.attention.q, *leaves))
+
     def leaf(self, node: Node) -> tuple[Node, Dims]:
         """A latent or weight of the cone as it is found in the graph that is rewritten, and its axes."""
         return self.leaves.get(node) or (node, self.cone.dims[node])
@@ -163,7 +175,7 @@ class Recognizer:
             raise WalkError(_grouped(q[1], k[1]))
         geometry = _geometry(cone, found, int(q[1]))
         _check_compressed(attention, cone, found, geometry)
-        _check_dtypes(attention, cone, found)
+        _check_dtypes(attention, cone)
         _check_tokens(cone)
         return MLASite(attention, geometry, cone, found, int(q[3]), int(v[3]))
 
@@ -211,15 +223,11 @@ def _check_compressed(attention: Attention, cone: Cone, found: Probe, geometry: 
         )
 
 
-def _check_dtypes(attention: Attention, cone: Cone, found: Probe) -> None:
-    views = [w.leaf for w in (found.w_uk, found.w_uv) if isinstance(w, WeightView)]
-    weights = cone.weights if found.computed else [cone.weights[leaf] for leaf in views]
-    dtypes = [n.meta["val"].dtype for n in (attention.q, *cone.latent_nodes(), *weights)]
-    if len(set(dtypes)) > 1:
-        kinds = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
-        raise WalkError(f"queries, latents and weights mix {kinds}; convert the model and its cache to one dtype")
-    if dtypes[0] not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise WalkError(f"attention in {dtypes[0]}; float16, bfloat16 or float32 was expected")
+def _check_dtypes(attention: Attention, cone: Cone) -> None:
+    leaves = (attention.q, *cone.latent_nodes(), *cone.weights)
+    for dtype in dict.fromkeys(n.meta["val"].dtype for n in leaves):
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise WalkError(f"attention in {dtype}; float16, bfloat16 or float32 was expected")
 
 
 def _check_tokens(cone: Cone) -> None:

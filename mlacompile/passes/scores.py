@@ -9,11 +9,13 @@ the same for every token shifts all scores of a query alike; the softmax does no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
 
 from mlacompile.passes.axes import REARRANGE, Atom, Dims, broadcast_dims, labels, pull, shape_of
@@ -57,13 +59,27 @@ class Product:
     factor: Factor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A condition on tokens, with the axes of its dimensions.
+
+    attend: what it says where a token is seen. uniform: other scores become one finite number, so that a query that
+    sees nothing looks at all tokens alike.
+    """
+
+    condition: Node
+    dims: Dims
+    attend: bool
+    uniform: bool
+
+
 @dataclass
 class Scores:
     """All terms of the scores."""
 
     products: list[Product] = field(default_factory=list)
     added: list[tuple[Node, Dims, Factor]] = field(default_factory=list)
-    kept: list[tuple[Node, Dims, bool]] = field(default_factory=list)  # (condition, axes, True where it means "attend")
+    kept: list[Kept] = field(default_factory=list)
     shifted: bool = False  # something that is the same for every token was left out
 
     def __iadd__(self, other: Scores) -> Scores:
@@ -198,7 +214,7 @@ def _kept(
         return None
     found = read_scores(scores, dims, dynamic, factor)
     if found is not None:
-        found.kept.append((condition, operand, attend))
+        found.kept.append(Kept(condition, operand, attend, math.isfinite(low)))
     return found
 
 
@@ -206,7 +222,20 @@ def scalar(value: Any) -> float | None:
     """A Python number, or the value of a zero-dimensional constant node."""
     if isinstance(value, (int, float)):
         return float(value)
-    if isinstance(value, Node) and value.target in (aten.scalar_tensor.default, aten.full.default):
+    if not isinstance(value, Node):
+        return None
+    if value.target in (aten.scalar_tensor.default, aten.full.default):
         number = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
         return float(number) if isinstance(number, (int, float)) else None
-    return None
+    if value.target in (aten.lift_fresh_copy.default, aten._to_copy.default, aten.clone.default):
+        return scalar(value.args[0])
+    return _constant(value) if value.op == "get_attr" else None
+
+
+def _constant(node: Node) -> float | None:
+    """The value of a constant such as ``torch.tensor(-1e9)``, which tracing leaves with the graph."""
+    tensor = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or isinstance(tensor, FakeTensor):
+        return None
+    with unset_fake_temporarily():
+        return float(tensor)

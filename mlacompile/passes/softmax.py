@@ -9,8 +9,9 @@ scores, and views and casts on the way, do not matter. Nor do keys without heads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx import Graph, Node
 
 from mlacompile.passes.axes import Atom, Dims, dims_for, labels, pull, regroup, renamed, shape_of, upstream
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Product, Scores, read_scores
+from mlacompile.passes.scores import PASS, PRODUCTS, TERMS, TOKENS, Factor, Kept, Product, Scores, read_scores, scalar
 from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, op_name
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ _RESHAPE = {
     aten.squeeze.dims,
 }
 _ENDS = {*PRODUCTS, aten.addmm.default, aten._softmax.default, aten._safe_softmax.default}
+NEVER = -1e30  # added to a score leaves nothing of it, in float32 and float64, and does not overflow where it is scaled
 _FAR = 12  # more ops than any spelling of attention has between scores and softmax
 
 
@@ -156,11 +158,23 @@ def _match(softmax: Softmax, axes: Dims, dynamic: set[Node] | None) -> _Match | 
         axes = (*axes[: softmax.dim], (Atom(TOKENS, tokens),), *axes[softmax.dim + 1 :])
         sunk = extra, (*axes[: softmax.dim], (), *axes[softmax.dim + 1 :])
     scores = read_scores(start, axes, dynamic)
-    value = _forward(node, axes)
+    value, zeroed = _forward(node, axes)
     if scores is None or not scores.products or value is None or (sink is not None and scores.shifted):
         return None
+    if zeroed and not _hidden_already(zeroed, scores):
+        raise NotAttention(
+            "attention weights are set to zero after the softmax where scores were not hidden before it; hide the scores"
+        )
     names = _name_axes(axes, scores, dynamic)
     return None if names is None else _Match(scores, *value, None if sink is None else sunk, names)
+
+
+def _hidden_already(zeroed: list[tuple[Any, bool]], scores: Scores) -> bool:
+    """Whether weights were only set to zero where scores are hidden. Then a query that sees nothing gets zeros."""
+    for i, kept in enumerate(scores.kept):
+        if (kept.condition, kept.attend) in zeroed:
+            scores.kept[i] = replace(kept, uniform=False)
+    return all(any((k.condition, k.attend) == zero for k in scores.kept) for zero in zeroed)
 
 
 def _unshifted(node: Node, dim: int) -> Node:
@@ -200,21 +214,41 @@ def _sink(softmax: Softmax, start: Node) -> tuple[Node, Node, Node] | None:
     return None
 
 
-def _forward(softmax: Node, dims: Dims) -> tuple[Node, Dims, bool] | None:
-    """The product with V that consumes the softmax, the axes of the weights in it, and whether they are on the left."""
-    node = softmax
+def _forward(softmax: Node, dims: Dims) -> tuple[tuple[Node, Dims, bool] | None, list[tuple[Any, bool]]]:
+    """The product with V that consumes the softmax, the axes of the weights in it, and whether they are on the left;
+    and the conditions under which weights are set to zero before (where they hold, or with True where they do not)."""
+    node, zeroed = softmax, list[tuple[Any, bool]]()
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.target in (aten.bmm.default, aten.mm.default):
             left = user.args[0] is node
             if len(set(user.args[:2])) == 2 and [a.label for a in dims[-1 if left else -2]] == [TOKENS]:
-                return user, dims, left
-            return None
-        pushed = _push(user, dims)
+                return (user, dims, left), zeroed
+            return None, zeroed
+        zero = _zeroed(user, node)
+        zeroed += [] if zero is None else [zero]
+        pushed = dims if zero is not None or _ends_nan(user) else _push(user, dims)
         if pushed is None:
-            return None
+            return None, zeroed
         node, dims = user, pushed
+    return None, zeroed
+
+
+def _zeroed(node: Node, weights: Node) -> tuple[Any, bool] | None:
+    """The condition under which a node sets weights to zero; True beside it where it says which are kept."""
+    args: Any = node.args
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return (args[1], False) if args[0] is weights and scalar(args[2]) == 0 else None
+    if node.target is aten.where.self and shape_of(node) == shape_of(weights):
+        for kept, other, attend in ((args[1], args[2], True), (args[2], args[1], False)):
+            if kept is weights and scalar(other) == 0:
+                return args[0], attend
     return None
+
+
+def _ends_nan(node: Node) -> bool:
+    """Whether a node makes zeros of the weights of a query that sees nothing, which is what they are in the op."""
+    return node.target is aten.nan_to_num.default and (len(node.args) < 2 or node.args[1] in (None, 0))
 
 
 def _push(node: Node, dims: Dims) -> Dims | None:
@@ -253,7 +287,7 @@ def _taken_apart(match: _Match, axes: Dims) -> Dims | None:
     return None
 
 
-def _heads(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> str | None:
+def heads_of(scores: Scores, candidates: set[str], dynamic: set[Node] | None) -> str | None:
     """Which of the axes is heads: the one that a weight gives to queries or keys."""
     if dynamic is None:
         return None
@@ -278,13 +312,13 @@ def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[st
     present = [a.label for d in axes for a in d if a.label != TOKENS]
     shared = [x for x in present if all(x in labels(p.k_dims) for p in scores.products)]
     rows = [x for x in present if x not in shared]
-    head = _heads(scores, set(present), dynamic)
+    head = heads_of(scores, set(present), dynamic)
     if len(rows) == 2 and len(shared) == 2:
         raise NotAttention("query heads share key heads in groups: grouped-query attention has no latent")
     if len(rows) > 2 or len(shared) > 2:
         return None
     if head is None:
-        head = _guess_head(axes, scores, shared, rows)
+        head = _guess_head(axes, scores, shared, rows, dynamic)
     queries = [x for x in rows if x != head]
     batch = [x for x in shared if x != head]
     if len(queries) > 1 or len(batch) > 1:
@@ -293,15 +327,20 @@ def _name_axes(axes: Dims, scores: Scores, dynamic: set[Node] | None) -> dict[st
     return names if head is None else names | {head: "H"}
 
 
-def _guess_head(axes: Dims, scores: Scores, shared: list[str], rows: list[str]) -> str | None:
+def _guess_head(
+    axes: Dims, scores: Scores, shared: list[str], rows: list[str], dynamic: set[Node] | None
+) -> str | None:
     """Heads where no weight tells: of two axes that only queries have, the one no mask knows; else behind batch."""
     if len(rows) == 2:
-        masks = [labels(d) for _, d, _ in (*scores.added, *scores.kept)]
+        masks = [labels(d) for d in (*(a[1] for a in scores.added), *(k.dims for k in scores.kept))]
         unmasked = [x for x in rows if not any(x in m for m in masks)]
         return unmasked[0] if len(unmasked) == 1 else rows[0]
     if len(shared) == 2:
         return shared[1]
     first = next((d[0].label for d in axes if d), None)
+    keys = [(p.k, p.k_dims) for p in scores.products]
+    if dynamic is not None and any(n not in dynamic for k in keys for n, _ in _weights_of(*k, dynamic)):
+        return None  # a weight made the keys, and gave them no heads: there is one
     return shared[0] if shared and (len(axes) == 3 or shared[0] != first or not axes[0]) else None
 
 
@@ -380,12 +419,32 @@ def _mask(emit: Emitter, scores: Scores, names: dict[str, str]) -> Node | None:
         term = term if factor.number == 1.0 else emit(aten.mul.Tensor, term, factor.number)
         term = _by_tensors(emit, term, factor, names)
         mask = term if mask is None else emit(aten.add.Tensor, mask, term)
+    for uniform in (True, False):
+        kept = [k for k in scores.kept if k.uniform is uniform]
+        keep = _all_of(emit, kept, names)
+        if keep is None:
+            continue
+        if mask is None and not uniform:
+            return keep
+        mask = _hidden(emit, keep, mask, NEVER if uniform else -math.inf)
+    return mask
+
+
+def _all_of(emit: Emitter, kept: list[Kept], names: dict[str, str]) -> Node | None:
     keep: Node | None = None
-    for node, dims, attend in scores.kept:
-        term = emit.arrange(node, renamed(dims, names), "BHST")
+    for one in kept:
+        condition, attend = one.condition, one.attend
+        if condition.target in (aten.logical_not.default, aten.bitwise_not.default):
+            condition, attend = condition.args[0], not attend  # type: ignore[assignment]
+        term = emit.arrange(condition, renamed(one.dims, names), "BHST")
         term = term if attend else emit(aten.logical_not.default, term)
         keep = term if keep is None else emit(aten.logical_and.default, keep, term)
-    if mask is None or keep is None:
-        return keep if mask is None else mask
-    low = emit(aten.full.default, [], float("-inf"), dtype=mask.meta["val"].dtype, device=mask.meta["val"].device)
-    return emit(aten.where.self, keep, mask, low)
+    return keep
+
+
+def _hidden(emit: Emitter, keep: Node, mask: Node | None, low: float) -> Node:
+    """An additive mask, or zero, where tokens are kept, and ``low`` elsewhere."""
+    device = keep.meta["val"].device
+    dtype = torch.float32 if mask is None else torch.promote_types(mask.meta["val"].dtype, torch.float32)
+    values = [emit(aten.full.default, [], value, dtype=dtype, device=device) for value in (0.0, low)]
+    return emit(aten.where.self, keep, values[0] if mask is None else emit.cast(mask, dtype), values[1])

@@ -105,10 +105,9 @@ class Arguments:
 def understand(attention: Attention) -> Visibility:
     """What the queries of an attention op see.
 
-    A mask that is added to the scores is understood when it is 0 up to some token and beyond it so low that no score
-    survives. Where it has other shapes a query may be left with such values only; their softmax is not zero, so the
-    mask
-    has to stay.
+    A mask that is added to the scores is understood when it is 0 in a range that is never empty and elsewhere so low
+    that no score survives. Where a query may be left with such values only, their softmax is not zero, so the mask has
+    to stay.
     """
     queries, tokens = attention.queries, attention.context
     bounds = (Bound(Affine(constant=1), True, True, attention.node),) if attention.causal else ()
@@ -121,12 +120,20 @@ def understand(attention: Attention) -> Visibility:
         parts = conjunction(mask)
         return Visibility(queries, tokens, (*bounds, *parts.bounds), parts.rest)
     condition = _condition(mask, trailing(mask.meta["val"].dim()))
-    simple = (
-        condition is not None and not condition.rest and len({(b.upper, b.diagonal) for b in condition.bounds}) == 1
-    )
-    if condition is None or not simple or bounds or not condition.bounds[0].upper:
+    if condition is None or bounds or not _never_empty(condition):
         return Visibility(queries, tokens, bounds, additive=mask)
     return Visibility(queries, tokens, condition.bounds)
+
+
+def _never_empty(condition: Conjunction) -> bool:
+    """Whether bounds leave every query something: they all have one upper end, and the lower ends lie before it."""
+    uppers, lowers = ([b for b in condition.bounds if b.upper is upper] for upper in (True, False))
+    if condition.rest or len({b.diagonal for b in uppers}) != 1 or (lowers and len(uppers) > 1):
+        return False
+    if any(not b.value.terms and b.value.constant < 1 for b in uppers):
+        return False
+    gaps = [uppers[0].value.plus(b.value, -1) for b in lowers if b.diagonal is uppers[0].diagonal]
+    return len(gaps) == len(lowers) and all(not gap.terms and gap.constant >= 1 for gap in gaps)
 
 
 def _same_for_all_queries(mask: Node) -> bool:

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, dims_for, shape_of
 from mlacompile.passes.cone import Cone, HeadedLeaf, WalkError, walk
-from mlacompile.passes.source import describe
+from mlacompile.passes.scores import PRODUCTS
+from mlacompile.passes.source import describe, source_of
 
 aten = torch.ops.aten
 
@@ -34,6 +35,11 @@ def expanded_cache(k: Node, v: Node, dynamic: set[Node]) -> str | None:
     cone = written_cone(k, v, dynamic)
     if cone is None:
         return None
+    if _expanded_apart(k, dynamic):
+        return (
+            f"keys and values of several runs of tokens are expanded apart and joined after ({source_of(k)}): join the "
+            "latents, expand them together, and attention can be absorbed"
+        )
     width = sum(latent.width for latent in cone.latents)
     k_shape, v_shape = shape_of(k), shape_of(v)
     assert k_shape is not None and v_shape is not None  # noqa: PT018
@@ -62,18 +68,52 @@ def written_cone(k: Node, v: Node, dynamic: set[Node]) -> Cone | None:
 
 def _written(node: Node, dynamic: set[Node]) -> tuple[Node, Dims] | None:
     """The rows last written into what a node is read from, and their axes."""
+    leaf = _headed_leaf(node, dynamic)
+    names = None if leaf is None else _axis_names(leaf.node, leaf.dims)
+    source = None if leaf is None or names is None else _rows(leaf.node)
+    shape = None if source is None else shape_of(source)
+    if source is None or names is None or shape is None or len(shape) != len(names):
+        return None
+    return source, dims_for(shape, names)
+
+
+def _expanded_apart(node: Node, dynamic: set[Node]) -> bool:
+    """Whether keys are joined from runs of tokens each of which comes from latents, rather than from a cache."""
+    leaf = _headed_leaf(node, dynamic)
+    names = None if leaf is None or leaf.node.target is not aten.cat.default else _axis_names(leaf.node, leaf.dims)
+    if leaf is None or names is None:
+        return False
+    parts: Any = leaf.node.args[0]
+    shapes = [shape_of(part) for part in parts]
+    return all(
+        s is not None and _is_expanded(p, dims_for(s, names), dynamic) for p, s in zip(parts, shapes, strict=True)
+    )
+
+
+def _is_expanded(node: Node, dims: Dims, dynamic: set[Node]) -> bool:
+    """Whether keys are made here, by a product, and not read from a cache."""
+    try:
+        nodes = set(walk([(node, dims)], dynamic).order)
+    except WalkError:
+        return False
+    stack = [n for n in nodes if n not in dynamic]  # a cache that a module holds looks constant, and what is made of it
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in nodes:
+                nodes.add(source)
+                stack.append(source)
+    return any(n.target in (*PRODUCTS, aten.addmm.default) for n in nodes)
+
+
+def _headed_leaf(node: Node, dynamic: set[Node]) -> HeadedLeaf | None:
+    """Where the walk from keys ``[B, H, T, D]`` ends with heads."""
     shape = shape_of(node)
     if shape is None or len(shape) != 4:
         return None
-    dims = dims_for(shape, (BATCH, HEAD, TOKEN, "D"))
     try:
-        walk([(node, dims)], dynamic)
+        walk([(node, dims_for(shape, (BATCH, HEAD, TOKEN, "D")))], dynamic)
     except HeadedLeaf as leaf:
-        names = _axis_names(leaf.node, leaf.dims)
-        source = None if names is None else _rows(leaf.node)
-        shape = None if source is None else shape_of(source)
-        if names is not None and shape is not None and len(shape) == len(names):
-            return source, dims_for(shape, names)  # type: ignore[return-value]
+        return leaf
     except WalkError:
         pass
     return None

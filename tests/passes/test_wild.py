@@ -65,11 +65,11 @@ def test_expanded_caches_are_refused_and_traced_to_a_latent(style: str) -> None:
 
 
 class Opaque(Trainer):
-    """Attention by an op that nothing is known of."""
+    """Attention by an op that nothing is known of: here, what its function does to scores is no mask."""
 
     def forward(self, x: torch.Tensor, position: int = 0, mask: torch.Tensor | None = None) -> torch.Tensor:
         q = self.wq(x).view(*x.shape[:2], 4, -1).transpose(1, 2)
-        return torch.nn.attention.flex_attention.flex_attention(q, q, q)
+        return torch.nn.attention.flex_attention.flex_attention(q, q, q, lambda score, *_: 30 * torch.tanh(score / 30))
 
 
 def test_an_opaque_call_is_reported() -> None:

@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import mlacompile
 
 ROOT = Path(__file__).parent.parent
@@ -39,10 +41,9 @@ def test_every_dependency_has_a_tested_version() -> None:
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins.values())
 
 
-def test_readme_shows_the_committed_results() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/readme_table.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["readme_table.py", "convert_table.py"])
+def test_pages_show_the_committed_results(script: str) -> None:
+    done = subprocess.run([sys.executable, f"benchmarks/{script}", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

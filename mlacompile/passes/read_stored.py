@@ -104,7 +104,9 @@ def _keeps_last(node: Node) -> bool:
     """Whether an op gives every row of the last dimension another place at most."""
     if node.target in _ALIKE:
         return True
-    before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    if not node.args or not isinstance(node.args[0], Node):
+        return False  # joined from several
+    before, after = shape_of(node.args[0]), shape_of(node)
     if before is None or after is None or len(before) < 2 or len(after) < 2:
         return False
     last = len(before) - 1

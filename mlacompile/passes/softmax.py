@@ -163,7 +163,7 @@ def _match(softmax: Softmax, axes: Dims, dynamic: set[Node] | None) -> _Match | 
         return None
     if zeroed and not _hidden_already(zeroed, scores):
         raise NotAttention(
-            "attention weights are set to zero after the softmax where scores were not hidden before it; hide the scores"
+            "attention weights are set to zero after the softmax where scores were not hidden before it; hide scores"
         )
     names = _name_axes(axes, scores, dynamic)
     return None if names is None else _Match(scores, *value, None if sink is None else sunk, names)

@@ -49,10 +49,9 @@ def test_explain_prints_a_table_and_says_how_many_layers_it_built(write_config: 
     assert "absorbed" in page.read_text()
 
 
-def test_explain_keeps_a_prefill_expanded(write_config: Any) -> None:
-    done = run(
-        "explain", write_config("deepseek_v3"), "--phase", "prefill", "--context", "64", "--layers", "1", "--json"
-    )
+def test_explain_keeps_a_prefill_expanded(write_config: Any, slow_hardware: str) -> None:
+    prefill = ("--phase", "prefill", "--context", "64", "--layers", "1", "--hardware", slow_hardware)
+    done = run("explain", write_config("deepseek_v3"), *prefill, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     assert [site["status"] for site in json.loads(done.stdout)["report"]["sites"]] == ["expanded"]
 

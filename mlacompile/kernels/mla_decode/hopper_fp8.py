@@ -16,8 +16,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mlacompile.kernels.mla_decode.hopper import _begin, _here, _left, _right, _setup, _unit
+from mlacompile.kernels.mla_decode.hopper import _left, _right
+from mlacompile.kernels.mla_decode.hopper_fetch import _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
+from mlacompile.kernels.mla_decode.hopper_room import _begin, _setup
+from mlacompile.kernels.mla_decode.hopper_rows import _here
 from mlacompile.kernels.mla_decode.widen import _in_words, _rows_of_words
 
 GROUP = gl.constexpr(128)  # values of a latent that share a factor, where there is more than one

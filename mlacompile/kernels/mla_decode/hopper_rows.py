@@ -1,0 +1,135 @@
+"""What the partitions that compute do with a tile of 64 rows (query, head): queries in, scores, softmax, output out."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_room import ROWS
+
+
+@gluon.jit
+def _here(x):
+    """x, but the compiler must not know: what follows from it is computed here, not kept in registers from before."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr):
+    """Row numbers of a tile, and the head and query of each."""
+    o_row = _here(i_tile) * ROWS + gl.arange(0, ROWS, layout)
+    if ONE_QUERY:
+        return o_row, o_row, o_row * 0
+    else:
+        return o_row, o_row % H, o_row // H
+
+
+@gluon.constexpr_function
+def _row_wise(width):
+    """A layout in which a warp holds whole rows, 16 bytes a thread, for global memory."""
+    across = min(width // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr, WIDTH: gl.constexpr,
+             D: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Columns [COLUMN, COLUMN + WIDTH) of a tile's queries; zeros beyond the last row and beyond column D."""
+    layout: gl.constexpr = _row_wise(WIDTH)
+    o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
+    o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    p_row = p + (o_h * stride_h + o_s * stride_s)[:, None] + (o_c * stride_r)[None, :]
+    return gl.load(p_row, mask=(o_row < H * S)[:, None] & (o_c < D)[None, :], other=0.0)
+
+
+@gluon.jit
+def _clear_dead(tile, t, lo, hi, WIDTH: gl.constexpr, PANEL: gl.constexpr):
+    """Zero the rows of a [64, WIDTH] tile of values whose tokens nobody sees: 0 * NaN is NaN."""
+    layout: gl.constexpr = _row_wise(PANEL)
+    o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    live = (o_t >= lo) & (o_t < hi)
+    for i in gl.static_range(WIDTH // PANEL):
+        panel = tile.slice(i * PANEL, PANEL, dim=1)
+        panel.store(gl.where(live[:, None], panel.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _rope_scores(q_pe, pe, s, s0, FACTORED: gl.constexpr):
+    """Adds the scores of the rotary keys to s, or begins a sum of their own, as they have no factor."""
+    if FACTORED:
+        return s, warpgroup_mma(q_pe, pe.permute((1, 0)), s0, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(q_pe, pe.permute((1, 0)), s, is_async=True), s0
+
+
+@gluon.jit
+def _computed(s, s_pe, factors, FACTORED: gl.constexpr, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+    """Waits for the scores of a block."""
+    if FACTORED:
+        if BLOCK_P > 0:
+            s, s_pe = warpgroup_mma_wait(0, deps=(s, s_pe))
+            s = s * factors.load(gl.SliceLayout(0, layout))[None, :] + s_pe
+        else:
+            s = warpgroup_mma_wait(0, deps=(s,))
+            s = s * factors.load(gl.SliceLayout(0, layout))[None, :]
+    else:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    return s
+
+
+@gluon.jit
+def _weights(e, factors, t, lo, hi, dtype: gl.constexpr, FACTORED: gl.constexpr, layout: gl.constexpr):
+    """P as it is multiplied with the values in shared memory."""
+    if FACTORED:
+        factor = factors.load(gl.SliceLayout(0, layout))
+        if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be NaN
+            o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+            factor = gl.where((o_t >= lo) & (o_t < hi), factor, 0.0)
+        e = e * factor[None, :]
+    return e.to(dtype)
+
+
+@gluon.jit
+def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
+    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before.
+
+    sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL.
+    """
+    if (t < lo) | (t + BLOCK > sure):
+        o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+        if CAUSAL:
+            s = gl.where((o_t >= lo)[None, :] & (o_t[None, :] < limit[:, None]), s, float("-inf"))
+        else:
+            s = gl.where(((o_t >= lo) & (o_t < hi))[None, :], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    return s, m_new, gl.exp2(m - m_new)
+
+
+@gluon.jit
+def _store_columns(o, total, through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, COLUMN: gl.constexpr,
+                   WIDTH: gl.constexpr, R: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Normalize output columns and write them: to the result if the item is a whole row, else to its slot.
+
+    through: shared memory of the same shape, free by now, that turns fragments of a product into whole rows.
+    """
+    share = 1.0 / gl.where(total == 0, 1.0, total)
+    through.store((o * share[:, None]).to(through.dtype))
+    layout: gl.constexpr = _row_wise(WIDTH)
+    o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
+    o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    mask = (o_row < H * S)[:, None] & (o_c < R)[None, :]
+    if whole:
+        p_to = p_out + i_b.to(gl.int64) * H * S * R
+        o_to = o_h * S + o_s
+    else:
+        p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * R
+        o_to = o_row
+    gl.store(p_to + (o_to * R)[:, None] + o_c[None, :], through.load(layout), mask=mask)
+
+
+@gluon.jit
+def _slot(part, skip):
+    """Where an item's partial goes: a part continues at most one row of earlier parts, and leaves at most one open."""
+    return 2 * part + gl.where(skip == 0, 1, 0)

@@ -37,7 +37,7 @@ from mlacompile.cost.hardware import TABLE
 from mlacompile.cost.predict import chunk_tokens
 from mlacompile.geometry import MLAGeometry
 from mlacompile.kernels.mla_prefill.chunked import mla_prefill_chunked
-from mlacompile.testing.timing import environment
+from mlacompile.testing.timing import environment, replayed_us
 
 SHAPES = {
     "v3": MLAGeometry(heads=128, rank=512, nope=128, rope=64, v=128),
@@ -116,23 +116,7 @@ def measure(call: Callable[[int], Any], calls: int, repeats: int, device: str) -
                 call(i)
             times.append((time.perf_counter() - begin) / calls * 1e6)
         return statistics.median(times)
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) * 1e3 / calls)
-    del graph
-    return statistics.median(times)
+    return replayed_us([partial(call, i) for i in range(calls)], repeats)
 
 
 def run(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from mlacompile.lowering.select import slower_in_fp8
 from mlacompile.ops.fp8_linear import WEIGHT_ONLY_ROWS, fp8_quantize_weight
 from mlacompile.ops.fp8_quantize import fp8_quantize, fp8_quantize_reference
 from mlacompile.testing.scaled import E4M3, Product, exact, values, worst
-from mlacompile.testing.timing import environment
+from mlacompile.testing.timing import environment, replayed_us
 
 RESULTS = Path(__file__).parent / "results"
 COLD_BYTES = 256 << 20  # one replay reads at least this much, several times any L2
@@ -61,24 +62,9 @@ class Shape:
         return max(self.heads, 1) * self.n * self.k
 
 
-def replay_us(calls: list[Callable[[], Any]], count: int) -> float:
-    """Microseconds a call, of ``count`` calls in a CUDA graph that take turns."""
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            calls[i % len(calls)]()
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return sorted(times)[len(times) // 2]
+def turns(calls: list[Callable[[], Any]], count: int) -> list[Callable[[], Any]]:
+    """So many calls, by turns."""
+    return list(itertools.islice(itertools.cycle(calls), count))
 
 
 def measure(shape: Shape, rows: int, quantized_weight: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -95,7 +81,7 @@ def measure(shape: Shape, rows: int, quantized_weight: tuple[Tensor, Tensor]) ->
     for weight, _ in weights:
         weight.view(torch.uint8).random_(0, 0x7F)
     wide = [w.to(torch.bfloat16) for w, _ in weights[: max(2, copies // 2)]]
-    found["us"]["bf16"] = replay_us([_matmul(x, w) for w in wide], count)
+    found["us"]["bf16"] = replayed_us(turns([_matmul(x, w) for w in wide], count))
     chosen = None
     for kernel in registry.kernels("fp8_linear"):
         for quantized, product in products.items():
@@ -108,7 +94,7 @@ def measure(shape: Shape, rows: int, quantized_weight: tuple[Tensor, Tensor]) ->
             if wrong := worst(got, want, bound):
                 found["wrong"][name] = wrong
             del want, bound, got
-            found["us"][name] = replay_us([_call(kernel, product, w) for w in weights], count)
+            found["us"][name] = replayed_us(turns([_call(kernel, product, w) for w in weights], count))
     keeps = bool(shape.heads) or rows <= WEIGHT_ONLY_ROWS
     best, _ = registry.best("fp8_linear", *products[not keeps].tensors, torch.bfloat16)
     if best is not None:
@@ -143,7 +129,7 @@ def quantizing(rows: int, k: int) -> dict[str, Any]:
     for name, function in (("norm", norm), ("norm and quantize", both)):
         compiled: Any = torch.compile(function)
         _, code = run_and_get_code(compiled, x, weight[0])
-        us = replay_us([functools.partial(compiled, x, weight[0])], CALLS)
+        us = replayed_us([functools.partial(compiled, x, weight[0])] * CALLS)
         found[name] = {"kernels": "".join(code).count("@triton.jit"), "us": us}
     return found
 

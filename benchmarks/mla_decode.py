@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,7 +34,7 @@ from mlacompile.kernels.mla_decode.plan import choose_plan, hopper_plan
 from mlacompile.ops import mla_decode_reference
 from mlacompile.ops.fp8_quantize import fp8_quantize_reference
 from mlacompile.ops.mla_decode import dequantize_cache
-from mlacompile.testing.timing import environment
+from mlacompile.testing.timing import environment, replayed_us
 
 RANK, ROPE, PAGE = 512, 64, 64
 SCALE = 192**-0.5
@@ -214,26 +213,6 @@ class Contender:
         return call
 
 
-def time_replay(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Median microseconds a call, all calls captured one after another into one graph."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def error(row: Row, q: tuple[Tensor, Tensor], call: Call, out: Tensor) -> float:
     """Relative error of the first batch row against float32 (sums of a few thousand terms: about 1e-6)."""
     n = row.lengths()[0]
@@ -255,7 +234,7 @@ def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[st
     if not all(torch.equal(out, run(calls[0])) for _ in range(3)):
         wrong = float("nan")  # a result that changes between runs is a race
     replayed: list[Callable[[], object]] = [partial(run, call) for call in calls]
-    microseconds = time_replay(replayed * -(-CALLS // len(calls)), repeats)
+    microseconds = replayed_us(replayed * -(-CALLS // len(calls)), repeats)
     return {
         **asdict(row),
         "name": contender.name,
@@ -293,9 +272,9 @@ def ceilings() -> tuple[float, float]:
     """Bytes/s that a large copy moves, reads and writes together, and FLOP/s of a large bf16 product."""
     source = torch.empty(1 << 30, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
-    copy = time_replay([lambda: target.copy_(source)] * 2, 5)
+    copy = replayed_us([lambda: target.copy_(source)] * 2, 5)
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    product = time_replay([lambda: a @ b] * 8, 5)
+    product = replayed_us([lambda: a @ b] * 8, 5)
     return 2 * source.numel() * 4 / copy * 1e6, 2 * 8192**3 / product * 1e6
 
 

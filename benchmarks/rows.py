@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from mlacompile.kernels.head_product.launch import head_product_triton
 from mlacompile.kernels.row_product.launch import Tiles, row_product_triton
 from mlacompile.ops import head_product_reference, row_product_reference
-from mlacompile.testing.timing import environment
+from mlacompile.testing.timing import environment, replayed_us
 
 COLD_BYTES = 400 << 20  # read by one replay
 RESULTS = Path(__file__).parent / "results"
@@ -79,24 +78,9 @@ class Row:
     library_us: float
 
 
-def measure(make: Callable[[], Callable[[], Any]], size: int, repeats: int = 7) -> float:
-    """Microseconds a call, each on other weights, in a replayed graph."""
-    calls = [make() for _ in range(max(2, min(40, -(-COLD_BYTES // size))))]
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) * 1e3 / len(calls))
-    return statistics.median(times)
+def measure(make: Callable[[], Callable[[], Any]], size: int) -> float:
+    """Microseconds a call, each on other weights."""
+    return replayed_us([make() for _ in range(max(2, min(40, -(-COLD_BYTES // size))))])
 
 
 def check(got: list[Tensor], want: list[Tensor], terms: int) -> None:

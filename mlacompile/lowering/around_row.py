@@ -19,21 +19,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mlacompile.passes.pull import RESHAPES
+
 aten = torch.ops.aten
 
-_VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.alias.default,
-    aten.clone.default,
-}
+_VIEWS = RESHAPES | {aten.alias.default, aten.clone.default}
 _CAST = aten._to_copy.default
-_ROOT_MEAN: Any = aten.rsqrt.default
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ def norm_before(row: Node) -> Norm | None:
     value: Tensor = row.meta["val"]
     width = value.shape[-1]
     factors = list(_factors(row, width))
-    roots = [f for f in factors if f.target is _ROOT_MEAN]
+    roots = [f for f in factors if f.target is aten.rsqrt.default]
     if len(factors) != 3 or len(roots) != 1:
         return None
     mean_of = _mean_of_square(roots[0])

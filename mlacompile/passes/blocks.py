@@ -4,7 +4,7 @@
     after    the same part of q [H, N, K], and of descale [H, N / 128, K / 128]
 
 That is exact, and no copy of the weight in 16 bits is needed. It works where every head begins and ends between two
-blocks, as in DeepSeek-V3.
+blocks.
 """
 
 from __future__ import annotations

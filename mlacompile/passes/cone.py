@@ -21,17 +21,15 @@ from mlacompile.passes.axes import (
     BATCH,
     CONSTANT,
     HEAD,
-    LINEAR,
-    REARRANGE,
     TOKEN,
     Dims,
     Pulled,
     labels,
-    pull,
     shape_of,
     shape_with,
     without_ones,
 )
+from mlacompile.passes.pull import LINEAR, REARRANGE, pull
 from mlacompile.passes.source import describe
 
 aten = torch.ops.aten

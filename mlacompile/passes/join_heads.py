@@ -16,19 +16,14 @@ import torch
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
-from mlacompile.passes.axes import REARRANGE, shape_of
+from mlacompile.passes.axes import shape_of
 from mlacompile.passes.canonicalize import JOINED, attention_nodes
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.pull import REARRANGE, RESHAPES
 
 aten = torch.ops.aten
 _HEADS = 1
-_RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.clone.default,
-}
+_RESHAPES = RESHAPES | {aten.clone.default}
 _PLAIN = {
     *REARRANGE,
     aten.expand.default,

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mlacompile.passes.axes import Atom, Dims, broadcast_dims, dims_for, renamed, shape_of, upstream
+from mlacompile.passes.axes import Atom, Dims, broadcast_dims, dims_for, renamed, shape_of
 from mlacompile.passes.canonicalize import ORIGINAL, attention_nodes
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.pull import upstream
 from mlacompile.passes.scores import Factor, Product, Scores
 from mlacompile.passes.softmax import heads_of
 

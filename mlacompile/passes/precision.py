@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mlacompile.passes.axes import REARRANGE
+from mlacompile.passes.pull import REARRANGE
 
 aten = torch.ops.aten
 

@@ -31,11 +31,12 @@ import mlacompile.ops.fp8_linear  # noqa: F401  (registers the ops that are writ
 from mlacompile.gate import Gate
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.ops.fp8_linear import WEIGHT_ONLY_ROWS
-from mlacompile.passes.axes import REARRANGE, Size, shape_of
+from mlacompile.passes.axes import Size, shape_of
 from mlacompile.passes.blocks import dequantized_from, in_blocks
 from mlacompile.passes.cone import dynamic_nodes
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.hoist import HOISTED
+from mlacompile.passes.pull import REARRANGE
 from mlacompile.passes.source import source_of
 from mlacompile.report import Product
 

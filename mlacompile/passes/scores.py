@@ -18,7 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
 
-from mlacompile.passes.axes import REARRANGE, Atom, Dims, broadcast_dims, labels, pull, shape_of
+from mlacompile.passes.axes import Atom, Dims, broadcast_dims, labels, shape_of
+from mlacompile.passes.pull import REARRANGE, pull
 
 aten = torch.ops.aten
 TOKENS = "T"

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 import mlacompile.ops.fp8_quantize  # noqa: F401  (registers the op that is looked for)
 from mlacompile.geometry import KVLayout
-from mlacompile.passes.axes import REARRANGE, shape_of
+from mlacompile.passes.axes import shape_of
+from mlacompile.passes.pull import REARRANGE
 from mlacompile.passes.recognize import MLASite
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -82,6 +82,31 @@ def _cuda_samples(step: Callable[[], Any], number: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
+    """Microseconds a call of ``calls``, captured one after another into one CUDA graph: the median of some replays.
+
+    Calls on different data, several times any L2 in all, find nothing cached. Each different call runs once before, so
+    that whatever it compiles is compiled.
+    """
+    for call in dict.fromkeys(calls):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) * 1e3 / len(calls))
+    return statistics.median(times)
 
 
 def free_memory() -> None:

@@ -90,7 +90,7 @@ def test_head_product_is_the_batched_product() -> None:
 
 
 def test_kernel_logic() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
     script = Path(__file__).with_name("interpreted_rows.py")
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -103,7 +103,7 @@ def _meta(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("gate", ["", "silu", "gelu", "gelu_tanh"])
 def test_rows_are_read_in_whole_pieces(gate: str) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
     from mlacompile.kernels.row_product.launch import launch
     from mlacompile.kernels.row_product.portable import _row_product_kernel
     from mlacompile.testing.sass import compile_for, table
@@ -120,7 +120,7 @@ def test_rows_are_read_in_whole_pieces(gate: str) -> None:
 
 @pytest.mark.parametrize("along_k", [False, True])
 def test_heads_are_read_in_whole_pieces(along_k: bool) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
     from mlacompile.kernels.head_product.launch import launch
     from mlacompile.kernels.head_product.portable import _head_product_kernel
     from mlacompile.testing.sass import compile_for, table

@@ -254,10 +254,7 @@ def compile_one(row: Row, contender: Contender) -> None:
 def precompile(work: list[tuple[Row, Contender]], workers: int) -> None:
     # What reaches the code: divisibility of the heads by 16, the number of queries, and how large a batch is.
     kinds = {
-        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, row.batch > 32, c.name.partition("@")[0]): (
-            row,
-            c,
-        )
+        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, row.batch > 32, c.name): (row, c)
         for row, c in work
     }
     context = multiprocessing.get_context("spawn")

@@ -317,6 +317,7 @@ def _mla_combine_kernel(
     i_row = tl.program_id(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     o_split = tl.arange(0, BLOCK_SPLITS)
     lse = tl.load(p_part_lse + o_split * n_rows + i_row, mask=o_split < n_splits, other=float("-inf"))

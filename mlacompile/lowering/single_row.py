@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mlacompile.kernels import registry
-from mlacompile.lowering.around_row import After, Norm, gate_after, gate_of, norm_before, sum_after
+from mlacompile.lowering.around_row import After, Norm, gate_after, gate_of, norm_before, sum_after, through_views
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
 
-#: Views by their schema that copy where they must.
+#: Views by their schema that copy what is not contiguous.
 _MAY_COPY = {aten.reshape.default, aten.contiguous.default}
 #: Below this many weight elements a launch costs more than the reading.
 SMALLEST = 1 << 18
@@ -41,6 +41,7 @@ def place_row_products(gm: GraphModule, constant: Collection[Node] = ()) -> int:
     for products in list(_by_row(gm)):
         norm = norm_before(products[0].x)
         early = products[0].node in behind and all(_is_view_of(p.weight, constant) for p in products)
+        early = early and not _of_heads(products[0].x)
         for call in _calls(products):
             placed += _place(call, norm, early) or (norm is not None and _place(call, None, early))
     return placed
@@ -80,15 +81,26 @@ def _behind_attention(gm: GraphModule) -> set[Node]:
     return behind
 
 
+def _of_heads(row: Node) -> bool:
+    """Whether a row is what the absorbed product after attention made.
+
+    That one begins while attention runs, and a second kernel that waits with its weights in registers takes the room of
+    what attention still has to launch: measured, it costs more than it gains (docs/kernels.md).
+    """
+    return through_views(row).target in (aten.bmm.default, torch.ops.mlacompile.head_product.default)
+
+
 def _is_view_of(node: Node, constant: Collection[Node]) -> bool:
     """Whether a weight is the very memory of one of these inputs: no kernel of the graph makes it."""
     while node not in constant:
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target in _MAY_COPY:
+        if not isinstance(node.target, torch._ops.OpOverload):
             return False
+        source: Any = node.args[0]
         alias = node.target._schema.arguments[0].alias_info
-        if alias is None or alias.is_write:
+        copies = node.target in _MAY_COPY and not source.meta["val"].is_contiguous()
+        if alias is None or alias.is_write or copies:
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = source
     return True
 
 

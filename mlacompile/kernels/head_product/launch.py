@@ -11,10 +11,10 @@ from mlacompile.kernels.head_product.portable import _head_product_kernel
 from mlacompile.kernels.mla_decode.supports import chains
 
 #: Elements of a tile, by measurement on an H100 (docs/kernels.md): 8 KB of 16-bit weights in flight a program of two
-#: warps, so that all programs of 128 heads fit on the device at once.
+#: warps, so that nearly all programs of 128 heads fit on the device at once.
 _TILE = 4096
 _LONGEST = 512  # elements of a tile's row along K
-_ACROSS = 64  # and of its column, where N is contiguous
+_ACROSS = 128  # and of its column, where N is contiguous
 
 
 def head_product_triton(x: Tensor, weight: Tensor, *, early: bool = False) -> Tensor:
@@ -37,7 +37,7 @@ def launch(
         "p_x": x, "p_w": weight, "p_out": out, "K": k, "N": n,
         "stride_xh": x.stride(0), "stride_wh": weight.stride(0), "stride_w": weight.stride(2 if along_k else 1),
         "BLOCK_N": block_n, "BLOCK_K": block_k, "ALONG_K": along_k,
-        "EARLY": early,
+        "WHOLE": k <= block_k, "EARLY": early,
     }  # fmt: skip
     options = {"num_warps": 2, **({"launch_pdl": True} if early else {})}
     return (triton.cdiv(n, block_n), heads), arguments, options

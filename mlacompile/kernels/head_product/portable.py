@@ -20,9 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def _head_product_kernel(
     p_x, p_w, p_out, K, N, stride_xh, stride_wh, stride_w,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALONG_K: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALONG_K: tl.constexpr, WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: column blocks, heads. stride_w: of the dimension of the matrix that is not contiguous."""
+    """Grid: column blocks, heads. stride_w: of the dimension that is not contiguous. WHOLE: K is a single step."""
     i, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
@@ -41,12 +42,13 @@ def _head_product_kernel(
         gdc_launch_dependents()
         gdc_wait()
     acc = _times(b_w, p_x, o_k, K, ALONG_K)
-    for k in range(BLOCK_K, K, BLOCK_K):
-        p += step
-        more = k + o_k < K
-        mask = m_n[:, None] & more[None, :] if ALONG_K else more[:, None] & m_n[None, :]
-        b_w = tl.load(p, mask=mask, other=0.0, eviction_policy="evict_first")
-        acc += _times(b_w, p_x, k + o_k, K, ALONG_K)
+    if not WHOLE:
+        for k in range(BLOCK_K, K, BLOCK_K):
+            p += step
+            more = k + o_k < K
+            mask = m_n[:, None] & more[None, :] if ALONG_K else more[:, None] & m_n[None, :]
+            b_w = tl.load(p, mask=mask, other=0.0, eviction_policy="evict_first")
+            acc += _times(b_w, p_x, k + o_k, K, ALONG_K)
     total = tl.sum(acc, 1 if ALONG_K else 0)
     tl.store(p_out + h * N + o_n, total.to(p_out.dtype.element_ty), mask=m_n)
 

@@ -102,7 +102,7 @@ def run_rows(model: str, product: Product, tiles: list[Tiles | None]) -> list[Ro
     added = random(1, product.ns[0]) if product.added else None
     pool = [[random(n, product.k) for n in product.ns] for _ in range(max(2, min(8, -(-COLD_BYTES // size))))]
     wide, around_wide = [w.double() for w in pool[0]], [None if t is None else t.double() for t in (norm, added)]
-    want = row_product_reference(x.double(), wide, *around_wide, eps=EPS, gate=product.gate)
+    want = row_product_reference(x.double(), wide, [], *around_wide, eps=EPS, gate=product.gate)
     turn = itertools.cycle(pool)
 
     def ours(choice: Tiles | None, weights: list[Tensor]) -> list[Tensor]:

@@ -45,7 +45,8 @@ def meta(m: int, n: int, k: int, heads: int, quantized: bool) -> tuple[Tensor, T
     [(1, 24576, 1536, 0, False), (1, 7168, 16384, 0, True), (2, 2112, 7168, 0, False), (1, 512, 128, 128, False)],
 )
 def test_few_rows_pass_nothing_through_shared_memory(m: int, n: int, k: int, heads: int, quantized: bool) -> None:
-    launch = rows_launch(*meta(m, n, k, heads, quantized))
+    x, x_descale, weight, descale, out = meta(m, n, k, heads, quantized)
+    launch = rows_launch(x, x_descale, [weight], [descale], [out])
     built = compile_for(launch.kernel, launch.arguments, launch.options)
     print(table([built]))
     assert built.spill_bytes == built.local_memory == 0

@@ -23,10 +23,10 @@ SHAPES = [(576, 7168), (24576, 1536), (2048, 10944), (7, 8), (1000, 2056), (33, 
 def test_reference_is_the_product() -> None:
     x, weight = torch.randn(1, 24), torch.randn(7, 24)
     other = torch.randn(5, 24)
-    got = row_product(x, [weight, other])
+    got = row_product(x, [weight, other], [])
     assert torch.equal(got[0], x @ weight.t())
     assert torch.equal(got[1], x @ other.t())
-    torch.library.opcheck(row_product, (x, [weight, other]))
+    torch.library.opcheck(row_product, (x, [weight, other], []))
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,16 @@ def test_reference_is_the_product() -> None:
 )
 def test_wrong_inputs_say_what_was_expected(x: torch.Tensor, weight: torch.Tensor) -> None:
     with pytest.raises(UnsupportedInputError, match=r"expected \[1, K\] and \[N, K\] of one dtype"):
-        row_product(x, [weight])
+        row_product(x, [weight], [])
 
 
 def test_kernel_says_why_not() -> None:
     weight = torch.ones(8, 12, dtype=torch.float32).t()
-    reasons = "; ".join(triton_reasons(torch.ones(1, 8), [weight]))
+    reasons = "; ".join(triton_reasons(torch.ones(1, 8), [weight], []))
     assert "float16 and bfloat16" in reasons
     assert "the kernel needs 1" in reasons
     with pytest.raises(UnsupportedInputError, match="cannot take these inputs"):
-        row_product(torch.ones(1, 8), [torch.ones(3, 8)], impl="triton")
+        row_product(torch.ones(1, 8), [torch.ones(3, 8)], [], impl="triton")
 
 
 def test_what_stands_around_a_product_is_part_of_it() -> None:
@@ -60,10 +60,10 @@ def test_what_stands_around_a_product_is_part_of_it() -> None:
         torch.ones(1, 7),
     )
     row = torch.nn.functional.rms_norm(x, (24,), g, 1e-3)
-    (got,) = row_product(x, [gate, up], g, residual, eps=1e-3, gate="silu")
+    (got,) = row_product(x, [gate, up], [], g, residual, eps=1e-3, gate="silu")
     want = torch.nn.functional.silu(row @ gate.t()) * (row @ up.t()) + residual
     torch.testing.assert_close(got, want)
-    torch.library.opcheck(row_product, (x, [gate, up], g, residual), {"eps": 1e-3, "gate": "silu"})
+    torch.library.opcheck(row_product, (x, [gate, up], [], g, residual), {"eps": 1e-3, "gate": "silu"})
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_what_stands_around_a_product_is_part_of_it() -> None:
 )
 def test_surroundings_that_do_not_fit(arguments: dict[str, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedInputError, match=message):
-        row_product(torch.ones(1, 8), [torch.ones(3, 8), torch.ones(4, 8)], **arguments, **settings)
+        row_product(torch.ones(1, 8), [torch.ones(3, 8), torch.ones(4, 8)], [], **arguments, **settings)
 
 
 def test_head_product_is_the_batched_product() -> None:
@@ -142,7 +142,7 @@ def test_heads_are_read_in_whole_pieces(along_k: bool) -> None:
 def test_parity(n: int, k: int, dtype: torch.dtype) -> None:
     x = torch.randn(1, k, device="cuda").to(dtype)
     weights = [torch.randn(rows, k + 8, device="cuda").to(dtype)[:, :k] for rows in (n, 7, 33)]  # rows lie apart
-    for got, weight in zip(row_product(x, weights, impl="triton"), weights, strict=True):
+    for got, weight in zip(row_product(x, weights, [], impl="triton"), weights, strict=True):
         want = x.double() @ weight.double().t()
         rounded = (x.float() @ weight.float().t()).to(dtype).double()
         # float32 sums rounded once: no farther from float64 than the float32 product rounded once, and half a unit
@@ -159,9 +159,9 @@ def test_parity_of_what_stands_around(gate: str, k: int) -> None:
     x, g = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((1, k), (k,)))
     weights = [(torch.randn(n, k, device="cuda") / k**0.5).to(dtype) for _ in range(2 if gate else 1)]
     residual = torch.randn(1, n, device="cuda").to(dtype)
-    (got,) = row_product(x, weights, g, residual, eps=1e-6, gate=gate, impl="triton")
+    (got,) = row_product(x, weights, [], g, residual, eps=1e-6, gate=gate, impl="triton")
     (want,) = row_product_reference(
-        x.double(), [w.double() for w in weights], g.double(), residual.double(), eps=1e-6, gate=gate
+        x.double(), [w.double() for w in weights], [], g.double(), residual.double(), eps=1e-6, gate=gate
     )
     # float32 throughout: k roundings of a sum of order one, then one of the result to 16 bits
     allowed = torch.finfo(dtype).eps * want.abs() + k * 2**-24 * 8

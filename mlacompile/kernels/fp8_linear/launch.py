@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,14 +19,15 @@ BLOCK_N = 64  # weight rows of a tile: what one wgmma takes
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Of the kernel for few rows. rows: of the weight, a thread. width: columns a thread and step. lanes, warps_k:
-    threads of a warp, and warps, that divide K among themselves."""
+    """Of the kernel for few rows. rows: of each weight, a thread. width: columns of a piece. lanes, warps_k: threads of
+    a warp, and warps, that divide K among themselves. unroll: pieces a thread and step."""
 
     rows: int
     width: int
     lanes: int
     warps: int
     warps_k: int
+    unroll: int = 1
 
     @property
     def block_n(self) -> int:
@@ -35,7 +37,7 @@ class RowTiles:
     @property
     def step(self) -> int:
         """Columns of a step."""
-        return self.width * self.lanes * self.warps_k
+        return self.width * self.lanes * self.warps_k * self.unroll
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def choose_row_tiles(m: int, n: int, k: int) -> RowTiles:
+def choose_row_tiles(m: int, n: int, k: int, *, gate: bool = False) -> RowTiles:
     """Tiles for m rows by one weight [n, k], by measurement on an H100 (docs/kernels.md): long rows want more warps in
     step, few rows too."""
     width = 16 if m == 1 else 8
@@ -95,7 +97,7 @@ def fp8_linear_rows(
 ) -> Tensor:  # fmt: skip
     """The op by the kernel for few rows, for inputs that ``rows_reasons`` has nothing against."""
     out = x.new_empty((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
-    rows_launch(x, x_descale, weight, weight_descale, out, tiles)()
+    rows_launch(x, x_descale, [weight], [weight_descale], [out], tiles)()
     return out
 
 
@@ -111,19 +113,28 @@ def fp8_linear_tiles(
 
 
 def rows_launch(
-    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor,
-    tiles: RowTiles | None = None,
+    x: Tensor, x_descale: Tensor | None, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Sequence[Tensor],
+    tiles: RowTiles | None = None, *, norm: Tensor | None = None, added: Tensor | None = None, eps: float = 0.0,
+    gate: str = "",
 ) -> Launch:  # fmt: skip
-    """The launch of the kernel for few rows. Meta tensors do, to compile without a GPU."""
+    """The launch of the kernel for few rows, for one or two weights, with what stands around them as in
+    ``row_product``. Meta tensors do, to compile without a GPU."""
     from mlacompile.kernels.fp8_linear.rows import _fp8_rows_kernel
 
-    m, (n, k) = x.shape[-2], weight.shape[-2:]
-    tiles = tiles or choose_row_tiles(m, n, k)
-    arguments = _common(x, x_descale, weight, weight_descale, out) | {
+    m, k = x.shape[-2:]
+    rows = [w.shape[-2] for w in weights]
+    tiles = tiles or choose_row_tiles(m, sum(rows), k, gate=bool(gate))
+    if gate:
+        rows = rows[:1]
+    arguments = _common(x, x_descale, weights[0], descales[0], out[0]) | {
+        "p_w2": weights[-1], "p_descale2": descales[-1], "p_out2": out[-1], "N2": rows[-1],
+        "stride_wn2": weights[-1].stride(-2), "stride_sn2": descales[-1].stride(-2),
+        "p_g": norm, "p_added": added, "eps": eps,
         "ROWS": _power(m), "ROWS_A_THREAD": tiles.rows, "WIDTH": tiles.width, "LANES": tiles.lanes,
-        "WARPS_K": tiles.warps_k, "EVEN_K": k % tiles.step == 0,
+        "WARPS_K": tiles.warps_k, "UNROLL": tiles.unroll, "EVEN_K": k % tiles.step == 0, "TWO": len(rows) == 2,
+        "GATE": gate,
     }  # fmt: skip
-    grid = (-(-n // tiles.block_n), weight.shape[0] if weight.dim() == 3 else 1)
+    grid = (sum(-(-n // tiles.block_n) for n in rows), weights[0].shape[0] if weights[0].dim() == 3 else 1)
     return Launch(_fp8_rows_kernel, grid, arguments, {"num_warps": tiles.warps})
 
 

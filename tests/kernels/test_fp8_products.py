@@ -71,7 +71,7 @@ def test_tiles_run_on_wgmma(m: int, n: int, k: int, heads: int, quantized: bool,
     print(table([main, *rest]))
     assert main.counts[product] > 0
     assert main.counts["HMMA"] == 0
-    assert main.counts["LDGSTS"] > 0, "tiles should come by cp.async"
+    assert main.counts["UTMALDG"] > 0, "tiles should come by TMA"
     assert main.spill_bytes == main.local_memory == main.serialized == 0
     assert len(rest) == (n < 4096 and not heads), "K is divided where one weight has few tiles"
 
@@ -80,6 +80,7 @@ def test_tiles_fill_the_gpu() -> None:
     assert choose_tiles(16, 24576, 1536, 1, 132).parts == 1
     assert choose_tiles(16, 2112, 7168, 1, 132).parts == 4
     assert choose_tiles(16, 2112, 512, 1, 132).parts == 1, "short rows are not worth a second kernel"
+    assert choose_tiles(64, 7168, 16384, 1, 132).parts == 2, "56 tiles would leave half of it idle"
     assert choose_row_tiles(1, 512, 128).lanes == 8, "rows of 128 values leave lanes for other rows"
 
 

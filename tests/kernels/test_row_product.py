@@ -14,8 +14,10 @@ from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels.head_product.supports import triton_reasons as head_reasons
-from mlacompile.kernels.row_product.supports import triton_reasons
+from mlacompile.kernels.row_product.supports import fp8_reasons, triton_reasons
 from mlacompile.ops import head_product, row_product, row_product_reference
+from mlacompile.ops.fp8_linear import fp8_dequantize_weight
+from mlacompile.testing.scaled import KINDS, make_product
 
 SHAPES = [(576, 7168), (24576, 1536), (2048, 10944), (7, 8), (1000, 2056), (33, 24)]
 
@@ -64,6 +66,27 @@ def test_what_stands_around_a_product_is_part_of_it() -> None:
     want = torch.nn.functional.silu(row @ gate.t()) * (row @ up.t()) + residual
     torch.testing.assert_close(got, want)
     torch.library.opcheck(row_product, (x, [gate, up], [], g, residual), {"eps": 1e-3, "gate": "silu"})
+
+
+def test_weights_in_fp8_are_what_they_stand_for() -> None:
+    first, second = (make_product(1, 200, 144, dtype=torch.float32, seed=seed) for seed in (0, 7))
+    weights, descales = [first.weight, second.weight], [first.weight_descale, second.weight_descale]
+    g = torch.randn(144)
+    wide = [fp8_dequantize_weight(w, s, torch.float32) for w, s in zip(weights, descales, strict=True)]
+    for settings in ({"eps": 1e-6}, {"eps": 1e-6, "gate": "gelu"}):
+        got = row_product(first.x, weights, descales, g, **settings)
+        for one, other in zip(got, row_product(first.x, wide, [], g, **settings), strict=True):
+            assert torch.equal(one, other)
+    # Not its schema: that test computes with its inputs, and PyTorch multiplies no FP8 on a CPU.
+    torch.library.opcheck(
+        row_product, (first.x, weights, descales, g), {"eps": 1e-6}, test_utils="test_faketensor"
+    )
+    with pytest.raises(UnsupportedInputError, match="1 scales for 2 weights"):
+        row_product(first.x, weights, descales[:1])
+    with pytest.raises(UnsupportedInputError, match=r"expected torch.float8_e4m3fn.*\[2, 2\]"):
+        row_product(first.x, weights, [descales[0], descales[1][:1]])
+    assert "takes those of the dtype of x" in "; ".join(triton_reasons(first.x, weights, descales))
+    assert fp8_reasons(first.x, wide, []) == ["weights have no scales, the kernel takes FP8"]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +141,26 @@ def test_rows_are_read_in_whole_pieces(gate: str) -> None:
     assert built.counts["LDG.128"] * 16 * 32 * options["num_warps"] >= 2 * arguments["BLOCK_N"] * arguments["BLOCK_K"]
 
 
+@pytest.mark.parametrize("gate", ["", "silu", "gelu", "gelu_tanh"])
+def test_rows_in_fp8_pass_nothing_through_shared_memory(gate: str) -> None:
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
+    from mlacompile.kernels.fp8_linear.launch import choose_row_tiles, rows_launch
+    from mlacompile.testing.sass import compile_for, table
+
+    weights = [torch.empty(4096, 7168, dtype=torch.float8_e4m3fn, device="meta") for _ in range(2)]
+    descales = [torch.empty(32, 56, device="meta") for _ in weights]
+    out = [_meta(1, 4096) for _ in (weights[:1] if gate else weights)]
+    added = _meta(1, 4096) if gate else None
+    launch = rows_launch(_meta(1, 7168), None, weights, descales, out, norm=_meta(7168), added=added, eps=1e-6, gate=gate)
+    built = compile_for(launch.kernel, launch.arguments, launch.options, capability=90, name=f"row_product, FP8 {gate}")
+    print(table([built]))
+    assert built.local_memory == built.spill_bytes == 0
+    assert built.registers <= 128
+    assert built.smem <= 256 * launch.options["num_warps"], "only sums pass through shared memory"
+    tiles = choose_row_tiles(1, 8192, 7168, gate=bool(gate))
+    assert built.counts["FFMA"] >= 2 * tiles.rows * tiles.unroll * (tiles.width - 1), "one instruction a product"
+
+
 @pytest.mark.parametrize("along_k", [False, True])
 def test_heads_are_read_in_whole_pieces(along_k: bool) -> None:
     pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
@@ -166,6 +209,36 @@ def test_parity_of_what_stands_around(gate: str, k: int) -> None:
     # float32 throughout: k roundings of a sum of order one, then one of the result to 16 bits
     allowed = torch.finfo(dtype).eps * want.abs() + k * 2**-24 * 8
     assert ((got.double() - want).abs() <= allowed).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8"
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("n", "k"), [(2112, 7168), (300, 1536), (1000, 2064), (130, 18432)])
+def test_parity_of_fp8(n: int, k: int, gate: str, kind: str) -> None:
+    products = [make_product(1, n, k, kind=kind, device="cuda", seed=seed) for seed in (0, 7)]
+    x, weights, descales = products[0].x, [p.weight for p in products], [p.weight_descale for p in products]
+    wide = [fp8_dequantize_weight(w, s, torch.float64) for w, s in zip(weights, descales, strict=True)]
+    g = torch.randn(k, device="cuda").bfloat16()
+    residual = torch.randn(1, n, device="cuda").bfloat16() if gate else None
+    got = row_product(x, weights, descales, g, residual, eps=1e-6, gate=gate, impl="gluon")
+    row = x.double() * torch.rsqrt(x.double().square().mean() + 1e-6) * g.double()
+    added = None if residual is None else residual.double()
+    want = row_product_reference(row, wide, [], None, added, eps=0.0, gate=gate)
+    # Sums in float32, in any order, of products scaled twice, and a norm: relative to the sum of their sizes.
+    terms = (k + 16) * 2.0**-23
+    sums, sizes = [row @ w.t() for w in wide], [row.abs() @ w.abs().t() for w in wide]
+    if gate:  # no activation is steeper than 1.13, nor larger than what goes in
+        bounds = [terms * (1.13 * sizes[0] * (sums[1].abs() + terms * sizes[1]) + sums[0].abs() * sizes[1])]
+        bounds[0] += (sums[0] * sums[1]).abs() * 2.0**-20  # exp and erf
+    else:
+        bounds = [terms * size for size in sizes]
+    for one, exact, bound in zip(got, want, bounds, strict=True):
+        assert one.isfinite().all()
+        assert ((one.double() - exact).abs() <= bound + exact.abs() * 2.0**-8 * 1.01).all()
 
 
 @pytest.mark.gpu

@@ -78,9 +78,7 @@ def test_weights_in_fp8_are_what_they_stand_for() -> None:
         for one, other in zip(got, row_product(first.x, wide, [], g, **settings), strict=True):
             assert torch.equal(one, other)
     # Not its schema: that test computes with its inputs, and PyTorch multiplies no FP8 on a CPU.
-    torch.library.opcheck(
-        row_product, (first.x, weights, descales, g), {"eps": 1e-6}, test_utils="test_faketensor"
-    )
+    torch.library.opcheck(row_product, (first.x, weights, descales, g), {"eps": 1e-6}, test_utils="test_faketensor")
     with pytest.raises(UnsupportedInputError, match="1 scales for 2 weights"):
         row_product(first.x, weights, descales[:1])
     with pytest.raises(UnsupportedInputError, match=r"expected torch.float8_e4m3fn.*\[2, 2\]"):
@@ -151,13 +149,15 @@ def test_rows_in_fp8_pass_nothing_through_shared_memory(gate: str) -> None:
     descales = [torch.empty(32, 56, device="meta") for _ in weights]
     out = [_meta(1, 4096) for _ in (weights[:1] if gate else weights)]
     added = _meta(1, 4096) if gate else None
-    launch = rows_launch(_meta(1, 7168), None, weights, descales, out, norm=_meta(7168), added=added, eps=1e-6, gate=gate)
+    launch = rows_launch(
+        _meta(1, 7168), None, weights, descales, out, norm=_meta(7168), added=added, eps=1e-6, gate=gate
+    )
     built = compile_for(launch.kernel, launch.arguments, launch.options, capability=90, name=f"row_product, FP8 {gate}")
     print(table([built]))
     assert built.local_memory == built.spill_bytes == 0
     assert built.registers <= 128
     assert built.smem <= 256 * launch.options["num_warps"], "only sums pass through shared memory"
-    tiles = choose_row_tiles(1, 8192, 7168, gate=bool(gate))
+    tiles = choose_row_tiles(1, 8192, 7168, norm=True, gate=bool(gate))
     assert built.counts["FFMA"] >= 2 * tiles.rows * tiles.unroll * (tiles.width - 1), "one instruction a product"
 
 

@@ -68,7 +68,9 @@ def test_a_step_of_one_sequence_on_weights_in_fp8(monkeypatch: pytest.MonkeyPatc
         with torch.no_grad():
             logits.append(run(input_ids=tokens, past_key_values=cache).logits)
     calls = list(graphs[0].graph.find_nodes(op="call_function", target=torch.ops.mlacompile.row_product.default))
-    shapes = [(len(c.args[1]), len(c.args[2]), c.args[3] is not None, c.args[4] is not None, c.kwargs["gate"]) for c in calls]
+    shapes = [
+        (len(c.args[1]), len(c.args[2]), c.args[3] is not None, c.args[4] is not None, c.kwargs["gate"]) for c in calls
+    ]
     layer = [(2, 2, True, False, ""), (1, 1, True, False, ""), (1, 1, False, True, ""), (2, 2, True, False, "silu")]
     assert shapes == [*layer, (1, 1, False, True, "")] * 2 + [(1, 0, True, False, "")]
     heads_only = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.mlacompile.fp8_linear.default)

@@ -64,7 +64,7 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def choose_row_tiles(m: int, n: int, k: int, *, gate: bool = False) -> RowTiles:
+def choose_row_tiles(m: int, n: int, k: int, *, norm: bool = False, gate: bool = False) -> RowTiles:
     """Tiles for m rows by weights of n rows in all and k columns, by measurement on an H200, for two rows on an H100
     (docs/kernels.md): few rows in many warps, so that all of them are read at once."""
     if m > 1:
@@ -77,7 +77,7 @@ def choose_row_tiles(m: int, n: int, k: int, *, gate: bool = False) -> RowTiles:
     if gate:
         return RowTiles(2, 16, 32, 2, 2)
     if n >= 4096:
-        return RowTiles(4, 16, 32, 2, 2, unroll=2)
+        return RowTiles(4, 16, 32, 2, 2, unroll=1 if norm else 2)
     if k >= 4096:
         return RowTiles(4, 16, 32, 8, 8)
     return RowTiles(4 if n >= 3072 else 2, 16, 32, 4, 4)
@@ -133,7 +133,7 @@ def rows_launch(
 
     m, k = x.shape[-2:]
     rows = [w.shape[-2] for w in weights]
-    tiles = tiles or choose_row_tiles(m, sum(rows), k, gate=bool(gate))
+    tiles = tiles or choose_row_tiles(m, sum(rows), k, norm=norm is not None, gate=bool(gate))
     if gate:
         rows = rows[:1]
     (xb, xm, _), (xsb, xsm, xsk), (wb, wn, _), (sb, sn, _) = map(

@@ -4,9 +4,9 @@
 
 ``wgmma`` wants 64 rows or more on its left and as few as 8 columns on its right, so the weight, which has many rows,
 goes to the left and few rows of x waste nothing. Both come by TMA, which leaves registers for more programs an SM and
-reads zeros beyond the edges. Each step is a product of its own, scaled and added in float32: the
-tensor cores' own sum of FP8 products keeps fewer bits, and one of 128 terms is short enough for that not to matter. x
-that is not quantized meets the weight in its own 16 bits, which hold every e4m3 value exactly.
+reads zeros beyond the edges. Each step is a product of its own, scaled and added in float32: the tensor cores' own sum
+of FP8 products keeps fewer bits, and one of 128 terms is short enough for that not to matter. x that is not quantized
+meets the weight in its own 16 bits, which hold every e4m3 value exactly.
 
 Where one weight has too few tiles to keep all memory channels busy, K is divided too, and a second kernel adds the
 parts in a fixed order.

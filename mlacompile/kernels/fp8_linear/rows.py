@@ -3,8 +3,8 @@
     program:  BLOCK_N rows of one weight (GATE: of both), all of K in steps of UNROLL pieces a thread
 
 Written in Gluon for its layouts alone: a thread multiplies the columns that it loads itself, of the weight and of x, so
-that nothing passes through shared memory until the sum over threads at the end. A piece lies in one block of 128: its 16
-products are summed first, and the sum multiplied by the scale. So a thread keeps one sum for each of its rows and
+that nothing passes through shared memory until the sum over threads at the end. A piece lies in one block of 128: its
+16 products are summed first, and the sum multiplied by the scale. So a thread keeps one sum for each of its rows and
 pieces, and its registers are left for loads in flight, which are what reads memory fast.
 
 Two weights that multiply the same row share a launch. A norm is a factor that every program finds for itself: the sum

@@ -86,15 +86,23 @@ def choose_row_tiles(m: int, n: int, k: int, *, norm: bool = False, gate: bool =
 def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
     """Tiles for m rows by [n, k], one weight or one a head, by measurement on an H200 (docs/kernels.md).
 
-    K is divided where there are fewer tiles than SMs. Where there are more, they share an SM, and its shared memory.
+    K is divided where there are fewer tiles than fit on the device at once: with up to 16 rows of x five an SM, with
+    more one, which then has the shared memory for itself.
     """
     block_m = min(128, max(16, _power(m)))
     block_n = 128 if block_m == 64 and heads == 1 and n >= 4096 else 64
+    room = 5 * sms if block_m == 16 else sms
     programs = -(-n // block_n) * -(-m // block_m) * heads
     parts = 1
-    while heads == 1 and programs * parts * 2 <= sms and k // (parts * 2) >= 8 * SCALE_GROUP:
+    while heads == 1 and programs * parts * 2 <= room and k // (parts * 2) >= 8 * SCALE_GROUP:
         parts *= 2
-    return Tiles(block_m, block_n, 4, 3 if programs * parts > sms or k <= 4 * SCALE_GROUP else 5, parts)
+    if k <= 4 * SCALE_GROUP:
+        stages = 3
+    elif block_m == 16:
+        stages = 4
+    else:
+        stages = 3 if programs * parts > sms else 5
+    return Tiles(block_m, block_n, 4, stages, parts)
 
 
 def _power(n: int) -> int:

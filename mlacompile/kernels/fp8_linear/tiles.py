@@ -53,8 +53,6 @@ def _fp8_tiles_kernel(
             p_x_descale += i_z.to(tl.int64) * stride_xsb
         p_x_descale += tl.minimum(o_m, M - 1).to(tl.int64) * stride_xsm
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if p_x_descale is not None:
-        factors = tl.load(p_descale + begin // 128) * tl.load(p_x_descale + (begin // 128) * stride_xsk)
     for k in tl.range(begin, end, 128, num_stages=STAGES):
         if BY_HEAD:
             b_w = d_w.load([i_z, i_n * BLOCK_N, k]).reshape(BLOCK_N, 128)
@@ -62,14 +60,12 @@ def _fp8_tiles_kernel(
         else:
             b_w = d_w.load([i_n * BLOCK_N, k])
             b_x = d_x.load([i_m * BLOCK_M, k])
+        factor = tl.load(p_descale + k // 128)
         if p_x_descale is not None:
-            # One step ahead: with 128 rows, waiting for them costs more than the product.
-            ahead = tl.minimum(k + 128, end - 1) // 128
-            coming = tl.load(p_descale + ahead) * tl.load(p_x_descale + ahead * stride_xsk)
-            acc += tl.dot(b_w, b_x.T) * factors[None, :]
-            factors = coming
+            x_descale = tl.load(p_x_descale + (k // 128) * stride_xsk)
+            acc += tl.dot(b_w, b_x.T) * (x_descale * factor)[None, :]
         else:
-            acc += tl.dot(_widened(b_w, b_x.dtype), b_x.T) * tl.load(p_descale + k // 128)
+            acc += tl.dot(_widened(b_w, b_x.dtype), b_x.T) * factor
     p_out += i_z.to(tl.int64) * stride_ob + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
     tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_m < M)[None, :])
 

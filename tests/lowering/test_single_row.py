@@ -76,7 +76,7 @@ def test_products_of_one_row_are_one_call() -> None:
     x, one, other = gm.graph.find_nodes(op="placeholder")
     assert place_row_products(gm) == 2
     (call,) = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
-    assert call.args == (x, [one, other], None, None)
+    assert call.args == (x, [one, other], [], None, None)
 
 
 def _rms_like_llama(x: Tensor, g: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ def test_a_layer_is_its_products(norm: Callable[[Tensor, Tensor], Tensor]) -> No
     gm.graph.lint()
     first, second = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
     assert first.kwargs == {"eps": 1e-5, "gate": "silu", "early": False, "impl": "triton"}
-    assert first.args[2] is not None
-    assert second.args[3] is not None
+    assert first.args[3] is not None
+    assert second.args[4] is not None
     small = {torch.ops.aten.add.Tensor, torch.ops.aten._to_copy.default}  # 1 + g
     assert _left(gm) - small == {ROW_PRODUCT}
 
@@ -123,7 +123,7 @@ def test_what_only_looks_like_a_norm_stays(unlike: Callable[[Tensor, Tensor], Te
     gm = _traced(lambda x, g, w: unlike(x, g).to(x.dtype) @ w.t(), (1, 1024), (1024,), (2048, 1024))
     assert place_row_products(gm) == 1
     (call,) = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
-    assert call.args[2] is None
+    assert call.args[3] is None
 
 
 @pytest.mark.usefixtures("_any_kernel")
@@ -135,20 +135,20 @@ def test_what_is_used_twice_stays() -> None:
     gm = _traced(twice, (1, 1024), (1, 2048), (2048, 1024), (2048, 1024))
     assert place_row_products(gm) == 2
     (call,) = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
-    assert call.args[3] is None
+    assert call.args[4] is None
     assert call.kwargs["gate"] == ""
 
 
 @pytest.mark.usefixtures("_any_kernel")
 def test_a_kernel_that_takes_no_norm_is_asked_without(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Kernel(
-        "plain", "any", lambda x, w, norm, added, **_: ["no norms"] if norm is not None else [], lambda *_: None
+        "plain", "any", lambda x, w, s, norm, added, **_: ["no norms"] if norm is not None else [], lambda *_: None
     )
     monkeypatch.setattr(registry, "kernels", lambda _: (plain,))
     gm = _traced(lambda x, g, w: _rms_like_llama(x, g) @ w.t(), (1, 1024), (1024,), (2048, 1024))
     assert place_row_products(gm) == 1
     (call,) = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
-    assert call.args[2] is None
+    assert call.args[3] is None
 
 
 def test_a_part_that_lies_otherwise_is_still_viewed() -> None:

@@ -17,7 +17,7 @@ from mlacompile.options import Options
 from mlacompile.passes.absorb import Maps, add_bias, finish, latent_of, scaled
 from mlacompile.passes.axes import BATCH
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.probe import Plain, UpProjection
+from mlacompile.passes.maps import Plain, UpProjection
 from mlacompile.passes.recognize import MLASite
 from mlacompile.passes.visibility import emit_arguments, understand
 

@@ -8,6 +8,7 @@ from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
 from mlacompile.lowering.single_row import place_head_products, place_row_products
+from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
 
 
@@ -29,6 +30,7 @@ def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[st
         if placed := place_row_products(gm) + place_head_products(gm):
             notes.append(f"{placed} products with a single row read their weights by kernels made for that")
     gm.graph.eliminate_dead_code()
+    store_before_spreading(gm)
     gm.graph.lint()
     gm.recompile()
     return chosen

@@ -28,6 +28,7 @@ from mlacompile.visible import visible_tokens
 #: out ``[B, H, S, V]`` and lse ``[B, H, S]``
 Part: TypeAlias = tuple[Tensor, Tensor]
 _EXPANDED_AT_ONCE = 1 << 30  # bytes of keys and values; longer chunks of fewer rows cost less to merge
+_WORD = torch.int64
 _MERGED_AT_ONCE = 64 << 20  # bytes of float32 copies that merging two results may need
 
 
@@ -107,7 +108,7 @@ def mla_prefill_chunked(
     groups = list(_alike(windows, q.shape[0], _rows_at_once(call)))
     if len(groups) == 1:
         return _joined(_rows(call, sees, groups[0][1]))
-    out = q.new_empty(*q.shape[:3], w_uv.shape[1])
+    out = _empty_by_token(call)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     for batch, window in groups:
         out[batch], lse[batch] = _joined(_rows(call.rows(batch), sees.rows(batch), window))
@@ -269,7 +270,7 @@ def _merged(call: _Call, spans: list[_Span]) -> Part:
 def _nothing(call: _Call) -> Part:
     """The result of queries that see nothing."""
     b, h, s, _ = call.q.shape
-    out = call.q.new_zeros(b, h, s, call.w_uv.shape[1])
+    out = _empty_by_token(call).zero_()
     lse_dtype = torch.promote_types(call.q.dtype, torch.float32)
     return out, call.q.new_full((b, h, s), -math.inf, dtype=lse_dtype)
 
@@ -280,7 +281,13 @@ def _joined(parts: Iterator[Part]) -> Part:
     if len(found) == 1:
         return found[0]
     out, lse = zip(*found, strict=True)
-    return torch.cat(out, 2), torch.cat(lse, 2)
+    return torch.cat([x.transpose(1, 2) for x in out], 1).transpose(1, 2), torch.cat(lse, 2)
+
+
+def _empty_by_token(call: _Call) -> Tensor:
+    """An output that lies in memory token by token, as the op returns it."""
+    b, h, s, _ = call.q.shape
+    return call.q.new_empty(b, s, h, call.w_uv.shape[1]).transpose(1, 2)
 
 
 def _merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
@@ -322,8 +329,20 @@ class _Buffers:
         torch.bmm(rows, call.w_uv.transpose(1, 2), out=v.transpose(0, 1))
         k, v = (x.view(batch, tokens, heads, -1) for x in (k, v))
         if rotary is not None:
-            k[..., call.pe_at : call.pe_at + rotary.shape[2]] = rotary.unsqueeze(2)
+            _copy_to_heads(k[..., call.pe_at : call.pe_at + rotary.shape[2]], rotary)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _copy_to_heads(k: Tensor, rotary: Tensor) -> None:
+    """``rotary [B, C, P]`` to every head of ``k [B, C, H, P]``; eight bytes at a time where they lie so."""
+    if _of_words(k) and _of_words(rotary):
+        k, rotary = k.view(_WORD), rotary.view(_WORD)
+    k.copy_(rotary.unsqueeze(2))
+
+
+def _of_words(x: Tensor) -> bool:
+    steps = (*x.stride()[:-1], x.shape[-1], x.storage_offset())
+    return x.stride(-1) == 1 and all(step * x.element_size() % _WORD.itemsize == 0 for step in steps)
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

@@ -87,6 +87,7 @@ def mla_prefill(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    bounds: Tensor | None = None,
     *,
     scale: float,
     causal: bool,
@@ -104,6 +105,7 @@ def mla_prefill(
         mask, start, length, causal: what a query sees, as ``mla_decode`` has it. What no query of a batch row sees
             never reaches a result, NaN or not.
         chunk: tokens expanded at a time. absorb_up_to: with no more queries than this, attend to the latent itself.
+        bounds: what ``visible_bounds`` makes of mask, start and length, where it was read before; None: read now.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
         out ``[B, H, S, V]`` in the dtype of q, in memory ``[B, S, H, V]``, and lse ``[B, H, S]`` in float32; 0 and
@@ -118,7 +120,7 @@ def mla_prefill(
         if impl in ("auto", kernel.name):
             reasons = kernel.supports(*tensors, **settings)
             if not reasons:
-                out, lse = kernel.run(*tensors, **settings, absorb_up_to=absorb_up_to)
+                out, lse = kernel.run(*tensors, **settings, absorb_up_to=absorb_up_to, bounds=bounds)
                 return _by_token(out), lse.to(torch.float32).contiguous()
             if impl == kernel.name:
                 raise UnsupportedInputError(
@@ -143,6 +145,7 @@ def _mla_prefill_fake(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    bounds: Tensor | None = None,
     *,
     scale: float,
     causal: bool,

@@ -105,3 +105,16 @@ def test_keys_without_such_a_latent_are_an_error(near: str, kinds: dict[str, Any
     step = torch.compile(Old(near=near).eval(), backend=backend, options=OPTIONS)
     with torch.no_grad(), pytest.raises(Exception, match=rf"cannot be told: .*{reason}.*Use StaticCache"):
         step(torch.randn(2, 3, HIDDEN), torch.arange(3), cache)
+
+
+def test_the_batch_is_static() -> None:
+    """Each is compiled for itself, and asking for a symbolic one is an error."""
+    step = torch.compile(Old().eval(), backend=backend, options=OPTIONS)
+    with torch.no_grad():
+        for batch in (2, 3, 4):
+            step(torch.randn(batch, 3, HIDDEN), torch.arange(3), latent_cache(batch))
+            assert (last_report().absorbed, last_report().refused) == (2, 0)
+        x = torch.randn(5, 3, HIDDEN)
+        torch._dynamo.mark_dynamic(x, 0)
+        with pytest.raises(Exception, match="specialized it to be a constant"):
+            step(x, torch.arange(3), latent_cache(5))

@@ -226,7 +226,8 @@ def rates(rows: list[Row], hardware: Hardware, dtype: str) -> dict[str, float]:
             sizes: dict[str, Any] = {"batch": 1, "queries": row.queries, "context": row.context, "dtype": dtype}
             total = predict(form, g, hardware=hardware, **sizes)
             width = 2 * g.rank + g.rope if kind == "latent" else g.nope + g.rope + g.v
-            pairs = row.queries * (row.context - (row.queries - 1) / 2)
+            hidden = 0 if kind == "latent" else (row.queries - 1) / 2  # of each query, on average, and not computed
+            pairs = row.queries * (row.context - hidden)
             attention = 2 * g.heads * pairs * width
             rest = total.seconds - attention / hardware.rate(kind, dtype)
             found[kind] = attention / max(row.us * 1e-6 - rest, 1e-9) / hardware.rate("matmul", dtype)
@@ -314,7 +315,7 @@ def _arguments() -> argparse.Namespace:
         "--shapes", default=["v3", "v2-lite"], type=lambda text: text.split(","), help=", ".join(SHAPES)
     )
     parser.add_argument("--contexts", default=[1024, 8192, 32768], **numbers)  # type: ignore[arg-type]
-    parser.add_argument("--queries", default=[1, 4, 16, 64, 256, 1024, 4096], **numbers)  # type: ignore[arg-type]
+    parser.add_argument("--queries", default=[1, 4, 16, 64, 256, 512, 1024, 4096], **numbers)  # type: ignore[arg-type]
     parser.add_argument("--hardware", help="rates for the prediction: a name of the table or a TOML file")
     parser.add_argument(
         "--from", dest="earlier", type=Path, help="JSON of an earlier run: its times, and predictions by today's rates"

@@ -2,10 +2,11 @@
 
     slice(cat([a, b]), where b lies)            →  b
     clone(x), contiguous, of a contiguous x     →  x
+    clone(permute(clone(x)))                    →  clone(permute(x))
     bmm(a [B, M, 1], b [B, 1, N])               →  a · b, elementwise: rotary angles are such an outer product
 
-Inductor would run a kernel for each of the first two wherever an op that it does not fuse reads the result, and a
-library's matrix product for the last.
+Inductor would run a kernel for each of the first three wherever an op that it does not fuse reads or writes there, and
+a library's matrix product for the last.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def tidy(gm: GraphModule) -> int:
     """Take such moves out of a functional graph, and make such products elementwise; returns how many."""
     taken = 0
     returned = set(gm.graph.output_node().all_input_nodes)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.clone.default):
+        taken += _copied_twice(node)
     for node in gm.graph.nodes:
         same = _same(node)
         if same is not None and node not in returned:
@@ -51,6 +54,22 @@ def _same(node: Node) -> Node | None:
     source: Any = node.args[0]
     fixed = not any(isinstance(s, torch.SymInt) for s in source.meta["val"].shape)
     return source if source.op == "call_function" and fixed and source.meta["val"].is_contiguous() else None
+
+
+def _copied_twice(node: Node) -> bool:
+    """Let a copy read what another copy was made of, if only axes changed places in between."""
+    source: Any = node.args[0]
+    moves: list[Node] = []
+    while source.target in (aten.permute.default, aten.transpose.int):
+        moves.append(source)
+        source = source.args[0]
+    if not moves or source.target is not aten.clone.default or node.kwargs.get("memory_format") is None:
+        return False
+    emit, now = Emitter(node), source.args[0]
+    for move in reversed(moves):
+        now = emit(move.target, now, *move.args[1:])
+    node.replace_input_with(moves[0], now)
+    return True
 
 
 def _part(node: Node) -> Node | None:

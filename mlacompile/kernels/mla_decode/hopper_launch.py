@@ -168,17 +168,17 @@ def _in_place(
 def _merge(
     partial: Tensor, partial_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor, plan: HopperPlan, shape: Shape
 ) -> Launch:
-    """Each thread has up to sixteen loads in flight, which hides the latency of L2.
+    """Each thread has about eight loads in flight, and all of a row's partials are on their way at once.
 
-    Few partials of a row are summed by one warp. Many are divided among the warps, and the row along its columns. Many
-    rows, most of which are whole, get few programs each.
+    Few partials of a row are summed by one warp, a thread for each eight columns. Many are divided among threads and
+    warps, and the row along its columns. Many rows, most of which are whole, get few programs each.
     """
     width = max(next_power_of_2(shape.rank), 64)
     slots = min(next_power_of_2(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
     warps = 8 if slots > 64 else 4
     across = warps if slots > 8 else 1
-    block_c = min(width, 512 if slots <= 4 else 256)
-    rows = warps // across * (32 // min(block_c // 8, 32))
+    block_c = min(width, 512 if slots <= 4 else 256 if slots <= 8 else 64)
+    rows = warps // across
     chunks = -(-shape.rank // block_c)
     groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))
     arguments = {

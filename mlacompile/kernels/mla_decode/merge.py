@@ -29,7 +29,7 @@ def _mla_merge_kernel(
     """
     lanes: gl.constexpr = min(BLOCK_C // 8, 32)
     layout: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 8], [32 // lanes, 1, lanes], [num_warps // ACROSS, ACROSS, 1], [2, 1, 0]
+        [1, 1, 8], [1, 32 // lanes, lanes], [num_warps // ACROSS, ACROSS, 1], [2, 1, 0]
     )
     by_slot: gl.constexpr = gl.SliceLayout(2, layout)
     by_column: gl.constexpr = gl.SliceLayout(1, layout)

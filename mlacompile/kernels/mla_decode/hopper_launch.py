@@ -168,7 +168,7 @@ def _in_place(
 def _merge(
     partial: Tensor, partial_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor, plan: HopperPlan, shape: Shape
 ) -> Launch:
-    """Each thread has about eight loads in flight, and all of a row's partials are on their way at once.
+    """Each thread has four to eight loads in flight, and all of a row's partials are on their way at once.
 
     Few partials of a row are summed by one warp, a thread for each eight columns. Many are divided among threads and
     warps, and the row along its columns. Many rows, most of which are whole, get few programs each.
@@ -177,7 +177,7 @@ def _merge(
     slots = min(next_power_of_2(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
     warps = 8 if slots > 64 else 4
     across = warps if slots > 8 else 1
-    block_c = min(width, 512 if slots <= 4 else 256 if slots <= 8 else 64)
+    block_c = min(width, 512 if slots <= 4 else 256 if slots <= 16 else max(4096 // slots, 64))
     rows = warps // across
     chunks = -(-shape.rank // block_c)
     groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))

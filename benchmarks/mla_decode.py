@@ -8,8 +8,8 @@ A row is heads x batch x context, or heads x batch x context x queries; ``ragged
 about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order,
 ``-fp8`` e4m3 values with one factor a token (644 bytes), ``-656`` with four, all in one run of 656 bytes. Every call of
 a replay reads another slice of one large pool, so that no cache is found in L2. The GPU rests before each measurement
-and is not kept busy long enough to lower its clock, as it would under such a load for longer. ``share`` is the time of the larger
-floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
+and is not kept busy long enough to lower its clock, as it would under such a load for longer. ``share`` is the time of
+the larger floor, bytes over the bandwidth or FLOPs over the throughput that this very run measured, in the time taken.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
 from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
 from mlacompile.convert.form import MLALayer
-from mlacompile.convert.heal import Progress
+from mlacompile.convert.distill import Progress
 from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan, lifted, plan
 from mlacompile.convert.shelf import Shelf

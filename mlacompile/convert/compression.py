@@ -45,7 +45,7 @@ _EVALUATION_WINDOWS = 12
 _FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
 #: Healing goes through the text again and again; with less than this the original writes more, where that is quick.
-_ENOUGH_TOKENS = 1 << 21
+_ENOUGH_TOKENS = 3 << 19
 #: Windows of a step of healing, and their length: some seconds of work on a CPU, some tenths of one on a GPU.
 _HEALED = {"cuda": (16, 1024), "cpu": (2, 512)}
 #: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
@@ -301,7 +301,7 @@ def heal(
         folder=folder,
         device=device,
         seed=seed,
-        written=max(0, _ENOUGH_TOKENS - len(calibration.text)) // length if kind == "cuda" else 0,
+        written=max(0, _ENOUGH_TOKENS - len(calibration.text)) if kind == "cuda" else 0,
         minutes=minutes,
         steps=steps,
         batch=batch,

@@ -27,8 +27,10 @@ from mlacompile.errors import UnsupportedInputError
 
 #: token ids ``[B, T]`` to what the head reads, ``[B, T, M]``
 Predict = Callable[[Tensor], Tensor]
-#: Steps a change in direction takes to be forgotten is 1 / (1 - beta); gradients are small, so is what guards against 0.
-_ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-12}
+#: Gradients of tensors whose weights are large are small, so what guards against dividing by 0 is smaller still.
+_ADAM: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-12}
+#: A look that is worse by more than this is no accident of which batch came last.
+_WORSE = 1.02
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -39,6 +41,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     limit: float = 0.0  #: seconds there are to learn in; what preparing took is not among them
+    caution: float = 1.0  #: what the rate is multiplied by
     first: float = math.inf
     divergence: float = math.inf
     best: float = math.inf
@@ -67,8 +70,6 @@ class Checkpoint:
         save_file(
             {name: t.contiguous().cpu() for name, t in tensors.items()}, partial, {"state": json.dumps(asdict(state))}
         )
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
         os.replace(partial, self.path)
 
     def load(self, weights: list[nn.Parameter], best: list[Tensor], optimizer: torch.optim.Adam) -> Progress:
@@ -102,9 +103,9 @@ def distill(
     minutes: float | None = None,
     steps: int | None = None,
     batch: int = 8,
-    rate: float = 5e-3,
+    rate: float = 1.5e-3,
     warmup: float = 0.03,
-    look_every: float = 0.1,
+    look_every: float = 0.05,
     checkpoint: Path | None = None,
     seed: int = 0,
     since: float | None = None,
@@ -118,7 +119,8 @@ def distill(
     ``[N]``, taking turns). ``rate`` is how far a step moves a weight, as a share of the root mean square of its tensor:
     tensors of a latent layer differ in size by a thousand. It rises for ``warmup`` of the way, then falls to zero as a
     cosine. Every ``look_every`` of it ``validation [V, T]`` is measured and ``checkpoint`` written; if it exists,
-    training goes on from it. The minutes begin at ``since`` on the ``clock``, so that preparing can be part of them.
+    training goes on from it. Where a look finds things clearly worse than they were, the best weights come back, and the rate
+    is half of what it would be from there on. The minutes begin at ``since`` on the ``clock``, so that preparing can be part of them.
 
     Works wherever the weights are; on CUDA both compute in bfloat16, weights stay as they are.
 
@@ -153,6 +155,10 @@ def distill(
             state.best = state.divergence
             for kept, weight in zip(best, weights):
                 kept.copy_(weight.detach())
+        elif state.divergence > _WORSE * state.best:
+            state.caution /= 2
+            for kept, weight in zip(best, weights):
+                weight.data.copy_(kept)
         if saved is not None and state.step:
             saved.save(weights, best, optimizer, state)
         if report is not None:
@@ -176,7 +182,7 @@ def distill(
         looked = int(_way(state, steps) / look_every)
         while (done := _way(state, steps)) < 1:
             rising = done / warmup if done < warmup else 1.0
-            now = rate * rising * (0.5 + 0.5 * math.cos(math.pi * max(0.0, done - warmup) / (1 - warmup)))
+            now = rate * state.caution * rising * (0.5 + 0.5 * math.cos(math.pi * max(0.0, done - warmup) / (1 - warmup)))
             for group in optimizer.param_groups:
                 group["lr"] = now * group["size"]
             learn(_draw(texts, batch, length, seed=seed * 1_000_003 + state.step))

@@ -26,8 +26,8 @@ from mlacompile.convert.form import MLALayer
 from mlacompile.convert.source import Source
 from mlacompile.convert.stream import Layers, load_float32
 
-#: Tokens of a text that the original goes on from when it writes more, and how many windows at once.
-_PROMPT, _WRITTEN_AT_ONCE = 32, 1024
+#: What the original writes when a text is short: beginnings that are given, passages with them, passages at once.
+_PROMPT, _PASSAGE, _WRITTEN_AT_ONCE = 32, 256, 8192
 
 
 def fit_layer(
@@ -131,14 +131,14 @@ def heal_model(
     """``layers`` after a distillation with the original as the teacher; only attention is trained.
 
     ``text [N]`` is learnt from in windows of ``length``, ``validation [V, T]`` says which weights were best.
-    ``written`` windows more are written by the original itself. What is needed to go on after an interruption is in
+    ``written`` tokens more are written by the original itself. What is needed to go on after an interruption is in
     ``folder``. ``how`` goes to ``distill``, with ``minutes`` or ``steps``.
     """
     device, began = torch.device(device), time.monotonic()
     model = load_float32(source).to(device)
     texts = [text]
     if written:
-        texts.append(_own_text(model, text, folder / "written.safetensors", length=length, count=written, seed=seed))
+        texts.append(_own_text(model, text, folder / "written.safetensors", tokens=written, seed=seed))
     originals = Layers(source, device)
     longest = max(length, validation.shape[1])
     teacher = Stream(model.model, [GroupedAttention(layer, longest) for layer in originals])
@@ -162,13 +162,13 @@ def heal_model(
     return [detached(block.self_attn).map(Tensor.cpu) for block in student.blocks], state  # type: ignore[arg-type]
 
 
-def _own_text(model: Any, text: Tensor, file: Path, *, length: int, count: int, seed: int) -> Tensor:
-    """``[count · length]`` tokens that ``model`` wrote after beginnings from all over ``text``; kept in ``file``."""
+def _own_text(model: Any, text: Tensor, file: Path, *, tokens: int, seed: int) -> Tensor:
+    """``[tokens]``, up to a passage, that ``model`` wrote after beginnings from all over ``text``; kept in ``file``."""
     if not file.exists():
-        first = torch.linspace(0, len(text) - _PROMPT, count).long()
+        first = torch.linspace(0, len(text) - _PROMPT, max(1, tokens // _PASSAGE)).long()
         prompts = text[first[:, None] + torch.arange(_PROMPT)].to(model.device)
         parts = enumerate(prompts.split(_WRITTEN_AT_ONCE))
-        own = torch.cat([write_text(model, part, length=length, seed=seed + n) for n, part in parts])
+        own = torch.cat([write_text(model, part, length=_PASSAGE, seed=seed + n) for n, part in parts])
         unnamed = file.with_suffix(".tmp")
         save_file({"ids": own.flatten().cpu()}, unnamed)
         os.replace(unnamed, file)

@@ -103,7 +103,7 @@ def distill(
     minutes: float | None = None,
     steps: int | None = None,
     batch: int = 8,
-    rate: float = 1.5e-3,
+    rate: float = 5e-4,
     warmup: float = 0.03,
     look_every: float = 0.05,
     checkpoint: Path | None = None,

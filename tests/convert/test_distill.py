@@ -45,13 +45,15 @@ def test_the_minutes_are_those_since_preparing_began() -> None:
     assert _train(_bigram(0), _bigram(1), minutes=1.0, since=-30.0).step <= 30
 
 
-def test_too_high_a_rate_leaves_the_weights_that_were_best() -> None:
+def test_too_high_a_rate_is_halved_and_leaves_the_weights_that_were_best() -> None:
     student, teacher = _bigram(0), _bigram(0)
     with torch.no_grad():
         student.weight[0] += 1e-4
     before = student.weight.detach().clone()
-    _train(student, teacher, minutes=0.2, rate=50.0, warmup=0.01)
+    done = _train(student, teacher, steps=4, rate=50.0, warmup=0.01, look_every=0.25)
     assert torch.equal(student.weight, before)
+    assert done.best == done.first
+    assert done.caution == 1 / 8  # the first of the four steps is none: the rate rises from zero
 
 
 def test_a_step_moves_tensors_by_a_share_of_their_size() -> None:
@@ -62,7 +64,7 @@ def test_a_step_moves_tensors_by_a_share_of_their_size() -> None:
             student.weight *= size
         before = student.weight.detach().clone()
         _train(student, _bigram(1), steps=10, rate=0.01)
-        moved.append(float((student.weight - before).norm() / before.norm()))
+        moved.append(((student.weight.detach() - before).norm() / before.norm()).item())
     assert abs(moved[0] / moved[1] - 1) < 0.3
 
 

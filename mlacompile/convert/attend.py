@@ -46,7 +46,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gqa_attention(layer: GQALayer, x: Tensor, turned: Tensor | None = None) -> Tensor:
-    """Causal attention of ``x [B, T, M]``, positions from 0: ``[B, T, M]``. ``turned``: their ``rotation``, if known."""
+    """Causal attention of ``x [B, T, M]``, positions from 0: ``[B, T, M]``. ``turned``: their ``rotation``."""
     turned = rotation(layer.inv_freq, x.shape[1]) if turned is None else turned
     q = rotate_halves(project(x, layer.w_q, layer.b_q), turned)
     k = rotate_halves(project(x, layer.w_k, layer.b_k), turned)
@@ -77,7 +77,7 @@ def mla_heads(layer: MLALayer, x: Tensor, turned: Tensor | None = None) -> Tenso
 
 
 def mla_attention(layer: MLALayer, x: Tensor, turned: Tensor | None = None) -> Tensor:
-    """Causal attention of ``x [B, T, M]``, positions from 0: ``[B, T, M]``. ``turned``: their ``rotation``, if known."""
+    """Causal attention of ``x [B, T, M]``, positions from 0: ``[B, T, M]``. ``turned``: their ``rotation``."""
     return project_heads(layer, mla_heads(layer, x, turned))
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlacompile.convert.distill import Progress
 from mlacompile.convert.evaluate import Score, Tally, spread_windows
 from mlacompile.convert.families import GQAModel
 from mlacompile.convert.form import GQALayer, MLALayer, OneByOne
-from mlacompile.convert.distill import Progress
 from mlacompile.convert.heal import heal_model
 from mlacompile.convert.latent import (
     LayerReport,

@@ -17,8 +17,8 @@ from mlacompile.checkpoint import CheckpointWriter, dtype_name, plan_shards
 from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
 from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
-from mlacompile.convert.form import MLALayer
 from mlacompile.convert.distill import Progress
+from mlacompile.convert.form import MLALayer
 from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan, lifted, plan
 from mlacompile.convert.shelf import Shelf

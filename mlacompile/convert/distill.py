@@ -119,8 +119,9 @@ def distill(
     ``[N]``, taking turns). ``rate`` is how far a step moves a weight, as a share of the root mean square of its tensor:
     tensors of a latent layer differ in size by a thousand. It rises for ``warmup`` of the way, then falls to zero as a
     cosine. Every ``look_every`` of it ``validation [V, T]`` is measured and ``checkpoint`` written; if it exists,
-    training goes on from it. Where a look finds things clearly worse than they were, the best weights come back, and the rate
-    is half of what it would be from there on. The minutes begin at ``since`` on the ``clock``, so that preparing can be part of them.
+    training goes on from it. Where a look finds things clearly worse than they were, the best weights come back, and
+    the rate is half of what it would be from there on. The minutes begin at ``since`` on the ``clock``, so that
+    preparing can be part of them.
 
     Works wherever the weights are; on CUDA both compute in bfloat16, weights stay as they are.
 
@@ -182,7 +183,9 @@ def distill(
         looked = int(_way(state, steps) / look_every)
         while (done := _way(state, steps)) < 1:
             rising = done / warmup if done < warmup else 1.0
-            now = rate * state.caution * rising * (0.5 + 0.5 * math.cos(math.pi * max(0.0, done - warmup) / (1 - warmup)))
+            now = (
+                rate * state.caution * rising * (0.5 + 0.5 * math.cos(math.pi * max(0.0, done - warmup) / (1 - warmup)))
+            )
             for group in optimizer.param_groups:
                 group["lr"] = now * group["size"]
             learn(_draw(texts, batch, length, seed=seed * 1_000_003 + state.step))

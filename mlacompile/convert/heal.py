@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlacompile.convert.attend import GroupedAttention, LatentAttention
 from mlacompile.convert.distill import Progress, distill
@@ -28,28 +27,6 @@ from mlacompile.convert.stream import Layers, load_float32
 
 #: What the original writes when a text is short: beginnings that are given, passages with them, passages at once.
 _PROMPT, _PASSAGE, _WRITTEN_AT_ONCE = 32, 256, 8192
-
-
-def fit_layer(
-    layer: MLALayer, x: Tensor, target: Tensor, *, steps: int, batch: int = 4, rate: float = 1e-3, seed: int = 0
-) -> MLALayer:
-    """``layer`` after ``steps`` of Adam towards ``target [W, T, M]``, the output wanted for windows ``x [W, T, M]``."""
-    generator = torch.Generator().manual_seed(seed)
-    module = copy.deepcopy(
-        LatentAttention(layer)
-    ).float()  # a parameter shares its memory with the tensor it was made of
-    optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=(0.9, 0.95))
-    scale = target.float().square().mean()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps)
-        chosen = torch.randint(len(x), (min(batch, len(x)),), generator=generator).to(x.device)
-        loss = F.mse_loss(module(x[chosen].float())[0], target[chosen].float()) / scale
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-    return detached(module)
 
 
 def detached(module: LatentAttention) -> MLALayer:

@@ -41,8 +41,8 @@ class OutputFit:
         damped.diagonal()[:size] += ridge * self.features.diagonal()[:size].mean()  # the bias is free
         present = self.layer.w_o.flatten(1).double()
         if self.bias:
-            b_o = present.new_zeros(len(present)) if self.layer.b_o is None else self.layer.b_o.double()
-            present = torch.cat((present, b_o[:, None]), dim=1)
+            shift = present.new_zeros(len(present)) if self.layer.b_o is None else self.layer.b_o.double()
+            present = torch.cat((present, shift[:, None]), dim=1)
         missing = self.wanted - present @ self.features
         change = torch.linalg.solve(damped, missing.T).T.to(self.layer.w_o.dtype)
         w_o = self.layer.w_o + change[:, :size].view_as(self.layer.w_o)

@@ -80,7 +80,7 @@ class Pursuit:
         self._add(constant / constant.norm(), pair_count)
 
     def _add(self, lane: Tensor, index: int) -> None:
-        """Project what remains onto the complement of ``lane [keys]`` at frequency ``index``, a step of Gram-Schmidt."""
+        """Take ``lane [keys]`` at frequency ``index`` out of what remains, by a step of Gram-Schmidt."""
         seen = torch.einsum("m,ha->hma", lane, self.overlap[:, :, index])
         known = torch.einsum("m,hbm->hb", lane.conj(), self._basis[..., index]).conj()
         seen = seen - torch.einsum("hb,hbma->hma", known, self._basis)

@@ -87,7 +87,7 @@ def test_killed_at_ten_random_steps_the_weights_are_those_of_an_uninterrupted_ru
             left -= 1
             if left < 0:
                 raise _Killed
-            return teacher(ids)  # noqa: B023
+            return teacher(ids)
 
         try:
             _train(student, follow, steps=60, checkpoint=tmp_path / "heal")  # type: ignore[arg-type]

@@ -48,11 +48,12 @@ def main() -> int:
 
 
 def take(result: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """``result`` with the runs of ``part``, which has to be of the same model and texts."""
-    for name in ("model", "calibration", "evaluation"):
-        if result.get(name, part[name]) != part[name]:
+    """``result`` with the runs of ``part``, which has to be of the same texts; each run says where it was made."""
+    for name in ("calibration", "evaluation"):
+        if result[name] != part[name]:
             raise ValueError(f"got a part whose {name} is {part[name]}; expected {result[name]}")
-    return result | part | {"runs": result["runs"] | part["runs"]}
+    rows = {name: row | {"environment": part["environment"]} for name, row in part["runs"].items()}
+    return result | {"runs": result["runs"] | rows}
 
 
 def _figure(row: dict[str, Any] | None, text: str, name: str) -> str:

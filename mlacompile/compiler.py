@@ -113,7 +113,7 @@ def compile_graph(
         if not pipeline.rewritten:
             raise _NothingToRewrite
         with pipeline.stage("lower"):
-            for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes).items():
+            for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes, pipeline.weights).items():
                 pipeline.served(node, kernel, passed)
         dump_graph(options.dump, pipeline.name, "6-lowered", rewritten)
         carry_dynamo_marks(canonical, rewritten)

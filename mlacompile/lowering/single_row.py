@@ -10,7 +10,7 @@ weights at a fraction of the memory bandwidth.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,31 +19,38 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mlacompile.kernels import registry
-from mlacompile.lowering.around_row import After, Norm, gate_after, gate_of, norm_before, sum_after
+from mlacompile.lowering.around_row import After, Norm, gate_after, gate_of, norm_before, sum_after, through_views
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
 
+#: Views by their schema that copy what is not contiguous.
+_MAY_COPY = {aten.reshape.default, aten.contiguous.default}
 #: Below this many weight elements a launch costs more than the reading.
 SMALLEST = 1 << 18
 
 
-def place_row_products(gm: GraphModule) -> int:
+def place_row_products(gm: GraphModule, constant: Collection[Node] = ()) -> int:
     """Replace the products of a functional ATen graph that have one row on a CUDA device; returns how many.
 
     Products of the same row become one call. What stands around them goes into it where the kernel takes that too.
+    constant: the inputs that nobody writes.
     """
     placed = 0
+    behind = _behind_attention(gm)
     for products in list(_by_row(gm)):
         norm = norm_before(products[0].x)
+        early = products[0].node in behind and all(_is_view_of(p.weight, constant) for p in products)
+        early = early and not _of_heads(products[0].x)
         for call in _calls(products):
-            placed += _place(call, norm) or (norm is not None and _place(call, None))
+            placed += _place(call, norm, early) or (norm is not None and _place(call, None, early))
     return placed
 
 
-def place_head_products(gm: GraphModule) -> int:
-    """Replace the batched products of one row each on a CUDA device; returns how many."""
+def place_head_products(gm: GraphModule, constant: Collection[Node] = ()) -> int:
+    """Replace the batched products of one row each on a CUDA device; returns how many. constant: as above."""
     placed = 0
+    behind = _behind_attention(gm)
     for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
         x, weight = node.args
         if not _one_row(node.meta.get("val"), 1) or weight.meta["val"].numel() < SMALLEST:
@@ -52,10 +59,49 @@ def place_head_products(gm: GraphModule) -> int:
         kernel = next((k for k in registry.kernels("head_product") if not k.supports(*values)), None)
         if kernel is not None:
             emit = Emitter(node)
-            node.replace_all_uses_with(emit(torch.ops.mlacompile.head_product.default, x, weight, impl=kernel.name))
+            early = node in behind and _is_view_of(weight, constant)
+            made = emit(torch.ops.mlacompile.head_product.default, x, weight, early=early, impl=kernel.name)
+            node.replace_all_uses_with(made)
             gm.graph.erase_node(node)
             placed += 1
     return placed
+
+
+def _behind_attention(gm: GraphModule) -> set[Node]:
+    """All nodes that depend on a decoding attention.
+
+    What stands before a graph on its stream, an update of a weight perhaps, has ended when its first kernels begin;
+    those behind attention may begin early without asking.
+    """
+    behind: set[Node] = set()
+    for node in gm.graph.nodes:
+        decodes = node.op == "call_function" and node.target is torch.ops.mlacompile.mla_decode.default
+        if decodes or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    return behind
+
+
+def _of_heads(row: Node) -> bool:
+    """Whether a row is what the absorbed product after attention made.
+
+    That one begins while attention runs, and a second kernel that waits with its weights in registers takes the room of
+    what attention still has to launch: measured, it costs more than it gains (docs/kernels.md).
+    """
+    return through_views(row).target in (aten.bmm.default, torch.ops.mlacompile.head_product.default)
+
+
+def _is_view_of(node: Node, constant: Collection[Node]) -> bool:
+    """Whether a weight is the very memory of one of these inputs: no kernel of the graph makes it."""
+    while node not in constant:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        source: Any = node.args[0]
+        alias = node.target._schema.arguments[0].alias_info
+        copies = node.target in _MAY_COPY and not source.meta["val"].is_contiguous()
+        if alias is None or alias.is_write or copies:
+            return False
+        node = source
+    return True
 
 
 @dataclass(frozen=True)
@@ -104,7 +150,7 @@ def _calls(products: list[_Product]) -> Iterator[_Call]:
         yield _Call(rest)
 
 
-def _place(call: _Call, norm: Norm | None) -> int:
+def _place(call: _Call, norm: Norm | None, early: bool) -> int:
     """Write one call into the graph, if a kernel takes it; returns how many products it does."""
     results, after = call.results, call.after or After(call.products[0].node)
     emit = Emitter(results[0])
@@ -115,7 +161,7 @@ def _place(call: _Call, norm: Norm | None) -> int:
     factor = None if norm is None else emit.view(norm.weight, [row.meta["val"].shape[1]])
     added = None if after.added is None else emit.view(after.added, [1, weights[0].meta["val"].shape[0]])
     arguments: tuple[Any, ...] = (row, weights, factor, added)
-    settings = {"eps": 0.0 if norm is None else norm.eps, "gate": after.gate}
+    settings = {"eps": 0.0 if norm is None else norm.eps, "gate": after.gate, "early": early}
     values = torch.fx.map_arg(arguments, lambda n: n.meta["val"])
     kernel = next((k for k in registry.kernels("row_product") if not k.supports(*values, **settings)), None)
     if kernel is None:

@@ -29,7 +29,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def row_product_reference(
-    x: Tensor, weights: list[Tensor], norm: Tensor | None, added: Tensor | None, *, eps: float, gate: str
+    x: Tensor,
+    weights: list[Tensor],
+    norm: Tensor | None,
+    added: Tensor | None,
+    *,
+    eps: float,
+    gate: str,
+    early: bool = False,
 ) -> list[Tensor]:
     """The definition, in float32 or wider, rounded once at the end."""
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -53,6 +60,7 @@ def row_product(
     *,
     eps: float = 0.0,
     gate: str = "",
+    early: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     """``x @ weight.T`` of a single row, for every weight.
@@ -62,6 +70,8 @@ def row_product(
         norm: ``[K]``, the weight of an RMS norm with ``eps`` that x goes through first.
         added: ``[1, N]`` in the dtype of x, added to the only result.
         gate: "" or one of ``ACTIVATIONS``: two weights of one shape give one result, act(first) · second.
+        early: whether nothing on this stream still writes the weights, as it is with parameters: a kernel may then read
+            them before what was launched earlier has ended.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
         ``[1, N]`` for each weight (one when gated) in the dtype of x, computed in float32 and rounded once.
@@ -69,7 +79,7 @@ def row_product(
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
     _check(x, weights, norm, added, gate)
-    arguments, settings = (x, weights, norm, added), {"eps": eps, "gate": gate}
+    arguments, settings = (x, weights, norm, added), {"eps": eps, "gate": gate, "early": early}
     for kernel in registry.kernels("row_product"):
         if impl in ("auto", kernel.name):
             reasons = kernel.supports(*arguments, **settings)
@@ -91,6 +101,7 @@ def _(
     *,
     eps: float = 0.0,
     gate: str = "",
+    early: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     return [x.new_empty((1, weight.shape[0])) for weight in (weights[:1] if gate else weights)]

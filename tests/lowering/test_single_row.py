@@ -28,7 +28,8 @@ ROW_PRODUCT = torch.ops.mlacompile.row_product.default
 @pytest.fixture
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     willing = Kernel("triton", "any", lambda *_, **__: [], lambda *_, **__: None)
-    monkeypatch.setattr(registry, "kernels", lambda _: (willing,))
+    real = registry.kernels
+    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op.endswith("_product") else real(op))
 
 
 def _traced(function: object, *shapes: tuple[int, ...]) -> GraphModule:
@@ -101,7 +102,7 @@ def test_a_layer_is_its_products(norm: Callable[[Tensor, Tensor], Tensor]) -> No
     assert place_row_products(gm) == 3
     gm.graph.lint()
     first, second = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
-    assert first.kwargs == {"eps": 1e-5, "gate": "silu", "impl": "triton"}
+    assert first.kwargs == {"eps": 1e-5, "gate": "silu", "early": False, "impl": "triton"}
     assert first.args[2] is not None
     assert second.args[3] is not None
     small = {torch.ops.aten.add.Tensor, torch.ops.aten._to_copy.default}  # 1 + g
@@ -219,3 +220,33 @@ def test_without_a_kernel_the_graph_stays(monkeypatch: pytest.MonkeyPatch) -> No
     before = str(gm.graph)
     assert place_row_products(gm) == 0
     assert str(gm.graph) == before
+
+
+def _behind(x: Tensor, cache: Tensor, up: Tensor, own: Tensor, scaled: Tensor) -> tuple[Tensor, ...]:
+    out = torch.ops.mlacompile.mla_decode(x, None, cache, None, None, None, None, scale=1.0)[0]
+    values = torch.bmm(out.view(4, 1, 512), up.reshape(4, 256, 512).narrow(1, 128, 128).transpose(1, 2))
+    row = values.reshape(1, 512)
+    keys = up.view(4, 256, 512).narrow(1, 0, 128).transpose(1, 2)
+    row = row @ own.t()
+    return row @ own.t(), row @ (scaled + scaled).t(), torch.bmm(x.view(4, 1, 512), keys)
+
+
+@pytest.mark.usefixtures("_any_kernel")
+def test_weights_behind_attention_are_read_while_it_runs() -> None:
+    """If they are inputs that nobody writes: not what the graph makes, and not before the first attention."""
+    gm = _traced(_behind, (1, 4, 1, 512), (1, 64, 512), (1024, 512), (512, 512), (2048, 512))
+    weights = gm.graph.find_nodes(op="placeholder")[2:]
+    assert place_row_products(gm, weights) == 3
+    assert place_head_products(gm, weights) == 2
+    first, own, scaled = gm.graph.find_nodes(op="call_function", target=ROW_PRODUCT)
+    assert own.args[1] == [weights[1]]
+    assert own.kwargs["early"]
+    assert not first.kwargs["early"]  # right behind one that began early
+    assert not scaled.kwargs["early"]
+    after, before = gm.graph.find_nodes(op="call_function", target=torch.ops.mlacompile.head_product.default)
+    assert after.kwargs["early"]
+    assert not before.kwargs["early"]
+    gm = _traced(_behind, (1, 4, 1, 512), (1, 64, 512), (1024, 512), (512, 512), (2048, 512))
+    place_row_products(gm)
+    place_head_products(gm)
+    assert not any(n.kwargs.get("early") for n in gm.graph.nodes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -25,6 +25,7 @@ def _mla_merge_kernel(
     """
     i_b = tl.program_id(0)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     first = tl.load(p_parts + 2 * i_b)
     count = tl.load(p_parts + 2 * i_b + 1)

@@ -44,6 +44,11 @@ def device_reasons(device: torch.device) -> list[str]:
     return [] if major >= 8 else [f"compute capability {major}.{minor}, the kernel needs 8.0 or newer"]
 
 
+def chains(device: torch.device) -> bool:
+    """Whether kernels can be launched while the one before still runs: programmatic dependent launch, Hopper and on."""
+    return not interpreted() and device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+
+
 def portable_reasons(
     q_latent: Tensor,
     q_pe: Tensor | None,

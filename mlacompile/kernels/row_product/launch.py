@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mlacompile.kernels.mla_decode.supports import chains
 from mlacompile.kernels.row_product.portable import _row_product_kernel
 
 
@@ -44,12 +45,16 @@ def row_product_triton(
     *,
     eps: float = 0.0,
     gate: str = "",
+    early: bool = False,
     tiles: Tiles | None = None,
 ) -> list[Tensor]:
     """``row_product`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
     out = [x.new_empty(1, w.shape[0]) for w in (weights[:1] if gate else weights)]
+    early = early and chains(x.device)
     for i in range(0, len(weights), 2):
-        grid, arguments, options = launch(x, weights[i : i + 2], out[i : i + 2], norm, added, eps, gate, tiles)
+        grid, arguments, options = launch(
+            x, weights[i : i + 2], out[i : i + 2], norm, added, eps, gate, tiles, early=early
+        )
         _row_product_kernel[grid](**arguments, **options)
     return out
 
@@ -63,6 +68,8 @@ def launch(
     eps: float = 0.0,
     gate: str = "",
     tiles: Tiles | None = None,
+    *,
+    early: bool = False,
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
     """Grid, arguments and options of one launch for one or two weights. Meta tensors do, to compile without a GPU."""
     rows, k = [w.shape[0] for w in weights], x.shape[1]
@@ -74,6 +81,7 @@ def launch(
         "p_w": weights[0], "p_out": out[0], "N": rows[0], "stride_wn": weights[0].stride(0),
         "p_w2": weights[-1], "p_out2": out[-1], "N2": rows[-1], "stride_wn2": weights[-1].stride(0),
         "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "EVEN_K": k % tiles.block_k == 0,
-        "TWO": len(rows) == 2, "GATE": gate,
+        "TWO": len(rows) == 2, "GATE": gate, "EARLY": early,
     }  # fmt: skip
-    return (sum(-(-n // tiles.block_n) for n in rows),), arguments, {"num_warps": tiles.num_warps}
+    options = {"num_warps": tiles.num_warps, **({"launch_pdl": True} if early else {})}
+    return (sum(-(-n // tiles.block_n) for n in rows),), arguments, options

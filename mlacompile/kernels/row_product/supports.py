@@ -18,6 +18,7 @@ def triton_reasons(
     *,
     eps: float = 0.0,
     gate: str = "",
+    early: bool = False,
 ) -> list[str]:
     """Why the kernel cannot run on these inputs; empty when it can. Called like ``row_product``."""
     reasons = device_reasons(x.device)

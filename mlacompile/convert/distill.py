@@ -156,10 +156,12 @@ def distill(
             state.best = state.divergence
             for kept, weight in zip(best, weights):
                 kept.copy_(weight.detach())
-        elif state.divergence > _WORSE * state.best:
+        elif not state.divergence <= _WORSE * state.best:  # or it is not a number
             state.caution /= 2
             for kept, weight in zip(best, weights):
                 weight.data.copy_(kept)
+                for moment in optimizer.state[weight].values():
+                    moment.zero_()
         if saved is not None and state.step:
             saved.save(weights, best, optimizer, state)
         if report is not None:

@@ -45,12 +45,13 @@ def test_the_minutes_are_those_since_preparing_began() -> None:
     assert _train(_bigram(0), _bigram(1), minutes=1.0, since=-30.0).step <= 30
 
 
-def test_too_high_a_rate_is_halved_and_leaves_the_weights_that_were_best() -> None:
+@pytest.mark.parametrize("rate", [50.0, 1e30])
+def test_too_high_a_rate_is_halved_and_leaves_the_weights_that_were_best(rate: float) -> None:
     student, teacher = _bigram(0), _bigram(0)
     with torch.no_grad():
         student.weight[0] += 1e-4
     before = student.weight.detach().clone()
-    done = _train(student, teacher, steps=4, rate=50.0, warmup=0.01, look_every=0.25)
+    done = _train(student, teacher, steps=4, rate=rate, warmup=0.01, look_every=0.25)
     assert torch.equal(student.weight, before)
     assert done.best == done.first
     assert done.caution == 1 / 8  # the first of the four steps is none: the rate rises from zero

@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ class Row:
     backend: str
     ms_per_layer: float | None = None
     step: Timing | None = None
+    host_ms: float | None = None  # what the host alone takes for a step, on CUDA: its work when nothing is queued
     first_call_s: float | None = None
     peak_gib: float | None = None
     weights_gib: float | None = None
@@ -226,6 +229,7 @@ def run_backend(row: Row, model: Any, cache: Any, tokens: Tensor, args: argparse
     )
     row.ms_per_layer = row.step.median / LAYERS
     if args.device == "cuda":
+        row.host_ms = host_time(lambda: decode(run, cache, tokens, row.context))
         row.peak_gib = torch.cuda.max_memory_reserved() / 2**30
     if row.backend.startswith("mlacompile"):
         import mlacompile
@@ -236,6 +240,18 @@ def run_backend(row: Row, model: Any, cache: Any, tokens: Tensor, args: argparse
             raise RuntimeError(f"nothing was absorbed: {[site.reason for site in report.sites]}")
         logits = decode(run, cache, tokens, row.context).clone()  # what the replayed graph says, not the first call
     return logits
+
+
+def host_time(step: Callable[[], Any], calls: int = 100) -> float:
+    """Milliseconds until a step has been launched, each on an idle device: the median. Where that is more than the
+    device needs, the host is what the step's time says."""
+    samples = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        samples.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(samples)
 
 
 def decode(run: Any, cache: Any, tokens: Tensor, context: int) -> Tensor:
@@ -330,7 +346,8 @@ def _line(row: Row) -> str:
     memory = "" if row.peak_gib is None else f"{row.peak_gib:7.1f} GiB"
     memory += f" (weights {row.weights_gib:.2f}, cache {row.cache_gib:.3f})" if row.weights_gib is not None else ""
     absorbed = "" if row.absorbed is None else f", {row.absorbed} absorbed"
-    times = f"{row.ms_per_layer:9.3f} ms/layer (p10 {row.step.p10:.2f}, p90 {row.step.p90:.2f} ms/step)"
+    times = f"{row.ms_per_layer:9.3f} ms/layer (p10 {row.step.p10:.2f}, p90 {row.step.p90:.2f} ms/step"
+    times += ")" if row.host_ms is None else f", host {row.host_ms:.2f})"
     return f"{head} {times} {memory}  first call {row.first_call_s:5.1f} s, {errors}{absorbed}"
 
 

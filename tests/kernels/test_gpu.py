@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlacompile.kernels import registry
-from mlacompile.kernels.mla_decode.supports import in_place_reasons
+from mlacompile.kernels.mla_decode.supports import in_place_reasons, turned_reasons
 from mlacompile.ops import mla_decode
 from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_run, make_inputs, paged, quantized, worst
 
@@ -26,6 +26,12 @@ NORM = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 #: The same where cached values times their factors are rounded before they are multiplied: independent errors of
 #: 2^-9 / sqrt(3) of each key and each value, beside those of P, of partials and of the output.
 NORM_ROUNDED = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+#: A sum of FP8 products drops what lies 2^13 below its largest addend: 33 addends a step, 32 steps, errors of either
+#: sign, 2^-13 * sqrt(33 * 32 / 3) of a sum that is a twentieth of its addends' sizes, and five times that at worst.
+FP8_SUM = 2**-10
+#: What is asked of products in FP8.
+NORM_FP8 = 2e-2
 
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
@@ -60,13 +66,18 @@ CASES = [
 ]
 
 
-def check(inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor, *, rounded: bool = False) -> None:
+def check(
+    inputs: LatentInputs, out: torch.Tensor, lse: torch.Tensor, *, rounded: bool = False, fp8_products: bool = False
+) -> None:
     dtype = out.dtype
-    want = exact(inputs, unit=2**-22, operand_unit=UNIT[dtype], key_unit=UNIT[dtype] if rounded else 0.0)
+    key_unit = FP8_SUM if fp8_products else UNIT[dtype] if rounded else 0.0
+    want = exact(inputs, unit=2**-22, operand_unit=max(UNIT[dtype], fp8_products * 2**-11), key_unit=key_unit)
     assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
     assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
     if want.out.norm() > 0:
-        assert (out.double() - want.out).norm() / want.out.norm() <= (NORM_ROUNDED if rounded else NORM)[dtype]
+        assert (out.double() - want.out).norm() / want.out.norm() <= (
+            NORM_FP8 if fp8_products else (NORM_ROUNDED if rounded else NORM)[dtype]
+        )
 
 
 #: What the Hopper kernel takes of these: 16 bits, no mask, tokens 16 bytes apart.
@@ -126,6 +137,33 @@ def reproduces(inputs: LatentInputs, impl: str) -> tuple[torch.Tensor, torch.Ten
     return out, lse
 
 
+def cache_of(inputs: LatentInputs) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    c_kv, k_pe, (table, descale) = inputs.tensors[2], inputs.tensors[3], inputs.tensors[7:9]
+    assert c_kv is not None and descale is not None  # noqa: PT018
+    return c_kv, k_pe, table, descale
+
+
+def planned(inputs: LatentInputs, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Hopper kernel that a changed plan names, three times over."""
+    from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches, hopper_shape
+    from mlacompile.kernels.mla_decode.launch import device_of
+    from mlacompile.kernels.mla_decode.plan import hopper_plan
+
+    q_latent, q_pe, c_kv, k_pe, _, start, length, table, descale = inputs.tensors
+    assert q_latent is not None
+    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
+    plan = replace(hopper_plan(hopper_shape(tensors), device_of(q_latent.device)), **changes)
+    results = []
+    for _ in range(3):
+        out, lse = torch.full_like(q_latent, math.nan), q_latent.new_full(q_latent.shape[:3], math.nan).float()
+        for launch in hopper_launches(tensors, out, lse, plan, **inputs.keywords):
+            launch.run()
+        results.append((out, lse))
+    first = results[0][0]
+    assert all(torch.equal(out.nan_to_num(7), first.nan_to_num(7)) for out, _ in results), "results change: a race"
+    return results[0]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity(case: LatentCase) -> None:
     inputs = make_inputs(case, device="cuda")
@@ -161,28 +199,67 @@ def test_parity_on_fp8(case: LatentCase, fp8: dict[str, Any], page: int, impl: s
 @pytest.mark.parametrize(("case", "fp8", "page"), [*FP8_CASES, *FP8_SMALL_PAGES], ids=str)
 def test_parity_of_widening_in_place(case: LatentCase, fp8: dict[str, Any], page: int) -> None:
     """The kernel that nothing chooses before this test has passed on a GPU."""
-    from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches, hopper_shape
-    from mlacompile.kernels.mla_decode.launch import device_of
-    from mlacompile.kernels.mla_decode.plan import hopper_plan
-
     stored, said = quantized(make_inputs(case, device="cuda"), **fp8)
     stored = paged(stored, page) if page else stored
     for inputs in [stored] + [in_one_run(stored)] * (fp8["per"] == "block"):
-        q_latent, q_pe, c_kv, k_pe, _, start, length, *rest = inputs.tensors
-        assert q_latent is not None and c_kv is not None  # noqa: PT018
-        table, descale = rest
-        assert descale is not None
-        assert not in_place_reasons(c_kv, k_pe, table, descale)
-        tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
-        plan = replace(hopper_plan(hopper_shape(tensors), device_of(q_latent.device)), in_place=True)
-        results = []
-        for _ in range(3):
-            out, lse = torch.full_like(q_latent, math.nan), q_latent.new_full(q_latent.shape[:3], math.nan).float()
-            for launch in hopper_launches(tensors, out, lse, plan, **inputs.keywords):
-                launch.run()
-            results.append((out, lse))
-        check(said, *results[0])
-        assert all(torch.equal(out, results[0][0]) for out, _ in results), "a result that changes is a race"
+        assert not in_place_reasons(*cache_of(inputs))
+        check(said, *planned(inputs, in_place=True))
+
+
+#: With one factor a token, e4m3: all numbers of columns of the turned output, ragged and poisoned.
+TURNED_CASES = [
+    (case, fp8, page)
+    for case, fp8, page in [*FP8_CASES, *FP8_SMALL_PAGES]
+    if fp8["per"] == "token" and "dtype" not in fp8
+] + [
+    *((variant(heads=heads, **RAGGED), {"per": "token"}, 64) for heads in (1, 3, 20, 40, 64, 130)),
+    *((variant(heads=128, queries=queries, causal=True, **RAGGED), {"per": "token"}, 64) for queries in (2, 5)),
+    *((variant(heads=16, tokens=tokens, length=True, poison=True), {"per": "token"}, 0) for tokens in (1, 63, 65)),
+    (variant(heads=7, rank=128, rope=64, **RAGGED), {"per": "token"}, 0),
+    (variant(heads=16, queries=8, rank=256, rope=32, causal=True, **RAGGED), {"per": "token"}, 128),
+    (variant(heads=128, dtype=torch.float16, **RAGGED), {"per": "token"}, 64),
+]  # fmt: skip
+
+
+@hopper
+@pytest.mark.parametrize(("case", "fp8", "page"), TURNED_CASES, ids=str)
+def test_parity_of_fp8_products(case: LatentCase, fp8: dict[str, Any], page: int) -> None:
+    stored, said = quantized(make_inputs(case, device="cuda"), **fp8)
+    stored = paged(stored, page) if page else stored
+    assert not turned_reasons(*cache_of(stored))
+    check(said, *planned(stored, turned=True), fp8_products=True)
+
+
+@hopper
+def test_fp8_products_of_queries_and_factors_of_every_size() -> None:
+    """Rows of queries and factors of tokens far from 1, beyond the range of float16; a row and a factor of zero."""
+    inputs = make_inputs(variant(heads=64, tokens=300, rope=0), device="cuda")
+    q_latent, _, c_kv, *rest = inputs.tensors
+    assert q_latent is not None and c_kv is not None  # noqa: PT018
+    sizes = torch.tensor([2.0**k for k in range(-20, 1, 4)], device="cuda", dtype=q_latent.dtype)
+    up = sizes[torch.arange(64, device="cuda") % len(sizes)]
+    for exponent in (-30, 0, 12):  # of the whole cache, against which the queries are scaled back
+        size = torch.full((300, 1), 2.0**exponent, device="cuda") * sizes[:, None].repeat(50, 1)
+        size[5] = 0
+        q = (q_latent * (up * 2.0**-exponent)[:, None, None]).to(q_latent.dtype)
+        q[:, 3] = 0
+        scaled = LatentInputs((q, None, (c_kv * size).to(c_kv.dtype), *rest), inputs.keywords)
+        stored, said = quantized(scaled)
+        check(said, *planned(stored, turned=True), fp8_products=True)
+
+
+@hopper
+def test_queries_that_are_not_finite_make_their_rows_nan() -> None:
+    stored, _ = quantized(make_inputs(variant(heads=64, tokens=200), device="cuda"))
+    q_latent, q_pe = stored.tensors[:2]
+    assert q_latent is not None and q_pe is not None  # noqa: PT018
+    q_latent[0, 5, 0, 77], q_latent[1, 60, 0, 3], q_pe[2, 9, 0, 1] = math.inf, math.nan, -math.inf
+    out, lse = planned(stored, turned=True)
+    wrong = torch.zeros(3, 64, dtype=torch.bool, device="cuda")
+    wrong[0, 5] = wrong[1, 60] = wrong[2, 9] = True
+    assert torch.equal(out.isnan().all(-1)[:, :, 0], wrong)
+    assert torch.equal(out.isnan().any(-1)[:, :, 0], wrong)
+    assert torch.equal(lse.isnan()[:, :, 0], wrong)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

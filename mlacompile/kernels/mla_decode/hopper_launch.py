@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_fp8 import _mla_decode_hopper_fp8_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
+from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
@@ -24,6 +25,8 @@ BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 120
 IN_PLACE_RIGHT_REGISTERS, IN_PLACE_WIDEN_REGISTERS = 160, 64
+TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
+PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
 MERGE_ELEMENTS = 4096
@@ -47,7 +50,7 @@ def mla_decode_hopper(
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
     # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    if descale is None or (plan is not None and plan.in_place):
+    if descale is None or (plan is not None and (plan.in_place or plan.turned)):
         c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
         k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
         descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
@@ -111,7 +114,7 @@ def hopper_launches(
     columns = Columns.of(r)
     tiles = -(-shape.rows // TILE_ROWS)
     slots = 2 * plan.parts if plan.parts > 1 else 1
-    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1)
+    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 2)
     partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
@@ -128,6 +131,11 @@ def hopper_launches(
     }  # fmt: skip
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
+    elif plan.turned:
+        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
+        more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
+        for name in ("LEFT", "QUARTER", "PANEL"):
+            del arguments[name]
     elif plan.in_place:
         kernel, more = _mla_decode_hopper_in_place_kernel, _in_place(c_kv, k_pe, descale, q_latent.dtype, arguments)
     else:
@@ -181,6 +189,24 @@ def _in_place(
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, dtype, groups > 1],
         "RIGHT_REGS": IN_PLACE_RIGHT_REGISTERS, "WIDEN_REGS": IN_PLACE_WIDEN_REGISTERS,
+    }  # fmt: skip
+
+
+def _turned(
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
+    box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
+    d_c, apart_c = _descriptor(c_kv, box_rows, 128)
+    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    line = descale.flatten()
+    columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
+    return {
+        "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
+        "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
+        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 3, "CODE": PACK[dtype], "COLS": columns,
+        "AHEAD": columns == TILE_ROWS, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip
 
 

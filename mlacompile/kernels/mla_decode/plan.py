@@ -146,9 +146,11 @@ class HopperPlan:
     min_share: int = 2
     overhead: int = 2
     in_place: bool = False
+    turned: bool = False
 
     def __str__(self) -> str:
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-in_place' * self.in_place}"
+        flags = "-in_place" * self.in_place + "-turned" * self.turned
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{flags}"
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

@@ -216,6 +216,16 @@ def in_place_reasons(c_kv: Tensor, k_pe: Tensor | None, block_table: Tensor | No
     return reasons
 
 
+def turned_reasons(c_kv: Tensor, k_pe: Tensor | None, block_table: Tensor | None, descale: Tensor) -> list[str]:
+    """Why the kernel that multiplies FP8 values as they are cannot read a cache, besides ``hopper_shape_reasons``."""
+    reasons = in_place_reasons(c_kv, k_pe, block_table, descale)
+    if descale.shape[2] > 1:
+        reasons.append(f"there are {descale.shape[2]} factors a token, FP8 products take one")
+    if c_kv.dtype != torch.float8_e4m3fn:
+        reasons.append(f"the latents are {c_kv.dtype}, FP8 products take torch.float8_e4m3fn")
+    return reasons
+
+
 def _factor_reasons(descale: Tensor) -> list[str]:
     """Why TMA cannot copy the [units, tokens, G] factors of an FP8 latent."""
     units, tokens, groups = descale.shape

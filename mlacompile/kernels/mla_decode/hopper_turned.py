@@ -239,25 +239,30 @@ def _clear_dead_words(words, t, lo, hi):
 
 
 @gluon.jit
-def _store_turned(even, odd, share, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, PAIR: gl.constexpr,
-                  CODE: gl.constexpr, R: gl.constexpr, COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Normalize pairs of output columns and write them, as words, to the result or to the item's slot."""
-    layout: gl.constexpr = even.type.layout
+def _turn_back(even, odd, share, through, CODE: gl.constexpr):
+    """Normalize pairs of output columns and store them, as words, in rows of shared memory: [rows, 128]."""
     words = gl.inline_asm_elementwise(
         CODE, "=r,f,f", [even * share[None, :], odd * share[None, :]], dtype=gl.int32, is_pure=True, pack=1
     )
-    o_pair = PAIR + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
-    o_row = i_tile * ROWS + gl.arange(0, COLS, gl.SliceLayout(0, layout))
-    mask = (o_row < H * S)[None, :] & (o_pair < R // 2)[:, None]
-    if whole:
-        p_to = p_out + i_b.to(gl.int64) * H * S * (R // 2)
+    through.permute((1, 0)).store(words)
+
+
+@gluon.jit
+def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, W: gl.constexpr, D: gl.constexpr,
+                COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Write rows of D words, of W in shared memory, to the result if the item is a whole row, else to its slot."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps() * 128 // W, W // 128], [1, 0])
+    for i in gl.static_range(COLS // 16):
+        o_row = _here(i_tile) * ROWS + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
+        o_c = gl.arange(0, W, gl.SliceLayout(0, layout))
+        mask = (o_row < H * S)[:, None] & (o_c < D)[None, :]
         o_to = o_row
-        if not ONE_QUERY:
-            o_to = (o_row % H) * S + o_row // H
-    else:
-        p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * (R // 2)
-        o_to = o_row
-    gl.store(p_to + (o_to * (R // 2))[None, :] + o_pair[:, None], words, mask=mask)
+        p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * D
+        if whole:
+            p_to = p_out + i_b.to(gl.int64) * H * S * D
+            if not ONE_QUERY:
+                o_to = (o_row % H) * S + o_row // H
+        gl.store(p_to + (o_to * D)[:, None] + o_c[None, :], through.slice(i * 16, 16, dim=0).load(layout), mask=mask)
 
 
 @gluon.jit
@@ -277,6 +282,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     )
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     weights = x.p._reinterpret(gl.float16, [2 * ROWS // COLS, COLS, BLOCK], square)
+    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     g = 0
     item = 0
     todo = share
@@ -346,11 +352,14 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         total = 1.0 / gl.where(total == 0, 1.0, total)
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
-        _store_turned(even0, odd0, total, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, CODE, R, COLS,
-                      ONE_QUERY)  # fmt: skip
+        # All scores of the item are computed, so its queries are no longer needed.
+        through = x.q._reinterpret(gl.int32, [ROWS, WIDTH // 2], wide).slice(0, COLS, dim=0)
+        _turn_back(even0, odd0, total, through.slice(0, PAIRS, dim=1), CODE)
         if HALVES > 1:
-            _store_turned(even1, odd1, total, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, PAIRS, CODE, R,
-                          COLS, ONE_QUERY)  # fmt: skip
+            _turn_back(even1, odd1, total, through.slice(PAIRS, PAIRS, dim=1), CODE)
+        _store_rows(
+            through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, WIDTH // 2, R // 2, COLS, ONE_QUERY
+        )
         item += 1
         todo -= taken
         row += 1

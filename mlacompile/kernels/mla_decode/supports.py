@@ -234,6 +234,8 @@ def _factor_reasons(descale: Tensor) -> list[str]:
     apart = descale.stride(1), descale.stride(0) if units > 1 else tokens
     if apart != (1, tokens) or descale.storage_offset() % 4 != 0 or units * tokens >= _INT32:
         return [f"does not lie in one line (strides {descale.stride()}), which the kernel needs of one factor a token"]
+    if units > 1 and tokens % 4 != 0:
+        return [f"has rows of {tokens} factors, and TMA copies from multiples of 16 bytes"]
     return []
 
 

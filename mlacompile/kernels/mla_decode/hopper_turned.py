@@ -34,9 +34,9 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _begin
 from mlacompile.kernels.mla_decode.hopper_rows import _here, _rows, _slot, _softmax
-from mlacompile.kernels.mla_decode.hopper_turned_room import CHUNK_ROWS, PAIRS, _turned_setup
+from mlacompile.kernels.mla_decode.hopper_turned_room import PAIRS, _turned_setup
 
-HEADROOM = gl.constexpr(14.0)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
+HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
 LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
 
@@ -60,11 +60,11 @@ def _two_to(k):
 
 
 @gluon.jit
-def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, WIDTH: gl.constexpr, D: gl.constexpr,
-                     ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Rows [first, first + CHUNK_ROWS) of a tile's queries, a warp a row; zeros beyond the last row."""
+def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl.constexpr, WIDTH: gl.constexpr,
+                     D: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Rows [first, first + N) of a tile's queries, a warp a row; zeros beyond the last row."""
     layout: gl.constexpr = gl.BlockedLayout([1, max(WIDTH // 32, 1)], [1, 32], [gl.num_warps(), 1], [1, 0])
-    o_row = i_tile * ROWS + first + gl.arange(0, CHUNK_ROWS, gl.SliceLayout(1, layout))
+    o_row = i_tile * ROWS + first + gl.arange(0, N, gl.SliceLayout(1, layout))
     if ONE_QUERY:
         o_h = o_row
         o_s = o_row * 0
@@ -89,15 +89,15 @@ def _store_queries(x, q, pe, first, BLOCK_P: gl.constexpr):
     down = _two_to(-k)
     q = q * down[:, None]
     high = q.to(gl.float8e4nv)
-    x.q.index(0).slice(first, CHUNK_ROWS, dim=0).store(high)
-    x.q.index(1).slice(first, CHUNK_ROWS, dim=0).store((q - high.to(gl.float32)).to(gl.float8e4nv))
+    x.q.index(0).slice(first, q.shape[0], dim=0).store(high)
+    x.q.index(1).slice(first, q.shape[0], dim=0).store((q - high.to(gl.float32)).to(gl.float8e4nv))
     if BLOCK_P > 0:
         by_pe_row: gl.constexpr = gl.SliceLayout(1, pe.type.layout)
         pe = pe * gl.convert_layout(down, by_pe_row)[:, None]
-        x.q_pe.slice(first, CHUNK_ROWS, dim=0).store(pe.to(x.q_pe.dtype))
+        x.q_pe.slice(first, q.shape[0], dim=0).store(pe.to(x.q_pe.dtype))
     # A conversion to FP8 ends at its largest value: rows that are not finite say so here.
     up = gl.where(amax < float("inf"), _two_to(k), float("nan"))
-    x.row_scale.slice(first, CHUNK_ROWS, dim=0).store(up)
+    x.row_scale.slice(first, q.shape[0], dim=0).store(up)
 
 
 @gluon.jit
@@ -110,14 +110,13 @@ def _key_scores(x, stage, s0):
 
 
 @gluon.jit
-def _whole_scores(x, bar, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
-    """Waits for the scores of a stage's latents, multiplies them with the factors and adds those of the rotary keys."""
+def _with_rope(x, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+    """Waits for the scores of a stage's latents, multiplies them with the factors, begins to add the rotary ones."""
     s = warpgroup_mma_wait(0, deps=(s,))
     factors = x.factors.index(stage).load(gl.SliceLayout(0, s.type.layout))
     s = gl.convert_layout(s * factors[None, :], layout)
     if BLOCK_P > 0:
         s = warpgroup_mma(x.q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
     return s
 
 
@@ -129,7 +128,8 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
     if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be anything
         o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    shift = gl.log2(gl.maximum(gl.max(gl.abs(factors), 0), LEAST_FACTOR)) - HEADROOM
+    largest = gl.maximum(gl.max(gl.abs(factors), 0), LEAST_FACTOR)
+    shift = ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + HEADROOM)).to(gl.float32)
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
@@ -139,7 +139,6 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
     x.p.index(buffer).store((e * factors[None, :]).to(gl.float16))
     fence_async_shared()
     mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    mbarrier.arrive(bar.empty.index(stage), count=1)
     return m, total * alpha + gl.sum(e, 1)
 
 
@@ -177,11 +176,15 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
         s_next = _key_scores(x, stage, s0)
         for _ in range(n - 1):
-            s = _whole_scores(x, bar, s_next, stage, BLOCK_P, layout)
+            s = _with_rope(x, s_next, stage, BLOCK_P, layout)
             ahead = (g + 1) % STAGES
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, ahead, s0)
+                if BLOCK_P > 0:
+                    s = warpgroup_mma_wait(2, deps=(s,))
+            elif BLOCK_P > 0:
+                s = warpgroup_mma_wait(0, deps=(s,))
             m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, layout)
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
@@ -189,7 +192,9 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             stage = ahead
             t += BLOCK
             g += 1
-        s = _whole_scores(x, bar, s_next, stage, BLOCK_P, layout)
+        s = _with_rope(x, s_next, stage, BLOCK_P, layout)
+        if BLOCK_P > 0:
+            s = warpgroup_mma_wait(0, deps=(s,))
         m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, layout)
         x.total.store(total)
         mbarrier.arrive(bar.total, count=1)
@@ -275,6 +280,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     HALVES: gl.constexpr = WIDTH // (2 * PAIRS)
+    SOME: gl.constexpr = min(COLS, 32)  # rows of queries that are converted at once
     words = x.k._reinterpret(
         gl.int16,
         [STAGES * HALVES, BLOCK, PAIRS],
@@ -290,22 +296,22 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
         p = p_q + row.to(gl.int64) * stride_qb
-        q0 = _part_of_queries(p, i_tile, 0, H, S, stride_qh, stride_qs, stride_qr, WIDTH, R, ONE_QUERY)
+        q0 = _part_of_queries(p, i_tile, 0, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, ONE_QUERY)
         pe0 = q0
         q1 = q0
         pe1 = q0
-        if COLS > CHUNK_ROWS:  # else what the other rows hold reaches none of these
-            q1 = _part_of_queries(p, i_tile, CHUNK_ROWS, H, S, stride_qh, stride_qs, stride_qr, WIDTH, R, ONE_QUERY)
+        if COLS > SOME:  # else what the other rows hold reaches none of these
+            q1 = _part_of_queries(p, i_tile, SOME, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, ONE_QUERY)
         if BLOCK_P > 0:
             p = p_qpe + row.to(gl.int64) * stride_pb
-            pe0 = _part_of_queries(p, i_tile, 0, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, ONE_QUERY)
-            if COLS > CHUNK_ROWS:
+            pe0 = _part_of_queries(p, i_tile, 0, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, ONE_QUERY)
+            if COLS > SOME:
                 pe1 = _part_of_queries(
-                    p, i_tile, CHUNK_ROWS, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, ONE_QUERY
+                    p, i_tile, SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, ONE_QUERY
                 )
         _store_queries(x, q0, pe0, 0, BLOCK_P)
-        if COLS > CHUNK_ROWS:
-            _store_queries(x, q1, pe1, CHUNK_ROWS, BLOCK_P)
+        if COLS > SOME:
+            _store_queries(x, q1, pe1, SOME, BLOCK_P)
         fence_async_shared()
         mbarrier.arrive(bar.queries, count=1)
 

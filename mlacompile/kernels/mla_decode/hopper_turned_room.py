@@ -4,13 +4,12 @@
 # No "from __future__ import annotations": the fields of an aggregate are types, not strings.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, aggregate
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
 
 PAIRS = gl.constexpr(128)  # pairs of columns that eight warps multiply at once
-CHUNK_ROWS = gl.constexpr(32)  # rows of queries that eight warps convert at once
 
 
 @aggregate
@@ -38,7 +37,7 @@ class TurnedSignals:
     """Barriers: of each stage, of each of two blocks' P, and once a work item."""
 
     full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor  # by _scores and by _values
+    empty: gl.shared_memory_descriptor  # by _values, who need the P that _scores publish when they are done with it
     p_full: gl.shared_memory_descriptor
     p_empty: gl.shared_memory_descriptor
     queries: gl.shared_memory_descriptor
@@ -48,14 +47,6 @@ class TurnedSignals:
     def __init__(self, full, empty, p_full, p_empty, queries, total):
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total = queries, total
-
-
-@gluon.jit
-def _some_barriers(N: gl.constexpr, COUNT: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(bars.index(i), count=COUNT)
-    return bars
 
 
 @gluon.jit
@@ -76,9 +67,6 @@ def _turned_setup(dtype: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexp
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
     )
-    bar = TurnedSignals(
-        _some_barriers(STAGES, 1), _some_barriers(STAGES, 2), _some_barriers(2, 1), _some_barriers(2, 1),
-        _some_barriers(1, 1).index(0), _some_barriers(1, 1).index(0),
-    )  # fmt: skip
+    bar = TurnedSignals(_barriers(STAGES), _barriers(STAGES), _barriers(2), _barriers(2), _barriers(1), _barriers(1))
     fence_async_shared()
     return x, bar

@@ -32,8 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _begin
-from mlacompile.kernels.mla_decode.hopper_rows import _here, _rows, _slot, _softmax
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_rows import _rows, _slot, _softmax
 from mlacompile.kernels.mla_decode.hopper_turned_room import PAIRS, _turned_setup
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
@@ -192,6 +192,8 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             stage = ahead
             t += BLOCK
             g += 1
+        if (row + 1 >= B) | (todo - taken <= overhead):
+            _launch_later()
         s = _with_rope(x, s_next, stage, BLOCK_P, layout)
         if BLOCK_P > 0:
             s = warpgroup_mma_wait(0, deps=(s,))
@@ -432,13 +434,13 @@ def _mla_decode_hopper_turned_kernel(
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
     """
-    _begin()
+    x, bar = _turned_setup(p_q.dtype.element_ty, WIDTH, BLOCK_P, STAGES)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
+    _wait_for_earlier()
     share, overhead, row, position = _plan(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
-    x, bar = _turned_setup(p_q.dtype.element_ty, WIDTH, BLOCK_P, STAGES)
     gl.warp_specialize(
         [
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,

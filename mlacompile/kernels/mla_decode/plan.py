@@ -139,18 +139,16 @@ class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. in_place: of an FP8 cache, which of two kernels (the other one until this has run).
+    costs a program, in blocks. turned: of an FP8 cache, by ``hopper_turned.py``.
     """
 
     parts: int
     min_share: int = 2
     overhead: int = 2
-    in_place: bool = False
     turned: bool = False
 
     def __str__(self) -> str:
-        flags = "-in_place" * self.in_place + "-turned" * self.turned
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{flags}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

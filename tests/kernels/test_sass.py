@@ -219,8 +219,9 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     assert main.counts["HGMMA"] >= 4 * width // 128, "a product for 16 tokens of 64 even or odd columns"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
-    assert main.local_in_loops == (0, 0), "what spills is beside the loops"
-    if heads * queries <= 16:
+    assert main.local_in_loops[0] <= (4 if heads * queries > 32 and queries > 1 else 0), "limits of rows spill, no more"
+    assert main.local_in_loops[1] == 0
+    if heads * queries <= 32:
         assert main.local_memory == 0
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM

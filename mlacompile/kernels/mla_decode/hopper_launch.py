@@ -187,7 +187,7 @@ def _turned(
         "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
         "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
         "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 3, "CODE": PACK[dtype], "COLS": columns,
-        "AHEAD": True, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
+        "AHEAD": d_pe is not None, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def _keep(raw, factors, ratios, HEADROOM: gl.constexpr, SHRINK: gl.constexpr):
         factors.store(peak * (1.0 / SHRINK))
     else:
         peak = gl.max(gl.abs(raw), 1)
-        ratio = raw * (HEADROOM / gl.where(peak == 0, 1.0, peak))[:, None]
+        ratio = raw / gl.where(peak == 0, 1.0, peak)[:, None] * HEADROOM
         turned: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
         ratios._reinterpret(gl.float16, [BLOCK, raw.shape[1]], turned).store(ratio.to(gl.float16))
         factors.store(peak * (1.0 / (HEADROOM * SHRINK)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.mla_decode import plan as planning
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
 from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
+from mlacompile.kernels.mla_decode.supports import turned_reasons
 from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
 TILE_ROWS = 64
@@ -54,7 +56,9 @@ def mla_decode_hopper(
     descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
-        plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
+        shape = hopper_shape(tensors)
+        turned = descale is not None and shape.rows <= planning.TURNED_ROWS and not turned_reasons(c_kv, descale)
+        plan = replace(hopper_plan(shape, device_of(q_latent.device)), turned=turned)
     b, h, s, r = q_latent.shape
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
@@ -194,7 +198,7 @@ def _turned(
 def _merge(
     partial: Tensor, partial_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor, plan: HopperPlan, shape: Shape
 ) -> Launch:
-    """Each thread has about eight loads in flight, and all of a row's partials are on their way at once.
+    """Each thread has four to eight loads in flight, and all of a row's partials are on their way at once.
 
     Few partials of a row are summed by one warp, a thread for each eight columns. Many are divided among threads and
     warps, and the row along its columns. Many rows, most of which are whole, get few programs each.
@@ -203,7 +207,7 @@ def _merge(
     slots = min(next_power_of_2(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
     warps = 8 if slots > 64 else 4
     across = warps if slots > 8 else 1
-    block_c = min(width, 512 if slots <= 4 else 256 if slots <= 8 else 64)
+    block_c = min(width, 512 if slots <= 4 else 256 if slots <= 16 else max(4096 // slots, 64))
     rows = warps // across
     chunks = -(-shape.rank // block_c)
     groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))

@@ -134,6 +134,10 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
 
 
+#: Rows (query, head) up to which an FP8 cache is multiplied as it is, if it can be (docs/kernels.md).
+TURNED_ROWS = 0
+
+
 @dataclass(frozen=True)
 class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -104,6 +105,7 @@ def build_hopper(
     page: int,
     dtype: torch.dtype,
     cached: str = "16 bits",
+    turned: bool = False,
 ) -> list[Compiled]:
     """The Hopper kernel and its merge, with lengths, as they would be launched.
 
@@ -135,7 +137,7 @@ def build_hopper(
     tensors = (q_latent, q_pe, c_kv, k_pe if rope else None, None, length, table, descale)
     assert not hopper_shape_reasons(*tensors[:4], None, table, descale, 0.1)  # type: ignore[arg-type]
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
-    plan = hopper_plan(hopper_shape(tensors), Device())
+    plan = replace(hopper_plan(hopper_shape(tensors), Device()), turned=turned)
     built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)
     kind = f"h{heads}s{queries}r{rank}p{rope}page{page} {str(dtype).removeprefix('torch.')}"
     return [compile_for(x.kernel, x.arguments, x.options, name=f"{x.kernel.__name__[5:-7]} {kind}") for x in built]
@@ -193,3 +195,33 @@ def test_widening_in_place(variant: tuple[int, int, int, int, int, torch.dtype, 
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM
     assert merge.local_memory == 0
+
+
+#: Every number of columns of the turned output and width of a latent, page size class and dtype.
+TURNED_VARIANTS = [
+    (128, 1, 512, 64, 64, torch.bfloat16),
+    (16, 1, 512, 64, 64, torch.bfloat16),
+    (16, 4, 512, 64, 0, torch.float16),
+    (20, 1, 256, 32, 32, torch.bfloat16),
+    (7, 1, 128, 0, 0, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("variant", TURNED_VARIANTS, ids=str)
+def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record) -> None:
+    main, _ = build_hopper(*variant, cached="per token", turned=True)
+    record_property("compiled", table([main]))
+    heads, queries, rank, rope, page, _ = variant
+    width = 256 if rank <= 256 else 512
+    copies = -(-64 // page) if 0 < page < 64 else 1
+    assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
+    assert main.counts["QGMMA"] == 2 * 2 * width // 32, "keys as they are, twice: before the loop and in it"
+    assert main.counts["HGMMA"] >= 4 * width // 128, "a product for 16 tokens of 64 even or odd columns"
+    assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
+    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.local_in_loops[0] <= (4 if heads * queries > 32 and queries > 1 else 0), "limits of rows spill, no more"
+    assert main.local_in_loops[1] == 0
+    if heads * queries <= 32:
+        assert main.local_memory == 0
+    assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.mla_decode import plan as planning
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
+from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
+from mlacompile.kernels.mla_decode.supports import turned_reasons
 from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
 TILE_ROWS = 64
@@ -23,6 +26,8 @@ BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
+TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
+PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
 MERGE_SLOTS = 128  # partials of a row that are looked at together
@@ -51,7 +56,9 @@ def mla_decode_hopper(
     descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
-        plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
+        shape = hopper_shape(tensors)
+        turned = descale is not None and shape.rows <= planning.TURNED_ROWS and not turned_reasons(c_kv, descale)
+        plan = replace(hopper_plan(shape, device_of(q_latent.device)), turned=turned)
     b, h, s, r = q_latent.shape
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
@@ -109,7 +116,7 @@ def hopper_launches(
     columns = Columns.of(r)
     tiles = -(-shape.rows // TILE_ROWS)
     slots = 2 * plan.parts if plan.parts > 1 else 1
-    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1)
+    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 2)
     partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
@@ -126,6 +133,11 @@ def hopper_launches(
     }  # fmt: skip
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
+    elif plan.turned:
+        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
+        more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
+        for name in ("LEFT", "QUARTER", "PANEL"):
+            del arguments[name]
     else:
         kernel, more = _mla_decode_hopper_in_place_kernel, _in_place(c_kv, k_pe, descale, q_latent.dtype, arguments)
     arguments |= more
@@ -162,6 +174,24 @@ def _in_place(
         "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, groups > 1],
         "HEADROOM": HEADROOM[c_kv.dtype] if groups > 1 else 1.0, "SHRINK": SHRINK if dtype == torch.bfloat16 else 1.0,
         "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
+    }  # fmt: skip
+
+
+def _turned(
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
+    box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
+    d_c, apart_c = _descriptor(c_kv, box_rows, 128)
+    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    line = descale.flatten()
+    columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
+    return {
+        "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
+        "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
+        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 3, "CODE": PACK[dtype], "COLS": columns,
+        "AHEAD": d_pe is not None, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip
 
 

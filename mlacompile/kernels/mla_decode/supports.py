@@ -199,6 +199,16 @@ def _copy_reasons(x: Tensor) -> list[str]:
     return reasons
 
 
+def turned_reasons(c_kv: Tensor, descale: Tensor) -> list[str]:
+    """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says."""
+    reasons = []
+    if descale.shape[2] > 1:
+        reasons.append(f"there are {descale.shape[2]} factors a token, FP8 products take one")
+    if c_kv.dtype != torch.float8_e4m3fn:
+        reasons.append(f"the latents are {c_kv.dtype}, FP8 products take {torch.float8_e4m3fn}")
+    return reasons
+
+
 def _factor_reasons(descale: Tensor) -> list[str]:
     """Why TMA cannot copy the [units, tokens, G] factors of an FP8 latent."""
     units, tokens, groups = descale.shape
@@ -207,6 +217,8 @@ def _factor_reasons(descale: Tensor) -> list[str]:
     apart = descale.stride(1), descale.stride(0) if units > 1 else tokens
     if apart != (1, tokens) or descale.storage_offset() % 4 != 0 or units * tokens >= _INT32:
         return [f"does not lie in one line (strides {descale.stride()}), which the kernel needs of one factor a token"]
+    if units > 1 and tokens % 4 != 0:
+        return [f"has rows of {tokens} factors, and TMA copies from multiples of 16 bytes"]
     return []
 
 

@@ -90,6 +90,25 @@ def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
     Calls on different data, several times any L2 in all, find nothing cached. Each different call runs once before, so
     that whatever it compiles is compiled.
     """
+    return replayed_in_turns_us([calls], repeats)[0]
+
+
+def replayed_in_turns_us(several: Sequence[Sequence[Callable[[], Any]]], repeats: int = 5) -> list[float]:
+    """The same for several lists of calls, replayed in turns: a GPU that gets warm gets slower for all alike."""
+    graphs = [_captured(calls) for calls in several]
+    times: list[list[float]] = [[] for _ in several]
+    for _ in range(repeats):
+        for graph, calls, taken in zip(graphs, several, times, strict=True):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            graph.replay()
+            last.record()
+            torch.cuda.synchronize()
+            taken.append(first.elapsed_time(last) * 1e3 / len(calls))
+    return [statistics.median(taken) for taken in times]
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     for call in dict.fromkeys(calls):
         call()
     torch.cuda.synchronize()
@@ -98,15 +117,7 @@ def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
         for call in calls:
             call()
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) * 1e3 / len(calls))
-    return statistics.median(times)
+    return graph
 
 
 def free_memory() -> None:

@@ -37,7 +37,7 @@ from mlacompile.cost.hardware import TABLE
 from mlacompile.cost.predict import chunk_tokens
 from mlacompile.geometry import MLAGeometry
 from mlacompile.kernels.mla_prefill.chunked import mla_prefill_chunked
-from mlacompile.testing.timing import environment, replayed_us
+from mlacompile.testing.timing import environment, replayed_in_turns_us
 
 SHAPES = {
     "v3": MLAGeometry(heads=128, rank=512, nope=128, rope=64, v=128),
@@ -105,18 +105,20 @@ class Inputs:
         return out
 
 
-def measure(call: Callable[[int], Any], calls: int, repeats: int, device: str) -> float:
-    """Microseconds a call, the median of ``repeats`` rounds of ``calls`` calls."""
-    if device == "cpu":
+def measure(several: list[tuple[Callable[[int], Any], int]], repeats: int, device: str) -> list[float]:
+    """Microseconds a call of each, the median of ``repeats`` rounds of so many calls; all take turns."""
+    if device == "cuda":
+        return replayed_in_turns_us([[partial(call, i) for i in range(calls)] for call, calls in several], repeats)
+    times: list[list[float]] = [[] for _ in several]
+    for call, _ in several:
         call(0)
-        times = []
-        for _ in range(repeats):
+    for _ in range(repeats):
+        for (call, calls), taken in zip(several, times, strict=True):
             begin = time.perf_counter()
             for i in range(calls):
                 call(i)
-            times.append((time.perf_counter() - begin) / calls * 1e6)
-        return statistics.median(times)
-    return replayed_us([partial(call, i) for i in range(calls)], repeats)
+            taken.append((time.perf_counter() - begin) / calls * 1e6)
+    return [statistics.median(taken) for taken in times]
 
 
 def run(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
@@ -134,12 +136,17 @@ def run(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
                 count = max(1, min(math.ceil(COLD_BYTES / one), 64)) if args.device == "cuda" else 2
                 inputs = Inputs(geometry, queries, context, count, dtype, args.device)
                 check(inputs, queries)
-                for form, absorb in (("absorbed", queries), ("chunked", 0), ("auto", limit)):
-                    picked = "absorbed" if queries <= absorb else "chunked"
-                    calls = max(1, min(count, int(REPLAY_S / seconds[picked])))
-                    us = measure(partial(inputs.call, absorb), calls, args.repeats, args.device)
-                    auto = picked if form == "auto" else None
-                    yield Row(shape, context, queries, form, us, seconds[picked] * 1e6, auto)
+                limits = {"absorbed": queries, "chunked": 0, "auto": limit}
+                picked = {form: "absorbed" if queries <= most else "chunked" for form, most in limits.items()}
+                calls: dict[str, int] = {
+                    form: max(1, min(count, int(REPLAY_S / seconds[picked[form]]))) for form in limits
+                }
+                work: list[tuple[Callable[[int], Any], int]] = [
+                    (partial(inputs.call, most), calls[form]) for form, most in limits.items()
+                ]
+                for form, us in zip(limits, measure(work, args.repeats, args.device), strict=True):
+                    auto = picked[form] if form == "auto" else None
+                    yield Row(shape, context, queries, form, us, seconds[picked[form]] * 1e6, auto)
 
 
 def again(measured: dict[str, Any], hardware: Hardware, name: str) -> Iterator[Row]:

@@ -95,13 +95,7 @@ def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5, *, rested:
     that whatever it compiles is compiled. rested: the device rests before, and replays end, after two at least, before
     it would slow down to save power: without that, a time depends on what was measured before it.
     """
-    for call in dict.fromkeys(calls):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph = _captured(calls)
     busy = _replay_ms(graph)
     if rested:
         time.sleep(min(REST_TIMES * busy / 1e3, LONGEST_REST_S))
@@ -109,6 +103,29 @@ def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5, *, rested:
     while len(times) < repeats and not (rested and len(times) >= 2 and sum(times) > BUSY_MS):
         times.append(_replay_ms(graph))
     return statistics.median(times) * 1e3 / len(calls)
+
+
+def replayed_in_turns_us(several: Sequence[Sequence[Callable[[], Any]]], repeats: int = 5) -> list[float]:
+    """The same for several lists of calls, replayed in turns: a GPU that gets warm gets slower for all alike."""
+    graphs = [_captured(calls) for calls in several]
+    times: list[list[float]] = [[] for _ in several]
+    for _ in range(repeats):
+        for graph, taken in zip(graphs, times, strict=True):
+            taken.append(_replay_ms(graph))
+    return [statistics.median(ms) * 1e3 / len(calls) for ms, calls in zip(times, several, strict=True)]
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A graph of the calls, which has run once."""
+    for call in dict.fromkeys(calls):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:

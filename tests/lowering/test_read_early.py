@@ -34,10 +34,28 @@ def test_all_layers_share_one_reading_at_the_start(held: int, monkeypatch: pytes
     assert {site.form for site in mlacompile.last_report().sites} == {"chunked"}
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5 * float(logits[0].abs().max()))
     (gm,) = graphs
-    (reading,) = gm.graph.find_nodes(op="call_function", target=BOUNDS)
-    assert len(reading.users) == 3
-    products = [n for n in gm.graph.nodes if "mm" in str(n.target)]
-    assert all(reading < product for product in products)
+    assert not gm.graph.find_nodes(op="call_function", target=BOUNDS), "it is read before the graph is called"
+    (bounds,) = (n for n in gm.graph.find_nodes(op="placeholder") if n.name.startswith("bounds"))
+    assert [user.target for user in bounds.users] == [read_early.PREFILL] * 3
+
+
+def test_readings_of_large_masks_stay_in_the_graph() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def prompt(q: torch.Tensor, c: torch.Tensor, w: torch.Tensor, at: torch.Tensor, tokens: int) -> torch.Tensor:
+        mask = (torch.arange(tokens) != at).expand(2, 1, tokens)
+        seen = (q, c, None, w, w, mask, None, None)
+        return torch.ops.mlacompile.mla_prefill(*seen, scale=1.0, causal=True, nope_at=0, pe_at=0, chunk=8)[0]
+
+    for tokens, small in ((9, True), (70000, False)):
+        args = (torch.randn(2, 3, 4, 5), torch.randn(2, tokens, 2), torch.randn(3, 5, 2), torch.tensor(3))
+        gm = make_fx(lambda *a, t=tokens: prompt(*a, t), tracing_mode="fake")(*args)
+        assert read_early.read_early(gm) == 1
+        before = read_early.take_out(gm)
+        assert (before is not None) is small
+        if small:
+            got = read_early.with_before(gm, before)(*args)
+            torch.testing.assert_close(got, prompt(*args, tokens))
 
 
 def test_what_draws_random_numbers_stays_where_it_is() -> None:

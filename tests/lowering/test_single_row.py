@@ -20,7 +20,6 @@ import mlacompile.ops  # noqa: F401  (registers row_product)
 from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.single_row import place_head_products, place_row_products
-from mlacompile.lowering.tidy import tidy
 
 ROW_PRODUCT = torch.ops.mlacompile.row_product.default
 
@@ -151,61 +150,12 @@ def test_a_kernel_that_takes_no_norm_is_asked_without(monkeypatch: pytest.Monkey
     assert call.args[3] is None
 
 
-def test_a_part_that_lies_otherwise_is_still_viewed() -> None:
-    def parts(a: Tensor, b: Tensor) -> Tensor:
-        a = (a + 1).transpose(0, 1)
-        return torch.cat([a, b], -1).narrow(2, 0, 4).view(6, 4).sin()
-
-    gm = _traced(parts, (3, 2, 4), (2, 3, 4))
-    a, b = torch.randn(3, 2, 4), torch.randn(2, 3, 4)
-    before = gm(a, b)
-    assert tidy(gm) == 1
-    gm.recompile()
-    assert torch.equal(gm(a, b), before)
-
-
 @pytest.mark.usefixtures("_any_kernel")
 def test_one_row_a_head() -> None:
     gm = _traced(torch.bmm, (16, 1, 128), (16, 128, 512))
     assert place_head_products(gm) == 1
     assert place_head_products(_traced(torch.bmm, (16, 2, 128), (16, 128, 512))) == 0
     assert place_head_products(_traced(torch.bmm, (2, 1, 8), (2, 8, 8))) == 0
-
-
-def test_an_outer_product_is_no_matrix_product() -> None:
-    gm = _traced(torch.bmm, (3, 32, 1), (3, 1, 5))
-    assert tidy(gm) == 1
-    assert tidy(_traced(torch.bmm, (3, 32, 2), (3, 2, 5))) == 0
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    a, b = torch.randn(3, 32, 1), torch.randn(3, 1, 5)
-    assert torch.equal(gm(a, b), torch.bmm(a, b))
-    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default)
-
-
-def test_moves_that_change_nothing_are_taken_out() -> None:
-    def moves(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        a, b = a + 1, b + 1
-        joined = torch.cat([a, b], -1)
-        copied = a.permute(1, 0, 2).clone(memory_format=torch.contiguous_format)  # of one row: contiguous as it is
-        return (
-            joined.narrow(2, 0, 8).sin(),
-            joined.narrow(2, 8, 4).cos(),
-            joined.narrow(2, 4, 8).tan(),
-            copied.abs(),
-            b.clone(),
-        )
-
-    gm = _traced(moves, (1, 3, 8), (1, 3, 4))
-    before = gm(torch.ones(1, 3, 8), torch.ones(1, 3, 4))
-    assert tidy(gm) == 3
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
-    for got, want in zip(gm(torch.ones(1, 3, 8), torch.ones(1, 3, 4)), before, strict=True):
-        assert torch.equal(got, want)
-    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)) == 1
-    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)) == 1
 
 
 @pytest.mark.usefixtures("_any_kernel")

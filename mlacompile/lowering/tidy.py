@@ -14,6 +14,7 @@ they are while a few of their columns are rotated.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,13 +103,14 @@ def _part(node: Node) -> Node | None:
 
 def _scattered(joined: Node) -> bool:
     """Write into a value what a concatenation of most of it with something else says."""
-    parts, value = joined.args[0], joined.meta["val"]
-    dim = (joined.args[1] if len(joined.args) > 1 else 0) % value.dim()  # type: ignore[operator]
-    sizes = [part.meta["val"].shape[dim] for part in parts]  # type: ignore[union-attr]
+    parts: Any = joined.args[0]
+    value = joined.meta["val"]
+    dim = _dimension(joined.args[1:], value.dim())
+    sizes = [part.meta["val"].shape[dim] for part in parts]
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         return False
     most = int(sizes[1] > sizes[0])
-    kept, new = parts[most], parts[1 - most]  # type: ignore[index]
+    kept, new = parts[most], parts[1 - most]
     emit = Emitter(joined)
     whole = _whole(emit, kept, dim)
     if whole is None:
@@ -122,36 +124,44 @@ def _scattered(joined: Node) -> bool:
     return True
 
 
-def _whole(emit: Emitter, part: Node, dim: int) -> tuple[Node, int] | None:
+def _dimension(given: Sequence[Any], rank: int) -> int:
+    """The dimension that an op was given first of its further arguments; 0 if none was."""
+    return int(given[0] if given else 0) % rank
+
+
+def _whole(emit: Emitter, part: Any, dim: int) -> tuple[Node, int] | None:
     """What a value is a stretch of along a dimension, and where that begins; None: it is whole."""
+    rank = part.meta["val"].dim()
     if part.target in (aten.permute.default, aten.transpose.int):
-        rank = part.meta["val"].dim()
         order = list(range(rank))
         if part.target is aten.permute.default:
-            order = [d % rank for d in part.args[1]]  # type: ignore[union-attr]
+            order = [d % rank for d in part.args[1]]
         else:
-            a, b = (d % rank for d in part.args[1:])  # type: ignore[operator]
+            a, b = (d % rank for d in part.args[1:])
             order[a], order[b] = b, a
-        inner = _whole(emit, part.args[0], order[dim])  # type: ignore[arg-type]
+        inner = _whole(emit, part.args[0], order[dim])
         return None if inner is None else (emit(part.target, inner[0], *part.args[1:]), inner[1])
     if part.target is aten.slice.Tensor:
         along, start, _end, step = part.args[1:] + (0, None, None, 1)[len(part.args) - 1 :]
-        return (part.args[0], start or 0) if (along % part.meta["val"].dim(), step) == (dim, 1) else None  # type: ignore[operator,return-value]
-    if part.target is operator.getitem and part.args[0].target is aten.split_with_sizes.default:  # type: ignore[union-attr]
-        whole, sizes, *rest = part.args[0].args  # type: ignore[union-attr]
-        if (rest[0] if rest else 0) % part.meta["val"].dim() == dim:  # type: ignore[operator]
-            return whole, sum(sizes[: part.args[1]])  # type: ignore[return-value,arg-type,index,misc]
+        return (part.args[0], start or 0) if (along % rank, step) == (dim, 1) else None
+    if part.target is operator.getitem and part.args[0].target is aten.split_with_sizes.default:
+        whole, sizes, *rest = part.args[0].args
+        return (whole, sum(sizes[: part.args[1]])) if _dimension(rest, rank) == dim else None
     return None
+
+
+#: Through which a value is still the memory that an op wrote.
+_VIEWS = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+}
 
 
 def _is_made(node: Node) -> bool:
     """Whether a value, seen through views, is what an op of the graph made, and not an input."""
-    while node.target in (
-        aten.permute.default,
-        aten.transpose.int,
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-    ):
+    while node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return node.op == "call_function"

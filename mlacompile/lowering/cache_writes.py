@@ -21,7 +21,7 @@ import mlacompile.ops.write_latents  # noqa: F401  (registers the op)
 from mlacompile.kernels import registry
 from mlacompile.lowering.around_row import Norm, norm_before
 from mlacompile.lowering.region import fed_by_tokens, random_like, run
-from mlacompile.lowering.rotation import Rotation, emit_factors, pairs_of, rotation_of, signature
+from mlacompile.lowering.rotation import Rotation, emit_factors, pairs_of, rotation_before, signature
 from mlacompile.lowering.select import decode_nodes
 from mlacompile.lowering.stored_token import StoredToken, stored_token
 from mlacompile.passes.emit import Emitter
@@ -61,12 +61,11 @@ def _site(decode: Node, token: StoredToken, fed: set[Node]) -> _Site:
     norm = norm_before(token.latent)
     if norm is not None and not _is_norm(norm, token.latent):
         norm = None
-    keys = None if token.key is None else rotation_of(token.key, fed)
+    keys = None if token.key is None else rotation_before(token.key, fed)
     if keys is None:
         return _Site(token, norm, None, None, "")
-    queries = rotation_of(decode.args[1], fed)  # type: ignore[arg-type]
-    others = [queries] if queries is not None and queries.out is decode.args[1] else []
-    pairs, alike = pairs_of(keys, others, token.batch, token.tokens)
+    queries = rotation_before(decode.args[1], fed)  # type: ignore[arg-type]
+    pairs, alike = pairs_of(keys, [] if queries is None else [queries], token.batch, token.tokens)
     return _Site(token, norm, keys if pairs else None, alike[0] if alike else None, pairs)
 
 

@@ -31,10 +31,21 @@ _ORIGINS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.
 _TABLES = {torch.ops.mlacompile.cache_slots.default, torch.ops.mlacompile.stored.default}
 
 
+def squeezed(node: Node) -> tuple[int, ...] | None:
+    """A static shape without its dimensions of one; None for what has none."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
+        return None
+    return tuple(int(size) for size in value.shape if size != 1)
+
+
 def same_values(node: Node) -> Node:
-    """Past ops that keep elements and their order."""
+    """Past ops that keep elements and their order, and dimensions but for those of one."""
     while node.op == "call_function" and node.target in SAME_ORDER:
-        node = node.args[0]  # type: ignore[assignment]
+        source: Any = node.args[0]
+        if squeezed(source) is None or squeezed(source) != squeezed(node):
+            break
+        node = source
     return node
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mlacompile.lowering.region import MOVES, is_float_cast, random_like, replay, run, same_values
+from mlacompile.lowering.region import MOVES, is_float_cast, random_like, replay, run, squeezed
 from mlacompile.ops.write_latents import PAIRS, rotated
 from mlacompile.passes.emit import Emitter
 
@@ -48,11 +48,11 @@ def rotation_before(out: Node, fed: set[Node]) -> Rotation | None:
     fed: the nodes that depend on more than positions.
     """
     order = {node: i for i, node in enumerate(out.graph.nodes)}
-    shape = _squeezed(out)
+    shape = squeezed(out)
     frontier, x = {out}, out
     for _ in range(_MOST_STEPS):
         node = max(frontier, key=order.__getitem__)
-        if len(frontier) == 1 and _squeezed(node) == shape and node.meta["val"].is_floating_point():
+        if len(frontier) == 1 and squeezed(node) == shape and node.meta["val"].is_floating_point():
             x = node
         if not _is_step(node):
             break
@@ -60,7 +60,7 @@ def rotation_before(out: Node, fed: set[Node]) -> Rotation | None:
         frontier |= {source for source in node.all_input_nodes if source in fed}
         if not frontier:
             return None
-    if x is out or not _squeezed(out):
+    if x is out or not shape:
         return None
     tables = _tables(out, x, fed)
     return None if tables is None else Rotation(out, x, tables)
@@ -68,14 +68,6 @@ def rotation_before(out: Node, fed: set[Node]) -> Rotation | None:
 
 def _is_step(node: Node) -> bool:
     return node.op == "call_function" and (node.target in _ARITHMETIC or is_float_cast(node))
-
-
-def _squeezed(node: Node) -> tuple[int, ...] | None:
-    """A static shape without its dimensions of one; None for what has none."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
-        return None
-    return tuple(int(size) for size in value.shape if size != 1)
 
 
 def _tables(out: Node, x: Node, fed: set[Node]) -> frozenset[Node] | None:
@@ -180,8 +172,3 @@ def signature(rotation: Rotation) -> str:
     given: dict[Node, Any] = {rotation.x: f"x{list(rotation.x.meta['val'].shape)}"}
     given |= {table: table.name for table in rotation.tables}
     return str(replay(rotation.out, given, spelled, casts=False))
-
-
-def rotation_of(node: Node, fed: set[Node]) -> Rotation | None:
-    """``rotation_before`` of what a node is another shape of."""
-    return rotation_before(same_values(node), fed)

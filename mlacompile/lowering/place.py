@@ -11,6 +11,7 @@ from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.read_early import read_early
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
+from mlacompile.lowering.share_bounds import share_bounds
 from mlacompile.lowering.single_row import place_head_products, place_row_products
 from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
@@ -28,6 +29,7 @@ def place(
         For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
     """
     tidy(gm)  # first: it changes the layout of what a kernel is asked whether it takes it
+    share_bounds(gm)
     if wanted == "auto" and (layers := place_cache_writes(gm)):
         gm.graph.eliminate_dead_code()
         notes.append(f"{layers} layers norm, rotate and store what a step caches in one launch each")

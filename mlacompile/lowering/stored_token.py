@@ -175,5 +175,3 @@ def _candidates(token: StoredToken, rank: int, rope: int) -> Iterator[dict[str, 
                 run_of = KVLayout.in_one_run("", rank, rope * keys.itemsize, 4 * scale_groups(rank, group))
                 at = {"scale_at": run_of.scale_at, "rope_at": run_of.rope_at}
                 yield {"stored": fp8, "rope_stored": keys, "group": group, **at}
-
-

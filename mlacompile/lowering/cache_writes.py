@@ -48,16 +48,33 @@ def place_cache_writes(gm: GraphModule) -> int:
     """Write such calls into a functional ATen graph, where a kernel takes them; returns how many."""
     placed = 0
     factors: dict[str, Node] = {}
+    probed: dict[str, tuple[str, bool]] = {}
     for decode in decode_nodes(gm):
         with unset_fake_temporarily(), torch.no_grad():
             token = stored_token(decode, MOST_TOKENS)
-            site = None if token is None else _site(decode, token, fed_by_tokens(gm.graph))
-        if site is not None and (site.keys is not None or site.token.settings["group"]):
+            if token is None or not _is_served(token):
+                continue
+            site = _site(decode, token, fed_by_tokens(gm.graph), probed)
+        if site.keys is not None or token.settings["group"]:
             placed += _place(site, factors)
     return placed
 
 
-def _site(decode: Node, token: StoredToken, fed: set[Node]) -> _Site:
+def _is_served(token: StoredToken) -> bool:
+    """Whether a kernel takes the write alone: asked first, for all that is to be found out takes longer."""
+    b, s, latent, key = token.batch, token.tokens, token.latent.meta["val"], token.key
+    rows = latent.reshape(b, s, -1), None if key is None else key.meta["val"].reshape(b, s, -1)
+    caches = [None if write is None else write.args[0].meta["val"] for write in token.writes]  # type: ignore[union-attr]
+    arguments = (*rows, None, None, None, token.slots.meta["val"], *caches)
+    return _kernel(arguments, {**token.settings, "eps": 0.0, "pairs": ""}) is not None
+
+
+def _kernel(arguments: tuple[Any, ...], settings: dict[str, Any]) -> registry.Kernel | None:
+    return next((k for k in registry.kernels("write_latents") if not k.supports(*arguments, **settings)), None)
+
+
+def _site(decode: Node, token: StoredToken, fed: set[Node], probed: dict[str, tuple[str, bool]]) -> _Site:
+    """probed: what was found for other layers, whose rotations mostly are the same."""
     norm = norm_before(token.latent)
     if norm is not None and not _is_norm(norm, token.latent):
         norm = None
@@ -65,8 +82,12 @@ def _site(decode: Node, token: StoredToken, fed: set[Node]) -> _Site:
     if keys is None:
         return _Site(token, norm, None, None, "")
     queries = rotation_before(decode.args[1], fed)  # type: ignore[arg-type]
-    pairs, alike = pairs_of(keys, [] if queries is None else [queries], token.batch, token.tokens)
-    return _Site(token, norm, keys if pairs else None, alike[0] if alike else None, pairs)
+    name = f"{signature(keys)} {'' if queries is None else signature(queries)}"
+    if name not in probed:
+        pairs, alike = pairs_of(keys, [] if queries is None else [queries], token.batch, token.tokens)
+        probed[name] = pairs, bool(alike)
+    pairs, turned = probed[name]
+    return _Site(token, norm, keys if pairs else None, queries if turned else None, pairs)
 
 
 def _is_norm(norm: Norm, out: Node) -> bool:
@@ -131,7 +152,7 @@ def _write(site: _Site, queries: Rotation | None, emit: Emitter, factors: dict[s
     )
     settings = {**token.settings, "eps": 0.0 if norm is None else norm.eps, "pairs": site.pairs}
     values = torch.fx.map_arg(arguments, lambda n: n.meta["val"])
-    kernel = next((k for k in registry.kernels("write_latents") if not k.supports(*values, **settings)), None)
+    kernel = _kernel(values, settings)
     if kernel is None:  # what was emitted is dead code
         return 0
     if rotation is not None:

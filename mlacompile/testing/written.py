@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.cache.store import block_scaled_layout
-from mlacompile.ops.write_latents import destinations
+from mlacompile.kernels.write_latents.rows import destinations
 
 #: Two arrays as of a StaticCache, one of both parts, 656 bytes a token and the like, one scale a token.
 CACHES = ("static", "fused", "block", "token", "block e5m2")

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from mlacompile.kernels.write_latents.portable import _write_latents_kernel
-from mlacompile.ops.write_latents import destinations
+from mlacompile.kernels.write_latents.rows import destinations
 
 #: Values of queries a program rotates: 16 heads of 64, so that 128 heads are eight programs.
 _QUERY_TILE = 1024

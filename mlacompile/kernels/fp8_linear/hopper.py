@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlacompile.kernels.mla_decode.hopper_fetch import load_tile
-from mlacompile.kernels.mla_decode.hopper_room import aggregate
+from mlacompile.kernels.mla_decode.hopper_room import _here, aggregate
 
 BLOCK_K = gl.constexpr(128)  # columns that share scales
 ROWS = gl.constexpr(64)  # of a product: what one wgmma takes
@@ -143,10 +143,11 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
     UPPER: gl.constexpr = GROUP * BLOCK_M // 2  # rows of the tile
     LOWER: gl.constexpr = UPPER + ROWS
     TWO: gl.constexpr = BLOCK_M == 4 * ROWS
-    block = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
     never = M < 0
+    block = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
     out = room.out.index(GROUP)
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    o_zero = _here(o_row) // ROWS  # or one register would get the scale, and products wait behind it
     g = 0
     for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
         i_m, i_n, part, first, end = _item(work, i, BAND)
@@ -154,8 +155,8 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         column = i_n * BLOCK_N
         o_upper = gl.minimum(row + UPPER + o_row, M - 1) * stride_xsm + first * stride_xsk
         o_lower = gl.minimum(row + LOWER + o_row, M - 1) * stride_xsm + first * stride_xsk
-        p_w = p_descale + (column // BLOCK_K) * stride_sn + first
-        w_scale = gl.load(p_w)
+        o_w = o_zero + (column // BLOCK_K) * stride_sn + first
+        w_scale = gl.load(p_descale + o_w)
         upper_scale = gl.load(p_x_descale + o_upper)
         lower_scale = upper_scale
         if TWO:
@@ -163,18 +164,18 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         upper = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         lower = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         for _ in range(first, end - 1):
+            stage = g % STAGES
+            mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
+            block = _product(room, stage, UPPER, block, never)
             upper_factor = upper_scale * w_scale
             lower_factor = lower_scale * w_scale
-            p_w += 1
+            o_w += 1
             o_upper += stride_xsk
-            w_scale = gl.load(p_w)
+            w_scale = gl.load(p_descale + o_w)
             upper_scale = gl.load(p_x_descale + o_upper)
             if TWO:
                 o_lower += stride_xsk
                 lower_scale = gl.load(p_x_descale + o_lower)
-            stage = g % STAGES
-            mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
-            block = _product(room, stage, UPPER, block, never)
             block = warpgroup_mma_wait(0, deps=(block,))
             if TWO:
                 upper = _added(upper, block, upper_factor)
@@ -192,14 +193,14 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         block = warpgroup_mma_wait(0, deps=(block,))
         if not TWO:
             mbarrier.arrive(room.empty.index(stage), count=1)
-        upper = _added(upper, block, (upper_scale * w_scale))
+        upper = _added(upper, block, upper_scale * w_scale)
         if TWO:
             block = _product(room, stage, LOWER, block, never)
         _sent(upper, out, d_out, p_part, row + UPPER, column, part, M, N, BLOCK_N)
         if TWO:
             block = warpgroup_mma_wait(0, deps=(block,))
             mbarrier.arrive(room.empty.index(stage), count=1)
-            lower = _added(lower, block, (lower_scale * w_scale))
+            lower = _added(lower, block, lower_scale * w_scale)
             _sent(lower, out, d_out, p_part, row + LOWER, column, part, M, N, BLOCK_N)
         g += 1
     tma.store_wait(0)

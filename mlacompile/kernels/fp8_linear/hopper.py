@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlacompile.kernels.mla_decode.hopper_fetch import load_tile
-from mlacompile.kernels.mla_decode.hopper_room import _here, aggregate
+from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, aggregate
 
 BLOCK_K = gl.constexpr(128)  # columns that share scales
 ROWS = gl.constexpr(64)  # of a product: what one wgmma takes
@@ -102,15 +102,19 @@ def _fetch(room, work, d_x, d_w, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, S
 
 @gluon.jit
 def _product(room, stage, at, block, never):
-    """Begins the product of one block: rows at … at + 63 of x by all columns of the tile."""
+    """Begins the product of one block: rows at … at + 63 of x by all columns of the tile.
+
+    never: false, but the compiler must not know. So it takes the product to add to block, what was there before, and
+    keeps it in the same registers; there are none for another.
+    """
     left = room.x.index(stage).slice(at, ROWS, dim=0)
     return warpgroup_mma(left, room.w.index(stage).permute((1, 0)), block, use_acc=never, is_async=True)
 
 
 @gluon.jit
 def _added(acc, block, factor):
-    """acc + block · factor, a factor a row. What the compiler must not move: put off until the tensor cores work on the
-    next block, as it would, it takes registers for two."""
+    """acc + block · factor, one factor a row. The compiler must not put it off until the next product has begun: that
+    needs the registers."""
     block, factor = gl.broadcast(block, factor[:, None])
     return gl.inline_asm_elementwise(
         "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,0", [block, factor, acc], dtype=gl.float32, is_pure=False, pack=1
@@ -203,6 +207,8 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
             lower = _added(lower, block, lower_scale * w_scale)
             _sent(lower, out, d_out, p_part, row + LOWER, column, part, M, N, BLOCK_N)
         g += 1
+    if p_part is not None:
+        _launch_later()
     tma.store_wait(0)
 
 
@@ -224,7 +230,7 @@ def _room(d_x, d_w, d_out, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES:
     return room
 
 
-@gluon.jit(do_not_specialize=["blocks_a_part", "parts"])
+@gluon.jit(do_not_specialize=["M", "blocks_a_part", "parts"])
 def _fp8_hopper_kernel(
     d_x, p_x_descale, d_w, p_descale, d_out, p_part, M, N, K, stride_xsm, stride_xsk, stride_sn, blocks_a_part, parts,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, REGS: gl.constexpr,

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.fp8_linear import supports
 from mlacompile.testing.scaled import E4M3, make_product
+from tests.kernels import gluon_in_python
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
 
@@ -141,3 +143,57 @@ def test_it_is_not_chosen_before_it_has_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(supports, "HOPPER_ROWS", 128)
     assert not hopper_kernel.slower(*tensors, torch.bfloat16)
     assert "4 rows" in hopper_kernel.slower(tensors[0][:4], *tensors[1:], torch.bfloat16)[0]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tiles"),
+    [
+        (300, 200, 784, HopperTiles(256, 128)),
+        (700, 136, 144, HopperTiles(256, 128)),
+        (300, 200, 784, HopperTiles(128, 64, 2)),
+        (130, 264, 1552, HopperTiles(128, 128)),
+        (1, 8, 1040, HopperTiles(256, 128, 3)),
+    ],
+)
+def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own text, its partitions as threads: rows, scales, barriers, stages and edges."""
+    programs = 2
+    gluon_in_python.install(monkeypatch, hopper, programs)
+    random = np.random.default_rng(0)
+    x, weight = (random.integers(-4, 5, (rows, k)).astype(float) for rows in (m, n))
+    x_descale, descale = random.random((m, -(-k // 128))), random.random((-(-n // 128), -(-k // 128)))
+    wide = np.repeat(np.repeat(descale, 128, 0), 128, 1)[:n, :k]
+    want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ (weight * wide).T
+    out, partial = np.full((m, n), np.nan), np.full(tiles.parts * m * n, np.nan)
+    blocks = -(-k // 128)
+    work = SimpleNamespace(
+        tiles_m=-(-m // tiles.block_m), tiles_n=-(-n // tiles.block_n), blocks=blocks,
+        blocks_a_part=-(-blocks // tiles.parts),
+        items=-(-m // tiles.block_m) * -(-n // tiles.block_n) * tiles.parts,
+    )  # fmt: skip
+    block_m, block_n, stages = tiles.block_m, tiles.block_n, 3
+    for program in range(programs):
+        room = SimpleNamespace(
+            x=gluon_in_python.Memory(np.full((stages, block_m, 128), np.nan)),
+            w=gluon_in_python.Memory(np.full((stages, block_n, 128), np.nan)),
+            out=gluon_in_python.Memory(np.full((2, 64, block_n), np.nan)),
+            full=gluon_in_python.Barriers(gluon_in_python.Barrier(1) for _ in range(stages)),
+            empty=gluon_in_python.Barriers(gluon_in_python.Barrier(2) for _ in range(stages)),
+        )
+        shared = (
+            room, work, gluon_in_python.Descriptor(out), gluon_in_python.Pointer(partial) if tiles.parts > 1 else None,
+            gluon_in_python.Pointer(x_descale.ravel()), gluon_in_python.Pointer(descale.ravel()), m, n, blocks, 1,
+            blocks,
+        )  # fmt: skip
+        sizes = (block_m, block_n, stages, tiles.band)
+        both = (gluon_in_python.Descriptor(x), gluon_in_python.Descriptor(weight))
+        gluon_in_python.run(
+            program,
+            [
+                lambda: hopper._multiply.fn(*shared, 0, *sizes),  # noqa: B023
+                lambda: hopper._multiply.fn(*shared, 1, *sizes),  # noqa: B023
+                lambda: hopper._fetch.fn(room, work, *both, *sizes),  # noqa: B023
+            ],
+        )
+    got = partial.reshape(tiles.parts, m, n).sum(0) if tiles.parts > 1 else out
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-9)

@@ -137,6 +137,14 @@ def _sent(acc, out, d_out, p_part, row, column, part, M, N, BLOCK_N: gl.constexp
 
 
 @gluon.jit
+def _offsets(row, column, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn):
+    """Of an item's first scales: of 64 rows from row on, of 64 more, and of the weight's block, the same for each row."""
+    o_upper = gl.minimum(row + o_row, M - 1) * stride_xsm + first * stride_xsk
+    o_lower = gl.minimum(row + ROWS + o_row, M - 1) * stride_xsm + first * stride_xsk
+    return o_upper, o_lower, o_zero + (column // BLOCK_K) * stride_sn + first
+
+
+@gluon.jit
 def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xsm, stride_xsk, stride_sn,
               GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
               BAND: gl.constexpr):  # fmt: skip
@@ -153,18 +161,18 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     o_zero = _here(o_row) // ROWS  # or one register would get the scale, and products wait behind it
     g = 0
+    i_m, i_n, part, first, end = _item(work, gl.program_id(0), BAND)
+    o_upper, o_lower, o_w = _offsets(
+        i_m * BLOCK_M + UPPER, i_n * BLOCK_N, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn
+    )
+    w_scale = gl.load(p_descale + o_w)
+    upper_scale = gl.load(p_x_descale + o_upper)
+    lower_scale = upper_scale
+    if TWO:
+        lower_scale = gl.load(p_x_descale + o_lower)
     for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
-        i_m, i_n, part, first, end = _item(work, i, BAND)
-        row = i_m * BLOCK_M
+        row = i_m * BLOCK_M + UPPER
         column = i_n * BLOCK_N
-        o_upper = gl.minimum(row + UPPER + o_row, M - 1) * stride_xsm + first * stride_xsk
-        o_lower = gl.minimum(row + LOWER + o_row, M - 1) * stride_xsm + first * stride_xsk
-        o_w = o_zero + (column // BLOCK_K) * stride_sn + first
-        w_scale = gl.load(p_descale + o_w)
-        upper_scale = gl.load(p_x_descale + o_upper)
-        lower_scale = upper_scale
-        if TWO:
-            lower_scale = gl.load(p_x_descale + o_lower)
         upper = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         lower = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         for _ in range(first, end - 1):
@@ -198,14 +206,26 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         if not TWO:
             mbarrier.arrive(room.empty.index(stage), count=1)
         upper = _added(upper, block, upper_scale * w_scale)
+        lower_factor = lower_scale * w_scale
+        this_part = part
         if TWO:
             block = _product(room, stage, LOWER, block, never)
-        _sent(upper, out, d_out, p_part, row + UPPER, column, part, M, N, BLOCK_N)
+        # Where the next item is, and its first scales, while the tensor cores work.
+        i_m, i_n, part, first, end = _item(work, gl.minimum(i + gl.num_programs(0), work.items - 1), BAND)
+        o_upper, o_lower, o_w = _offsets(
+            i_m * BLOCK_M + UPPER, i_n * BLOCK_N, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn
+        )
+        w_scale = gl.load(p_descale + o_w)
+        upper_scale = gl.load(p_x_descale + o_upper)
+        lower_scale = upper_scale
+        if TWO:
+            lower_scale = gl.load(p_x_descale + o_lower)
+        _sent(upper, out, d_out, p_part, row, column, this_part, M, N, BLOCK_N)
         if TWO:
             block = warpgroup_mma_wait(0, deps=(block,))
             mbarrier.arrive(room.empty.index(stage), count=1)
-            lower = _added(lower, block, lower_scale * w_scale)
-            _sent(lower, out, d_out, p_part, row + LOWER, column, part, M, N, BLOCK_N)
+            lower = _added(lower, block, lower_factor)
+            _sent(lower, out, d_out, p_part, row + ROWS, column, this_part, M, N, BLOCK_N)
         g += 1
     if p_part is not None:
         _launch_later()

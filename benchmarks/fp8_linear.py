@@ -75,7 +75,7 @@ def turns(calls: list[Callable[[], Any]], count: int) -> list[Callable[[], Any]]
 
 
 def with_tiles(text: str) -> registry.Kernel:
-    """A kernel with tiles of its own, from ``hopper:256x128x1`` or ``triton:128x64x4x5x4``: a field each of its tiles."""
+    """A kernel with tiles of its own, from ``hopper:256x128x1`` or ``triton:128x64x4x5x4``, the fields of its tiles."""
     name, _, numbers = text.partition(":")
     module, function, kind = TILED[name]
     source = importlib.import_module(module)

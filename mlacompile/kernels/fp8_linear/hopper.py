@@ -4,14 +4,14 @@
     _multiply  four warps, twice: each half of the tile's rows, by all of its columns
 
 One program an SM takes tiles by turns. As in DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), tensor cores add up one
-block of 128 columns, and what they have summed is multiplied with its two scales and added in float32: they keep 14 bits
-of a sum of FP8 products. While one group of warps adds, the tensor cores work for the other, so neither waits.
+block of 128 columns, and what they have summed is multiplied with its two scales and added in float32: they keep few
+bits of a sum of FP8 products. While one group of warps adds, the tensor cores work for the other.
 
-A tile of 256 × 128 is what registers hold: 128 sums a thread and 64 of one block of 64 rows. Larger would be better
-still: the less a tile reads for its products, the less L2 has to give.
+A tile of 256 × 128 is what registers hold: 128 sums a thread, and 64 of one block of 64 rows. It is what L2 can feed:
+the larger a tile, the less it reads for its products.
 
-Whatever is added last to the upper rows of a group is stored, through shared memory by TMA, while the tensor cores work
-on the lower ones; and _fetch is a few blocks into the next tile by then.
+The upper 64 rows of a group leave, through shared memory by TMA, while the tensor cores work on the last block of the
+lower ones; the next item and its first scales are looked up then, and _fetch is a few blocks into it.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -138,7 +138,7 @@ def _sent(acc, out, d_out, p_part, row, column, part, M, N, BLOCK_N: gl.constexp
 
 @gluon.jit
 def _offsets(row, column, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn):
-    """Of an item's first scales: of 64 rows from row on, of 64 more, and of the weight's block, the same for each row."""
+    """Of an item's first scales: of 64 rows from row on, of 64 more, and of the weight's block, once for each row."""
     o_upper = gl.minimum(row + o_row, M - 1) * stride_xsm + first * stride_xsk
     o_lower = gl.minimum(row + ROWS + o_row, M - 1) * stride_xsm + first * stride_xsk
     return o_upper, o_lower, o_zero + (column // BLOCK_K) * stride_sn + first

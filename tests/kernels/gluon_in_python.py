@@ -159,7 +159,7 @@ def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int) 
         "_here": lambda x: x, "_launch_later": lambda: None,
         "_added": lambda acc, block, factor: acc + block * factor[:, None],
         "_item": lambda *args: tuple(Number(x) for x in item(*args)),
-        "_product": kernel._product.fn, "_offsets": kernel._offsets.fn, "_sent": kernel._sent.fn,
+        "_product": kernel._product.fn, "_begin": kernel._begin.fn, "_sent": kernel._sent.fn,
     }  # fmt: skip
     for name, value in replaced.items():
         assert hasattr(kernel, name)

@@ -137,11 +137,21 @@ def _sent(acc, out, d_out, p_part, row, column, part, M, N, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def _offsets(row, column, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn):
-    """Of an item's first scales: of 64 rows from row on, of 64 more, and of the weight's block, once for each row."""
+def _begin(work, i, p_x_descale, p_descale, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn, UPPER: gl.constexpr,
+           TWO: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):  # fmt: skip
+    """Item i: its place, where its scales are, and the first of them: of the upper and lower rows and of the weight."""
+    i_m, i_n, part, first, end = _item(work, i, BAND)
+    row = i_m * BLOCK_M + UPPER
+    column = i_n * BLOCK_N
     o_upper = gl.minimum(row + o_row, M - 1) * stride_xsm + first * stride_xsk
     o_lower = gl.minimum(row + ROWS + o_row, M - 1) * stride_xsm + first * stride_xsk
-    return o_upper, o_lower, o_zero + (column // BLOCK_K) * stride_sn + first
+    o_w = o_zero + (column // BLOCK_K) * stride_sn + first
+    w_scale = gl.load(p_descale + o_w)
+    upper_scale = gl.load(p_x_descale + o_upper)
+    lower_scale = upper_scale
+    if TWO:
+        lower_scale = gl.load(p_x_descale + o_lower)
+    return row, column, part, end - first, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale
 
 
 @gluon.jit
@@ -161,21 +171,17 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     o_zero = _here(o_row) // ROWS  # or one register would get the scale, and products wait behind it
     g = 0
-    i_m, i_n, part, first, end = _item(work, gl.program_id(0), BAND)
-    o_upper, o_lower, o_w = _offsets(
-        i_m * BLOCK_M + UPPER, i_n * BLOCK_N, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn
-    )
-    w_scale = gl.load(p_descale + o_w)
-    upper_scale = gl.load(p_x_descale + o_upper)
-    lower_scale = upper_scale
-    if TWO:
-        lower_scale = gl.load(p_x_descale + o_lower)
+    ahead_row, ahead_column, ahead_part, ahead_n, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
+        work, gl.program_id(0), p_x_descale, p_descale, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn,
+        UPPER, TWO, BLOCK_M, BLOCK_N, BAND,
+    )  # fmt: skip
     for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
-        row = i_m * BLOCK_M + UPPER
-        column = i_n * BLOCK_N
+        row = ahead_row
+        column = ahead_column
+        part = ahead_part
         upper = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         lower = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-        for _ in range(first, end - 1):
+        for _ in range(ahead_n - 1):
             stage = g % STAGES
             mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
             block = _product(room, stage, UPPER, block, never)
@@ -207,25 +213,19 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
             mbarrier.arrive(room.empty.index(stage), count=1)
         upper = _added(upper, block, upper_scale * w_scale)
         lower_factor = lower_scale * w_scale
-        this_part = part
         if TWO:
             block = _product(room, stage, LOWER, block, never)
         # Where the next item is, and its first scales, while the tensor cores work.
-        i_m, i_n, part, first, end = _item(work, gl.minimum(i + gl.num_programs(0), work.items - 1), BAND)
-        o_upper, o_lower, o_w = _offsets(
-            i_m * BLOCK_M + UPPER, i_n * BLOCK_N, first, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn
-        )
-        w_scale = gl.load(p_descale + o_w)
-        upper_scale = gl.load(p_x_descale + o_upper)
-        lower_scale = upper_scale
-        if TWO:
-            lower_scale = gl.load(p_x_descale + o_lower)
-        _sent(upper, out, d_out, p_part, row, column, this_part, M, N, BLOCK_N)
+        ahead_row, ahead_column, ahead_part, ahead_n, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
+            work, gl.minimum(i + gl.num_programs(0), work.items - 1), p_x_descale, p_descale, o_row, o_zero,
+            M, stride_xsm, stride_xsk, stride_sn, UPPER, TWO, BLOCK_M, BLOCK_N, BAND,
+        )  # fmt: skip
+        _sent(upper, out, d_out, p_part, row, column, part, M, N, BLOCK_N)
         if TWO:
             block = warpgroup_mma_wait(0, deps=(block,))
             mbarrier.arrive(room.empty.index(stage), count=1)
             lower = _added(lower, block, lower_factor)
-            _sent(lower, out, d_out, p_part, row + ROWS, column, this_part, M, N, BLOCK_N)
+            _sent(lower, out, d_out, p_part, row + ROWS, column, part, M, N, BLOCK_N)
         g += 1
     if p_part is not None:
         _launch_later()

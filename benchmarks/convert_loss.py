@@ -55,6 +55,7 @@ class Ablation:
     recipe: dict[str, Any] = field(default_factory=dict)
     frequencies: Callable[[Source, Budget], list[int]] | None = None
     window: int | None = None
+    windows: int | None = None
 
 
 ABLATIONS = {
@@ -68,6 +69,7 @@ ABLATIONS = {
     "short windows": Ablation(
         "windows of 256 tokens, as TransMLA has them, and no keys beyond", {"reach": 0}, window=256
     ),
+    "half the text": Ablation("8 windows to fit to", windows=8),
     "no reach": Ablation("no keys put beyond the window", {"reach": 0}),
     "no bias": Ablation("the mean of the values has to come from the latent", {"bias": False}),
 }
@@ -98,6 +100,8 @@ def ours(
         windows = torch.cat((calibration.windows, calibration.validation)).reshape(-1, cut)
         held = calibration.validation.numel() // cut
         calibration = replace(calibration, windows=windows[:-held], validation=windows[-held:])
+    if ablation.windows is not None:
+        calibration = replace(calibration, windows=calibration.windows[:: len(calibration.windows) // ablation.windows])
     folder.mkdir(parents=True, exist_ok=True)
     frequencies = None if ablation.frequencies is None else ablation.frequencies(source, budget)
     began = time.monotonic()

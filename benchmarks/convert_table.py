@@ -2,6 +2,9 @@
 
 python benchmarks/convert_table.py          rewrites what is between the two markers, and the plot
 python benchmarks/convert_table.py --check  exits with 1 if the page says something else
+python benchmarks/convert_table.py --take RESULT ...   first takes the runs of these parts of a measurement over
+
+The report of a healed conversion, its conversion.json, goes to results/convert_heal-<budget>-<device>.json.
 """
 
 from __future__ import annotations
@@ -25,12 +28,16 @@ _MISSING = "not measured"
 def main() -> int:
     """Rewrite or check the page."""
     result = json.loads(RESULT.read_text())
+    if sys.argv[1:2] == ["--take"]:
+        for part in sys.argv[2:]:
+            result = take(result, json.loads(Path(part).read_text()))
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
     old = PAGE.read_text()
     head, begin, rest = old.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{PAGE.name} lacks the markers {BEGIN!r} and {END!r}")
-    new = f"{head}{BEGIN}\n{losses(result)}\n\n{ablations(result)}\n{END}{tail}"
+    new = f"{head}{BEGIN}\n{losses(result)}\n\n{healed()}\n\n{ablations(result)}\n{END}{tail}"
     if "--check" in sys.argv[1:]:
         if new != old:
             print(f"{PAGE.name} does not say what {RESULT.name} does: run benchmarks/convert_table.py")
@@ -38,6 +45,15 @@ def main() -> int:
     PAGE.write_text(new)
     plot(result)
     return 0
+
+
+def take(result: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """``result`` with the runs of ``part``, which has to be of the same texts; each run says where it was made."""
+    for name in ("calibration", "evaluation"):
+        if result[name] != part[name]:
+            raise ValueError(f"got a part whose {name} is {part[name]}; expected {result[name]}")
+    rows = {name: row | {"environment": part["environment"]} for name, row in part["runs"].items()}
+    return result | {"runs": result["runs"] | rows}
 
 
 def _figure(row: dict[str, Any] | None, text: str, name: str) -> str:
@@ -62,6 +78,24 @@ def losses(result: dict[str, Any]) -> str:
                 says += f", fold {row['fold']}"
             cells = [_figure(row, text, name) for text in TEXTS for name in ("perplexity", "kl")]
             lines.append(f"| {budget} | {says} | {widths} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def healed() -> str:
+    """What healing made of it, from the reports of conversions."""
+    reports = {path: json.loads(path.read_text()) for path in sorted(RESULT.parent.glob("convert_heal-*.json"))}
+    if not reports:
+        return "Healed models have not been measured on a GPU yet."
+    lines = [
+        "| healed | on | steps | " + " | ".join(f"{text}, perplexity | KL" for text in TEXTS) + " |",
+        "|---|---|--:|" + "--:|--:|" * len(TEXTS),
+    ]
+    for path, report in sorted(reports.items(), key=lambda item: -item[1]["cache"]["kept"]):
+        losses = {loss["text"]: loss for loss in report["losses"]}
+        cells = [f"{losses[text]['perplexity']['result']:.2f} | {losses[text]['kl']:.2f}" for text in TEXTS]
+        saved, device = f"{100 * (1 - report['cache']['kept']):g} % saved", path.stem.split("-", 2)[2]
+        asked = f"{report['options']['heal']:g} minutes" if "heal" in report["options"] else ""
+        lines.append(f"| {saved} | {device} {asked} | {report['healing']['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

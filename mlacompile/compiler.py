@@ -114,7 +114,7 @@ def compile_graph(
         if not pipeline.rewritten:
             raise _NothingToRewrite
         with pipeline.stage("lower"):
-            for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes).items():
+            for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes, pipeline.weights).items():
                 pipeline.served(node, kernel, passed)
             before = take_out(rewritten)
         dump_graph(options.dump, pipeline.name, "6-lowered", rewritten)

@@ -52,6 +52,7 @@ def convert(
         typer.Option(metavar="TEXT", help="A text to report the loss on, and nothing else. May be given again."),
     ] = None,
     heal: Annotated[float, typer.Option(metavar="MINUTES", help="Distil that long after compressing.")] = 0.0,
+    heal_steps: Annotated[int, typer.Option(metavar="N", help="So many steps instead: the same each time.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the sample of the text.")] = 0,
     device: Annotated[str, typer.Option(help="Where layers are fitted: cpu, cuda.")] = "cpu",
     check: Annotated[
@@ -97,6 +98,7 @@ def convert(
                 calibrate=calibrate,
                 evaluate=evaluate or (),
                 heal=heal,
+                heal_steps=heal_steps,
                 seed=seed,
                 device=device,
                 check_result=check,

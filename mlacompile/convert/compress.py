@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlacompile.convert.attend import halves_to_complex
+from mlacompile.convert.attend import halves_to_complex, rotation
 from mlacompile.convert.calibrate import Pairs
 from mlacompile.convert.form import GQALayer, MLALayer
 from mlacompile.convert.rotate import Lanes
@@ -25,14 +25,15 @@ _RIDGE = 1e-4  # of the mean diagonal: the sample is finite
 class _Moments:
     """Second moments within queries of one head's rotated keys κ, lanes z and tokens y = [k; v]."""
 
-    def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes, head: int) -> None:
+    def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes, turns: tuple[Tensor, Tensor], head: int) -> None:
+        """``turns``: how keys and lanes turn by distance, ``[distances, D/2]`` and ``[distances, P/2]``."""
         groups = layer.w_k.shape[0]
         group = head // (layer.w_q.shape[0] // groups)
-        token, distance = pairs.token[head], pairs.distance[head][..., None]
+        token, distance = pairs.token[head], pairs.distance[head].long()
         k, v = pairs.k[token], pairs.v[token]  # [Q, K, G, D]
         mixed = halves_to_complex(k).flatten(-2) @ lanes.mix.to(torch.complex64).T
-        turned = halves_to_complex(k[..., group, :]) * _turn(layer.inv_freq, distance)
-        lane = mixed * _turn(lanes.inv_freq, distance)
+        turned = halves_to_complex(k[..., group, :]) * turns[0][distance]
+        lane = mixed * turns[1][distance]
         parts = (
             torch.cat((turned.real, turned.imag), dim=-1),
             torch.view_as_real(lane).flatten(-2),
@@ -49,9 +50,9 @@ class _Moments:
         return [list(row.split(self.widths, dim=1)) for row in self.moment.split(self.widths, dim=0)]
 
 
-def _turn(inv_freq: Tensor, distance: Tensor) -> Tensor:
-    angle = -distance * inv_freq
-    return torch.polar(torch.ones_like(angle), angle)
+def _turns(inv_freq: Tensor, farthest: int) -> Tensor:
+    """``[farthest + 1, F]`` complex: what a key that is so far away is multiplied by. Few distances, many pairs."""
+    return torch.view_as_complex(rotation(inv_freq, farthest + 1)).conj().resolve_conj()
 
 
 def regress(targets: Tensor, features: Tensor, ridge: float = _RIDGE) -> Tensor:
@@ -70,7 +71,9 @@ class Compression:
     def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes) -> None:
         self.layer, self.pairs, self.lanes = layer, pairs, lanes
         heads = layer.w_q.shape[0]
-        self._moments = [_Moments(layer, pairs, lanes, head).split() for head in range(heads)]
+        farthest = int(pairs.distance.max())
+        turns = _turns(layer.inv_freq, farthest), _turns(lanes.inv_freq, farthest)
+        self._moments = [_Moments(layer, pairs, lanes, turns, head).split() for head in range(heads)]
         token = torch.stack([m[2][2] for m in self._moments]).mean(0)
         self._score_worth = torch.zeros_like(token)
         for head, m in enumerate(self._moments):

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlacompile.convert.distill import Progress
 from mlacompile.convert.evaluate import Score, Tally, spread_windows
 from mlacompile.convert.families import GQAModel
 from mlacompile.convert.form import GQALayer, MLALayer, OneByOne
-from mlacompile.convert.heal import Progress, heal_model
+from mlacompile.convert.heal import heal_model
 from mlacompile.convert.latent import (
     LayerReport,
     Recipe,
@@ -44,8 +45,9 @@ _EVALUATION_WINDOWS = 12
 _FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
 #: Healing goes through the text again and again; with less than this the original writes more, where that is quick.
-_ENOUGH_TOKENS = 1 << 19
-_HEALED_LENGTH = 512
+_ENOUGH_TOKENS = 3 << 19
+#: Windows of a step of healing, and their length: some seconds of work on a CPU, some tenths of one on a GPU.
+_HEALED = {"cuda": (16, 1024), "cpu": (2, 512)}
 #: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
 _REACH = 4
 #: Windows that are enough to choose frequencies by, which many layers vote on.
@@ -267,34 +269,43 @@ def heal(
     calibration: Calibration,
     folder: Path,
     *,
-    minutes: float,
+    minutes: float | None = None,
+    steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Sequence[MLALayer], Progress]:
-    """``layers`` after ``minutes`` of distillation on all of the calibration text but its validation part.
+    """``layers`` after ``minutes`` or ``steps`` of distillation on the calibration text without its validation part.
 
-    A text of less than ``_ENOUGH_TOKENS`` is made up to that by the original itself. Checkpoints, and the result, are
-    in ``folder``.
+    On a GPU a text of less than ``_ENOUGH_TOKENS`` is made up to that by the original itself. Checkpoints, and the
+    result, are in ``folder``.
     """
     shelf = Shelf(folder / "healed")
     if len(layers) - 1 in shelf:  # put there last
         return OneByOne(len(layers), shelf.get), Progress(**shelf.note(len(layers) - 1))
     assert calibration.text is not None
-    length = min(_HEALED_LENGTH, calibration.windows.shape[1])
-    windows = spread_windows(calibration.text, length=length, count=len(calibration.text) // length)
-    missing = max(0, _ENOUGH_TOKENS - windows.numel()) // length
+    kind = torch.device(device).type
+    batch, length = _HEALED.get(kind, _HEALED["cpu"])
+    length = min(length, calibration.windows.shape[1])
+
+    def report(state: Progress) -> None:
+        done, total = (state.step, steps) if steps is not None else (round(state.seconds), round(state.limit))
+        advance(done, total)
+
     healed, progress = heal_model(
         source,
         layers,
-        windows,
+        calibration.text,
         calibration.validation,
-        minutes=minutes,
+        length=length,
+        folder=folder,
         device=device,
-        checkpoint=folder / "healing.safetensors",
         seed=seed,
-        written=missing if torch.device(device).type == "cuda" else 0,
-        report=lambda state: advance(round(state.seconds), round(60 * minutes)),
+        written=max(0, _ENOUGH_TOKENS - len(calibration.text)) if kind == "cuda" else 0,
+        minutes=minutes,
+        steps=steps,
+        batch=batch,
+        report=report,
     )
     for i, layer in enumerate(healed):
         shelf.put(i, layer, vars(progress))

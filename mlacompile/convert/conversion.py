@@ -17,8 +17,8 @@ from mlacompile.checkpoint import CheckpointWriter, dtype_name, plan_shards
 from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
 from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
+from mlacompile.convert.distill import Progress
 from mlacompile.convert.form import MLALayer
-from mlacompile.convert.heal import Progress
 from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan, lifted, plan
 from mlacompile.convert.shelf import Shelf
@@ -66,6 +66,7 @@ def convert(
     calibrate: str | Path | None = None,
     evaluate: Sequence[str | Path] = (),
     heal: float = 0.0,
+    heal_steps: int = 0,
     seed: int = 0,
     device: str | torch.device = "cpu",
     check_result: bool = False,
@@ -93,6 +94,7 @@ def convert(
         calibrate: the text to fit to and, its last tenth, to choose by: UTF-8, .jsonl or .parquet.
         evaluate: texts to report the loss on; nothing is fitted to or chosen by them.
         heal: minutes of distillation after that, the original being the teacher; over the whole calibration text.
+        heal_steps: so many steps of it instead, which give the same result however long they take.
         seed: of the sample that is fitted to.
         device: where layers are fitted.
         check_result: load the result, compare it with the source, and write down how far they are apart. Takes the
@@ -118,7 +120,7 @@ def convert(
         opened,
         lossless=lossless,
         calibrate=calibrate,
-        heal=heal,
+        heal=_Healing(heal, heal_steps),
         target=target,
         widths={"kv_budget": kv_budget, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim},
         say=say,
@@ -163,21 +165,45 @@ def convert(
 
 
 @dataclass(frozen=True)
+class _Healing:
+    """How long it takes, one way or the other; neither is not at all."""
+
+    minutes: float = 0.0
+    steps: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.minutes or self.steps)
+
+    def refuse(self, *, lossless: bool) -> None:
+        """Raises ``UnsupportedInputError`` for what makes no sense."""
+        if self.minutes and self.steps:
+            raise UnsupportedInputError("--heal and --heal-steps both say how long to heal; give one of them")
+        if min(self.minutes, self.steps) < 0 or (self and lossless):
+            asked = f"--heal-steps {self.steps}" if self.steps else f"--heal {self.minutes:g}"
+            raise UnsupportedInputError(
+                f"{asked}: expected minutes, and --calibrate TEXT: nothing is to heal where nothing is lost"
+            )
+
+    def options(self) -> dict[str, Any]:
+        return {"heal": self.minutes} if self.minutes else {"heal_steps": self.steps} if self.steps else {}
+
+
+@dataclass(frozen=True)
 class _Fit:
     """That something is to be lost: how much is kept, and the text that says what."""
 
     budget: compression.Budget
     calibration: compression.Calibration
     text: str
-    heal: float
+    heal: _Healing
 
     def shapes(self, source: Source, target: str) -> Sequence[MLALayer]:
         return [self.budget.shape(source.model, source.dtype, bias=target != "vllm")] * source.model.layers
 
     def options(self) -> dict[str, Any]:
         text = {"name": self.text, "sha256_of_ids": self.calibration.digest}
-        healed = {"heal": self.heal} if self.heal else {}
-        return {"kv_lora_rank": self.budget.rank, "rope_dim": self.budget.rope_dim, "calibrate": text} | healed
+        widths = {"kv_lora_rank": self.budget.rank, "rope_dim": self.budget.rope_dim}
+        return widths | {"calibrate": text} | self.heal.options()
 
 
 @dataclass(frozen=True)
@@ -194,7 +220,7 @@ def _asked_fit(
     *,
     lossless: bool,
     calibrate: str | Path | None,
-    heal: float,
+    heal: _Healing,
     target: str,
     widths: dict[str, Any],
     say: Callable[[str], None],
@@ -209,10 +235,7 @@ def _asked_fit(
     if calibrate is not None and unsized:
         widths = widths | {"kv_budget": _BUDGET}
     budget = compression.Budget.parse(source.model, target=target, **widths)
-    if heal < 0 or (heal and budget is None):
-        raise UnsupportedInputError(
-            f"--heal {heal:g}: expected minutes, and --calibrate TEXT: nothing is to heal where nothing is lost"
-        )
+    heal.refuse(lossless=budget is None)
     if budget is None:
         return None
     compression.refuse(source.model)
@@ -256,7 +279,8 @@ def _make(
         layers,
         fit.calibration,
         scratch,
-        minutes=fit.heal,
+        minutes=fit.heal.minutes or None,
+        steps=fit.heal.steps or None,
         seed=seed,
         device=device,
         advance=lambda done, total: advance(done, total, "healing"),

@@ -185,16 +185,21 @@ def compress_model(
     original = compressed = embedded
     done = []
     for index, (block, layer) in enumerate(zip(blocks, layers)):
+        # Nothing reads what comes after the last layer's attention.
+        onward = index + 1 < len(blocks)
         tap = Tap(GroupedAttention(layer))
         ahead, seen, added = [], [], []
         for window in original.split(1):
-            ahead.append(step(block, window, tap))
+            if onward:
+                ahead.append(step(block, window, tap))
+            else:
+                tap(_attention_input(block, window))
             seen.append(tap.seen)
             added.append(tap.added)
         if shelf is not None and index in shelf:
             latent = shelf.get(index).map(lambda value: value.to(embedded.device))
             report = LayerReport(**shelf.note(index))
-            compressed = advance_stream(block, compressed, latent)
+            compressed = advance_stream(block, compressed, latent) if onward else compressed
         else:
             x, target = torch.cat(seen), torch.cat(added)
             latent, report = _best(method(layer, x[:-held], recipe), x[-held:], target[-held:])
@@ -205,9 +210,11 @@ def compress_model(
             if shelf is not None:
                 shelf.put(index, latent, vars(report))
             # A window at a time, as a run that takes the layer from its shelf does: the same sums in the same order.
-            outputs = [project_heads(latent, one) for one in heads.split(1)]
-            compressed = torch.cat([step(block, now, _Known(out)) for now, out in zip(compressed.split(1), outputs)])
-        original = torch.cat(ahead)
+            if onward:
+                outputs = [project_heads(latent, one) for one in heads.split(1)]
+                moved = [step(block, now, _Known(out)) for now, out in zip(compressed.split(1), outputs)]
+                compressed = torch.cat(moved)
+        original = torch.cat(ahead) if onward else original
         done.append(latent)
         if progress is not None:
             progress(index, latent, report)

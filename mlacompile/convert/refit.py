@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlacompile.convert.attend import project_heads
 from mlacompile.convert.form import MLALayer
 
 
@@ -25,21 +24,27 @@ class OutputFit:
         size = layer.w_o.shape[1] * layer.w_o.shape[2] + bias
         zeros = layer.w_o.new_zeros
         self.features = zeros(size, size, dtype=torch.float64)
-        self.missing = zeros(layer.w_o.shape[0], size, dtype=torch.float64)
+        self.wanted = zeros(layer.w_o.shape[0], size, dtype=torch.float64)
 
     def add(self, heads: Tensor, target: Tensor) -> None:
         """``heads [T, H V]``: what the compressed model's heads deliver; ``target [T, M]``: what should come out."""
-        missing = target - project_heads(self.layer, heads)
+        if not self.bias and self.layer.b_o is not None:
+            target = target - self.layer.b_o
         seen = torch.cat((heads, torch.ones_like(heads[:, :1])), dim=1) if self.bias else heads
         self.features += (seen.T @ seen).double()
-        self.missing += (missing.T @ seen).double()
+        self.wanted += (target.T @ seen).double()
 
     def solve(self, ridge: float = 1e-3) -> MLALayer:
         """The layer with its best ``w_o`` and ``b_o``."""
         size = self.layer.w_o.shape[1] * self.layer.w_o.shape[2]
         damped = self.features.clone()
         damped.diagonal()[:size] += ridge * self.features.diagonal()[:size].mean()  # the bias is free
-        change = torch.linalg.solve(damped, self.missing.T).T.to(self.layer.w_o.dtype)
+        present = self.layer.w_o.flatten(1).double()
+        if self.bias:
+            shift = present.new_zeros(len(present)) if self.layer.b_o is None else self.layer.b_o.double()
+            present = torch.cat((present, shift[:, None]), dim=1)
+        missing = self.wanted - present @ self.features
+        change = torch.linalg.solve(damped, missing.T).T.to(self.layer.w_o.dtype)
         w_o = self.layer.w_o + change[:, :size].view_as(self.layer.w_o)
         b_o = self.layer.b_o
         if self.bias:

@@ -70,20 +70,26 @@ class Pursuit:
         # The search that follows compares energies: single precision decides it as well, in half the time.
         self.target_gram = torch.einsum("hrml,hal->hrma", target, self.overlap[:, :, :-1]).to(torch.complex64)
         self.overlap = self.overlap.to(torch.complex64)
+        #: ⟨x_m e^{-iφΔ}, target − its projection on the chosen lanes⟩: ``[H, queries, keys, F]``.
+        self.residual = self.target_gram
+        #: The chosen lanes of each head made orthogonal: ⟨x_m e^{-iφΔ}, u⟩, ``[H, lanes, keys, F]``; and themselves.
+        self._basis = self.overlap.new_zeros(heads, 0, values.numel(), self.frequencies.numel())
+        self.chosen: list[tuple[Tensor, int]] = []
         # A shift of all scores is free: so is the constant at frequency 0.
         constant = self.colour[-1].to(torch.complex64)
-        self.chosen = [(constant / constant.norm(), pair_count)]
-        self.residual = self._residual()
+        self._add(constant / constant.norm(), pair_count)
 
-    def _residual(self) -> Tensor:
-        """⟨x_m e^{-iφΔ}, target − its projection on the chosen lanes⟩: ``[H, queries, keys, F]``."""
-        w = torch.stack([vector for vector, _ in self.chosen])
-        at = torch.tensor([index for _, index in self.chosen])
-        gram = (w.conj() @ w.T) * self.overlap[:, at][:, :, at]
-        gram = gram + 1e-5 * torch.eye(len(at), device=w.device)
-        onto = torch.einsum("bm,hrmb->hbr", w.conj(), self.target_gram[..., at])
-        factor = torch.linalg.solve(gram, onto)
-        return self.target_gram - torch.einsum("hbr,bm,hab->hrma", factor, w, self.overlap[:, :, at])
+    def _add(self, lane: Tensor, index: int) -> None:
+        """Take ``lane [keys]`` at frequency ``index`` out of what remains, by a step of Gram-Schmidt."""
+        seen = torch.einsum("m,ha->hma", lane, self.overlap[:, :, index])
+        known = torch.einsum("m,hbm->hb", lane.conj(), self._basis[..., index]).conj()
+        seen = seen - torch.einsum("hb,hbma->hma", known, self._basis)
+        length = torch.einsum("m,hm->h", lane.conj(), seen[..., index]).real.clamp_min(1e-5).sqrt()
+        unit = seen / length[:, None, None]
+        onto = torch.einsum("m,hrm->hr", lane.conj(), self.residual[..., index]) / length[:, None]
+        self.residual = self.residual - onto[..., None, None] * unit[:, None]
+        self._basis = torch.cat((self._basis, unit[:, None]), dim=1)
+        self.chosen.append((lane, index))
 
     def gains(self) -> Tensor:
         """``[F + 1]``: captured energy of the best lane at every frequency, the last at none."""
@@ -94,8 +100,8 @@ class Pursuit:
         """Add the best ``count`` lanes at frequency ``index``."""
         gram = torch.einsum("hrm,hrn->mn", self.residual[..., index], self.residual[..., index].conj())
         best = torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(-1)
-        self.chosen += [(vector, index) for vector in best.T]
-        self.residual = self._residual()
+        for vector in best.T:
+            self._add(vector, index)
 
     def take_latent(self, count: int) -> None:
         """Add ``count`` lanes at no frequency, four at a time: nearly the same lanes, in a quarter of the time."""

@@ -65,7 +65,7 @@ def norm_before(row: Node) -> Norm | None:
 
 def _factors(node: Node, width: int) -> Iterator[Node]:
     """What is multiplied to make a node, casts and views between the factors aside."""
-    node = _through(node)
+    node = through_views(node)
     if node.target is aten.mul.Tensor and all(isinstance(a, Node) for a in node.args) and _numel(node) == width:
         for factor in node.args:
             yield from _factors(factor, width)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def _mean_of_square(root: Node) -> tuple[Node, float] | None:
     total: Any = root.args[0]
     if total.target not in (aten.add.Tensor, aten.add.Scalar) or not isinstance(total.args[1], (int, float)):
         return None
-    mean = _through(total.args[0])
+    mean = through_views(total.args[0])
     if mean.target is not aten.mean.dim or not mean.args[0].meta["val"].dtype.is_floating_point:  # type: ignore[union-attr]
         return None
     square: Any = mean.args[0]
@@ -86,12 +86,12 @@ def _mean_of_square(root: Node) -> tuple[Node, float] | None:
     if [d % rank for d in dims] != [rank - 1] or square.meta["val"].dtype.itemsize < 4:  # type: ignore[union-attr]
         return None
     if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:
-        return _through(square.args[0]), float(total.args[1])
+        return through_views(square.args[0]), float(total.args[1])
     same = square.target is aten.mul.Tensor and square.args[0] is square.args[1]
-    return (_through(square.args[0]), float(total.args[1])) if same else None
+    return (through_views(square.args[0]), float(total.args[1])) if same else None
 
 
-def _through(node: Node) -> Node:
+def through_views(node: Node) -> Node:
     """Past views and casts between floats."""
     while node.op == "call_function" and (node.target in _VIEWS or _is_float_cast(node)):
         node = node.args[0]  # type: ignore[assignment]

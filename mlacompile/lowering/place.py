@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch.fx import GraphModule, Node
 
 from mlacompile.lowering.cpu_rows import place_cpu_rows
@@ -13,11 +15,14 @@ from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
 
 
-def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[str, list[str]]]:
+def place(
+    gm: GraphModule, wanted: str, notes: list[str], constant: Collection[Node] = ()
+) -> dict[Node, tuple[str, list[str]]]:
     """Choose kernels and write the choices into a rewritten graph.
 
     Args:
         wanted: the option ``kernel``. notes: receives what a user should know beyond single ops.
+        constant: the inputs that nobody writes while the graph runs.
     Returns:
         For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
     """
@@ -28,7 +33,7 @@ def place(gm: GraphModule, wanted: str, notes: list[str]) -> dict[Node, tuple[st
     if chosen and wanted == "auto":
         place_cpu_rows(gm)
         gm.graph.eliminate_dead_code()  # what nobody uses must not stand between a product and what follows it
-        if placed := place_row_products(gm) + place_head_products(gm):
+        if placed := place_row_products(gm, constant) + place_head_products(gm, constant):
             notes.append(f"{placed} products with a single row read their weights by kernels made for that")
     gm.graph.eliminate_dead_code()
     store_before_spreading(gm)

@@ -4,13 +4,16 @@
     clone(x), contiguous, of a contiguous x     →  x
     clone(permute(clone(x)))                    →  clone(permute(x))
     bmm(a [B, M, 1], b [B, 1, N])               →  a · b, elementwise: rotary angles are such an outer product
+    cat([x[..., :n], y]), y as long as the rest  →  slice_scatter(x, y), which can be done where x lies
 
-Inductor would run a kernel for each of the first three wherever an op that it does not fuse reads or writes there, and
-a library's matrix product for the last.
+Inductor would run a kernel for each of the first three wherever an op that it does not fuse reads or writes there, a
+library's matrix product for the fourth, and a pass over memory of its own for the last: so queries keep most of what
+they are while a few of their columns are rotated.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -40,6 +43,8 @@ def tidy(gm: GraphModule) -> int:
         if node.args[0].meta["val"].shape[2] == 1:
             node.replace_all_uses_with(Emitter(node)(aten.mul.Tensor, *node.args))
             taken += 1
+    for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
+        taken += _scattered(node)
     return taken
 
 
@@ -93,3 +98,60 @@ def _part(node: Node) -> Node | None:
             return part  # type: ignore[no-any-return]
         at += size
     return None
+
+
+def _scattered(joined: Node) -> bool:
+    """Write into a value what a concatenation of most of it with something else says."""
+    parts, value = joined.args[0], joined.meta["val"]
+    dim = (joined.args[1] if len(joined.args) > 1 else 0) % value.dim()  # type: ignore[operator]
+    sizes = [part.meta["val"].shape[dim] for part in parts]  # type: ignore[union-attr]
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        return False
+    most = int(sizes[1] > sizes[0])
+    kept, new = parts[most], parts[1 - most]  # type: ignore[index]
+    emit = Emitter(joined)
+    whole = _whole(emit, kept, dim)
+    if whole is None:
+        return False
+    source, start = whole
+    alike = source.meta["val"].shape == value.shape and source.meta["val"].dtype == new.meta["val"].dtype == value.dtype
+    if not alike or start != most * sizes[0] or not _is_made(source):
+        return False
+    begin = sizes[0] * (1 - most)
+    joined.replace_all_uses_with(emit(aten.slice_scatter.default, source, new, dim, begin, begin + sizes[1 - most]))
+    return True
+
+
+def _whole(emit: Emitter, part: Node, dim: int) -> tuple[Node, int] | None:
+    """What a value is a stretch of along a dimension, and where that begins; None: it is whole."""
+    if part.target in (aten.permute.default, aten.transpose.int):
+        rank = part.meta["val"].dim()
+        order = list(range(rank))
+        if part.target is aten.permute.default:
+            order = [d % rank for d in part.args[1]]  # type: ignore[union-attr]
+        else:
+            a, b = (d % rank for d in part.args[1:])  # type: ignore[operator]
+            order[a], order[b] = b, a
+        inner = _whole(emit, part.args[0], order[dim])  # type: ignore[arg-type]
+        return None if inner is None else (emit(part.target, inner[0], *part.args[1:]), inner[1])
+    if part.target is aten.slice.Tensor:
+        along, start, _end, step = part.args[1:] + (0, None, None, 1)[len(part.args) - 1 :]
+        return (part.args[0], start or 0) if (along % part.meta["val"].dim(), step) == (dim, 1) else None  # type: ignore[operator,return-value]
+    if part.target is operator.getitem and part.args[0].target is aten.split_with_sizes.default:  # type: ignore[union-attr]
+        whole, sizes, *rest = part.args[0].args  # type: ignore[union-attr]
+        if (rest[0] if rest else 0) % part.meta["val"].dim() == dim:  # type: ignore[operator]
+            return whole, sum(sizes[: part.args[1]])  # type: ignore[return-value,arg-type,index,misc]
+    return None
+
+
+def _is_made(node: Node) -> bool:
+    """Whether a value, seen through views, is what an op of the graph made, and not an input."""
+    while node.target in (
+        aten.permute.default,
+        aten.transpose.int,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+    ):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "call_function"

@@ -14,18 +14,20 @@ from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
 
 
-def head_product_reference(x: Tensor, weight: Tensor) -> Tensor:
+def head_product_reference(x: Tensor, weight: Tensor, *, early: bool = False) -> Tensor:
     """The definition, in float32 or wider, rounded once at the end."""
     compute = torch.promote_types(x.dtype, torch.float32)
     return torch.bmm(x.to(compute), weight.to(compute)).to(x.dtype)
 
 
 @torch.library.custom_op("mlacompile::head_product", mutates_args=())
-def head_product(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+def head_product(x: Tensor, weight: Tensor, *, early: bool = False, impl: str = "auto") -> Tensor:
     """``bmm`` of one row each.
 
     Args:
         x: ``[H, 1, K]``. weight: ``[H, K, N]``, any strides; same dtype.
+        early: whether nothing on this stream still writes the weight, as it is with a parameter: a kernel may then read
+            it before what was launched earlier has ended.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
         ``[H, 1, N]``, contiguous, in the dtype of x, computed in float32 and rounded once.
@@ -39,9 +41,9 @@ def head_product(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
         )
     for kernel in registry.kernels("head_product"):
         if impl in ("auto", kernel.name):
-            reasons = kernel.supports(x, weight)
+            reasons = kernel.supports(x, weight, early=early)
             if not reasons:
-                return kernel.run(x, weight)  # type: ignore[no-any-return]
+                return kernel.run(x, weight, early=early)  # type: ignore[no-any-return]
             if impl == kernel.name:
                 raise UnsupportedInputError(
                     f"head_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
@@ -50,5 +52,5 @@ def head_product(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
 
 
 @head_product.register_fake
-def _(x: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+def _(x: Tensor, weight: Tensor, *, early: bool = False, impl: str = "auto") -> Tensor:
     return x.new_empty((x.shape[0], 1, weight.shape[2]))

@@ -46,6 +46,7 @@ class Pipeline:
 
     parameters: for every placeholder of the graph, whether it holds a parameter or a constant buffer.
     untracked: for every placeholder, whether it was made in inference mode, where changes leave no trace.
+    weights: placeholders that hold them, and are not written.
     hoisted, derived: what was taken out of the graph because it depends on weights alone, and examples of the inputs
     that the graph has instead. seed: of the random data that rewrites are checked on.
     slower_in_fp8: why a product of x and a weight is not faster in FP8, or None.
@@ -64,6 +65,7 @@ class Pipeline:
     hoisted: list[Hoisted] = field(default_factory=list)
     derived: list[Any] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    weights: set[Node] = field(default_factory=set)
     untracked: Sequence[bool] = ()
     seed: int = field(init=False)
     slower_in_fp8: Callable[[torch.Tensor, torch.Tensor], str | None] = lambda x, weight: None
@@ -83,7 +85,7 @@ class Pipeline:
         dump_graph(self.options.dump, self.name, "2-functional", gm)
         with self.stage("canonicalize"):
             gm.graph = fx_graph_cse(gm.graph)  # functionalization reads one cache through several equal slices
-            weights = self._weights(gm)
+            self.weights = weights = self._weights(gm)
             in_fp8 = see_through(gm.graph, dynamic_nodes(gm.graph, weights))
             self.rewritten += keep_latents(gm.graph, dynamic_nodes(gm.graph, weights))
             open_flexible(gm)

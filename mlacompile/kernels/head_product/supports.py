@@ -8,8 +8,8 @@ from torch import Tensor
 from mlacompile.kernels.mla_decode.supports import device_reasons
 
 
-def triton_reasons(x: Tensor, weight: Tensor) -> list[str]:
-    """Why the kernel cannot run on these inputs; empty when it can."""
+def triton_reasons(x: Tensor, weight: Tensor, *, early: bool = False) -> list[str]:
+    """Why the kernel cannot run on these inputs; empty when it can. Called like ``head_product``."""
     reasons = device_reasons(x.device)
     if x.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"dtype is {x.dtype}, the kernel takes float16 and bfloat16")

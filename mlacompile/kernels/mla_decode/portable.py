@@ -309,6 +309,13 @@ def _mla_decode_kernel(
 
 
 @triton.jit
+def _partials(p_part, o_part, m_part, i_row, n_rows, o_c, R: tl.constexpr):
+    """Columns o_c of one row, of several parts."""
+    p = p_part + (o_part[:, None].to(tl.int64) * n_rows + i_row) * R + o_c[None, :]
+    return tl.load(p, mask=m_part[:, None] & (o_c < R)[None, :], other=0.0)
+
+
+@triton.jit
 def _mla_combine_kernel(
     p_part, p_part_lse, p_out, p_lse, n_rows, n_splits, H, S,
     R: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
@@ -317,20 +324,26 @@ def _mla_combine_kernel(
     i_row = tl.program_id(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     o_split = tl.arange(0, BLOCK_SPLITS)
+    if BLOCK_SPLITS <= CHUNK:  # before the sums: both loads are then under way together
+        part = _partials(p_part, o_split, o_split < n_splits, i_row, n_rows, o_c, R)
     lse = tl.load(p_part_lse + o_split * n_rows + i_row, mask=o_split < n_splits, other=float("-inf"))
     peak = tl.max(lse, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(lse - peak), 0)
-    acc = tl.zeros((BLOCK_C,), tl.float32)
-    for split in range(0, n_splits, CHUNK):
-        o_part = split + tl.arange(0, CHUNK)
-        part_lse = tl.load(p_part_lse + o_part * n_rows + i_row, mask=o_part < n_splits, other=float("-inf"))
-        written = part_lse != float("-inf")
-        p = p_part + (o_part[:, None].to(tl.int64) * n_rows + i_row) * R + o_c[None, :]
-        part = tl.load(p, mask=written[:, None] & (o_c < R)[None, :], other=0.0)
-        acc += tl.sum(part * tl.exp2(part_lse - peak)[:, None], 0)
+    weight = tl.exp2(lse - peak)
+    total = tl.sum(weight, 0)
+    if BLOCK_SPLITS <= CHUNK:
+        written = (lse != float("-inf"))[:, None]  # what was not written may be anything
+        acc = tl.sum(tl.where(written, part, 0.0) * weight[:, None], 0)
+    else:
+        acc = tl.zeros((BLOCK_C,), tl.float32)
+        for split in range(0, n_splits, CHUNK):
+            o_part = split + tl.arange(0, CHUNK)
+            part_lse = tl.load(p_part_lse + o_part * n_rows + i_row, mask=o_part < n_splits, other=float("-inf"))
+            part = _partials(p_part, o_part, part_lse != float("-inf"), i_row, n_rows, o_c, R)
+            acc += tl.sum(part * tl.exp2(part_lse - peak)[:, None], 0)
     out = acc / tl.where(total == 0, 1.0, total)
 
     # Partials are ordered (query, head), the output is (head, query).

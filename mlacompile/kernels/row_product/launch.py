@@ -1,4 +1,4 @@
-"""Chooses tiles for ``row_product`` and launches it."""
+"""Chooses tiles for ``row_product`` and launches it; for FP8 weights by the kernel of ``fp8_linear``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mlacompile.kernels.fp8_linear.launch import RowTiles, rows_launch
+from mlacompile.kernels.mla_decode.supports import chains
 from mlacompile.kernels.row_product.portable import _row_product_kernel
 
 
@@ -44,13 +46,36 @@ def row_product_triton(
     *,
     eps: float = 0.0,
     gate: str = "",
+    early: bool = False,
     tiles: Tiles | None = None,
 ) -> list[Tensor]:
     """``row_product`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
     out = [x.new_empty(1, w.shape[0]) for w in (weights[:1] if gate else weights)]
+    early = early and chains(x.device)
     for i in range(0, len(weights), 2):
-        grid, arguments, options = launch(x, weights[i : i + 2], out[i : i + 2], norm, added, eps, gate, tiles)
+        grid, arguments, options = launch(
+            x, weights[i : i + 2], out[i : i + 2], norm, added, eps, gate, tiles, early=early
+        )
         _row_product_kernel[grid](**arguments, **options)
+    return out
+
+
+def row_product_fp8(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    descales: Sequence[Tensor],
+    norm: Tensor | None = None,
+    added: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: str = "",
+    tiles: RowTiles | None = None,
+) -> list[Tensor]:
+    """``row_product`` by the kernel for FP8 weights, for inputs that ``fp8_reasons`` has nothing against."""
+    out = [x.new_empty(1, w.shape[0]) for w in (weights[:1] if gate else weights)]
+    for i in range(0, len(weights), 2):
+        pair = weights[i : i + 2], descales[i : i + 2], out[i : i + 2]
+        rows_launch(x, None, *pair, tiles, norm=norm, added=added, eps=eps, gate=gate)()
     return out
 
 
@@ -63,6 +88,8 @@ def launch(
     eps: float = 0.0,
     gate: str = "",
     tiles: Tiles | None = None,
+    *,
+    early: bool = False,
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:
     """Grid, arguments and options of one launch for one or two weights. Meta tensors do, to compile without a GPU."""
     rows, k = [w.shape[0] for w in weights], x.shape[1]
@@ -74,6 +101,7 @@ def launch(
         "p_w": weights[0], "p_out": out[0], "N": rows[0], "stride_wn": weights[0].stride(0),
         "p_w2": weights[-1], "p_out2": out[-1], "N2": rows[-1], "stride_wn2": weights[-1].stride(0),
         "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "EVEN_K": k % tiles.block_k == 0,
-        "TWO": len(rows) == 2, "GATE": gate,
+        "TWO": len(rows) == 2, "GATE": gate, "EARLY": early,
     }  # fmt: skip
-    return (sum(-(-n // tiles.block_n) for n in rows),), arguments, {"num_warps": tiles.num_warps}
+    options = {"num_warps": tiles.num_warps, **({"launch_pdl": True} if early else {})}
+    return (sum(-(-n // tiles.block_n) for n in rows),), arguments, options

@@ -159,7 +159,7 @@ class Scored(nn.Module):
 
 class Near(nn.Module):
     """Latent attention but for one step: "groups" of heads that share an up-projection, a "cap" on the scores, values
-    "gated" by their token, keys "turned" by position after the up-projection, or chunks joined by a "running" maximum."""
+    "gated" by their token, keys "turned" by position after the up-projection, chunks joined by a "running" maximum."""
 
     def __init__(self, step: str) -> None:
         super().__init__()

@@ -102,13 +102,14 @@ def _part(node: Node) -> Node | None:
 
 def _scattered(joined: Node) -> bool:
     """Write into a value what a concatenation of most of it with something else says."""
-    parts, value = joined.args[0], joined.meta["val"]
+    parts: Any = joined.args[0]
+    value = joined.meta["val"]
     dim = (joined.args[1] if len(joined.args) > 1 else 0) % value.dim()  # type: ignore[operator]
-    sizes = [part.meta["val"].shape[dim] for part in parts]  # type: ignore[union-attr]
+    sizes = [part.meta["val"].shape[dim] for part in parts]
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         return False
     most = int(sizes[1] > sizes[0])
-    kept, new = parts[most], parts[1 - most]  # type: ignore[index]
+    kept, new = parts[most], parts[1 - most]
     emit = Emitter(joined)
     whole = _whole(emit, kept, dim)
     if whole is None:

@@ -39,8 +39,10 @@ from mlacompile.errors import UnsupportedInputError
 #: Length of a window. Scores are fitted at the distances that occur, so windows are as long as texts usually are.
 WINDOW = 1024
 _SHORTEST_WINDOW = 256
-_CALIBRATION_WINDOWS = 16
+_CALIBRATION_WINDOWS = 12
 _VALIDATION_WINDOWS = 4
+#: Of the validation windows, what each layer chooses by: it has a few candidates, which differ by more than windows do.
+_CHOOSING_WINDOWS = 2
 _EVALUATION_WINDOWS = 12
 _FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
@@ -50,8 +52,8 @@ _ENOUGH_TOKENS = 3 << 19
 _HEALED = {"cuda": (16, 1024), "cpu": (2, 512)}
 #: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
 _REACH = 4
-#: Windows that are enough to choose frequencies by, which many layers vote on.
-_SCOUTED_WINDOWS = 4
+#: Windows, and queries of each, that are enough to choose frequencies by, which many layers vote on.
+_SCOUTED_WINDOWS, _SCOUTED_QUERIES = 4, 128
 #: Cache widths that vLLM has kernels for, and the only ones it is worth compressing to for it.
 _ENGINE = {"kv_lora_rank": 512, "rope_dim": 64}
 
@@ -233,7 +235,8 @@ def compress(
     lanes, by number, are chosen if they are not given. ``recipe`` overrides fields of ``Recipe``.
     """
     blocks, layers = Blocks(source, device), Layers(source, device)
-    embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation)))
+    held = min(max(1, _CHOOSING_WINDOWS * WINDOW // calibration.validation.shape[1]), len(calibration.validation))
+    embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation[:held])))
     asked: dict[str, Any] = {
         "rope_dim": budget.rope_dim,
         "rank": budget.rank,
@@ -253,12 +256,11 @@ def compress(
         frequencies = engine_frequencies(source.model, budget.rope_dim)
     elif frequencies is None:
         few = max(1, _SCOUTED_WINDOWS * WINDOW // embedded.shape[1])
-        scouting = replace(how, queries=2 * how.queries)
+        scouting = replace(how, queries=_SCOUTED_QUERIES)
         frequencies = shelf.remember(
             "frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting)
         )
     method = our_method(frequencies)
-    held = len(calibration.validation)
     compress_model(blocks, layers, embedded, how, method=method, held=held, shelf=shelf, progress=done)
     return OneByOne(len(layers), shelf.get), reports
 

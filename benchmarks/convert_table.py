@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def take(result: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """``result`` with the runs of ``part``, which has to be evaluated on the same texts; each run says how it was made."""
+    """``result`` with the runs of ``part``, evaluated on the same texts; each run says how it was made."""
     if result["evaluation"] != part["evaluation"]:
         raise ValueError(f"got a part evaluated on {part['evaluation']}; expected {result['evaluation']}")
     how = {name: part[name] for name in ("environment", "calibration")}

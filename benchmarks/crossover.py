@@ -37,7 +37,7 @@ from mlacompile.cost.hardware import TABLE
 from mlacompile.cost.predict import chunk_tokens
 from mlacompile.geometry import MLAGeometry
 from mlacompile.kernels.mla_prefill.chunked import mla_prefill_chunked
-from mlacompile.testing.timing import environment, replayed_us
+from mlacompile.testing.timing import environment, replayed_in_turns_us
 
 SHAPES = {
     "v3": MLAGeometry(heads=128, rank=512, nope=128, rope=64, v=128),
@@ -105,18 +105,20 @@ class Inputs:
         return out
 
 
-def measure(call: Callable[[int], Any], calls: int, repeats: int, device: str) -> float:
-    """Microseconds a call, the median of ``repeats`` rounds of ``calls`` calls."""
-    if device == "cpu":
+def measure(several: list[tuple[Callable[[int], Any], int]], repeats: int, device: str) -> list[float]:
+    """Microseconds a call of each, the median of ``repeats`` rounds of so many calls; all take turns."""
+    if device == "cuda":
+        return replayed_in_turns_us([[partial(call, i) for i in range(calls)] for call, calls in several], repeats)
+    times: list[list[float]] = [[] for _ in several]
+    for call, _ in several:
         call(0)
-        times = []
-        for _ in range(repeats):
+    for _ in range(repeats):
+        for (call, calls), taken in zip(several, times, strict=True):
             begin = time.perf_counter()
             for i in range(calls):
                 call(i)
-            times.append((time.perf_counter() - begin) / calls * 1e6)
-        return statistics.median(times)
-    return replayed_us([partial(call, i) for i in range(calls)], repeats)
+            taken.append((time.perf_counter() - begin) / calls * 1e6)
+    return [statistics.median(taken) for taken in times]
 
 
 def run(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
@@ -134,12 +136,17 @@ def run(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
                 count = max(1, min(math.ceil(COLD_BYTES / one), 64)) if args.device == "cuda" else 2
                 inputs = Inputs(geometry, queries, context, count, dtype, args.device)
                 check(inputs, queries)
-                for form, absorb in (("absorbed", queries), ("chunked", 0), ("auto", limit)):
-                    picked = "absorbed" if queries <= absorb else "chunked"
-                    calls = max(1, min(count, int(REPLAY_S / seconds[picked])))
-                    us = measure(partial(inputs.call, absorb), calls, args.repeats, args.device)
-                    auto = picked if form == "auto" else None
-                    yield Row(shape, context, queries, form, us, seconds[picked] * 1e6, auto)
+                limits = {"absorbed": queries, "chunked": 0, "auto": limit}
+                picked = {form: "absorbed" if queries <= most else "chunked" for form, most in limits.items()}
+                calls: dict[str, int] = {
+                    form: max(1, min(count, int(REPLAY_S / seconds[picked[form]]))) for form in limits
+                }
+                work: list[tuple[Callable[[int], Any], int]] = [
+                    (partial(inputs.call, most), calls[form]) for form, most in limits.items()
+                ]
+                for form, us in zip(limits, measure(work, args.repeats, args.device), strict=True):
+                    auto = picked[form] if form == "auto" else None
+                    yield Row(shape, context, queries, form, us, seconds[picked[form]] * 1e6, auto)
 
 
 def again(measured: dict[str, Any], hardware: Hardware, name: str) -> Iterator[Row]:
@@ -226,7 +233,8 @@ def rates(rows: list[Row], hardware: Hardware, dtype: str) -> dict[str, float]:
             sizes: dict[str, Any] = {"batch": 1, "queries": row.queries, "context": row.context, "dtype": dtype}
             total = predict(form, g, hardware=hardware, **sizes)
             width = 2 * g.rank + g.rope if kind == "latent" else g.nope + g.rope + g.v
-            pairs = row.queries * (row.context - (row.queries - 1) / 2)
+            hidden = 0 if kind == "latent" else (row.queries - 1) / 2  # of each query, on average, and not computed
+            pairs = row.queries * (row.context - hidden)
             attention = 2 * g.heads * pairs * width
             rest = total.seconds - attention / hardware.rate(kind, dtype)
             found[kind] = attention / max(row.us * 1e-6 - rest, 1e-9) / hardware.rate("matmul", dtype)
@@ -314,7 +322,7 @@ def _arguments() -> argparse.Namespace:
         "--shapes", default=["v3", "v2-lite"], type=lambda text: text.split(","), help=", ".join(SHAPES)
     )
     parser.add_argument("--contexts", default=[1024, 8192, 32768], **numbers)  # type: ignore[arg-type]
-    parser.add_argument("--queries", default=[1, 4, 16, 64, 256, 1024, 4096], **numbers)  # type: ignore[arg-type]
+    parser.add_argument("--queries", default=[1, 4, 16, 64, 256, 512, 1024, 4096], **numbers)  # type: ignore[arg-type]
     parser.add_argument("--hardware", help="rates for the prediction: a name of the table or a TOML file")
     parser.add_argument(
         "--from", dest="earlier", type=Path, help="JSON of an earlier run: its times, and predictions by today's rates"

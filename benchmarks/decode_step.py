@@ -3,8 +3,8 @@
 Two layers with dense MLPs, random weights, a vocabulary of 1024 (so that the figure is the layers', not the head's), a
 StaticCache exactly as long as the context and full of random latents; the step writes the last position. The logits are
 held against the same step in a higher precision (float32 for bf16, float64 for float32), batch rows in chunks: the
-error that eager itself makes there is the yardstick, and a backend fails parity beyond twice that. docs/benchmarks.md
-says more.
+error that eager itself makes there is the yardstick, and a backend fails parity beyond twice that. A model in FP8 has a
+reference of its own, with the weights and the cache that it has. docs/benchmarks.md says more.
 
     python benchmarks/decode_step.py                       the whole table, on a GPU
     python benchmarks/decode_step.py --shapes 64x8192 --models v3 --backends default,mlacompile
@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +76,14 @@ class Row:
     backend: str
     ms_per_layer: float | None = None
     step: Timing | None = None
+    host_ms: float | None = None  # what the host alone takes for a step, on CUDA: its work when nothing is queued
     first_call_s: float | None = None
     peak_gib: float | None = None
     weights_gib: float | None = None
     cache_gib: float | None = None
     error_vs_reference: float | None = None
     error_vs_eager: float | None = None
+    eager_vs_reference: float | None = None
     parity: bool | None = None
     absorbed: int | None = None
     error: str | None = None
@@ -140,21 +144,27 @@ def run_shape(name: str, model: Any, batch: int, context: int, args: argparse.Na
     tokens = models.random_tokens(model.config, batch, 1, device=args.device)
     reference = None if args.no_reference else reference_logits(model, cache, tokens, context)
     eager = decode(model, cache, tokens, context).clone()
-    limit = None if reference is None else max(2 * relative_error(eager, reference), 1e-6)
+    own_error = None if reference is None else relative_error(eager, reference)
+    limit = None if own_error is None else max(2 * own_error, 1e-6)
     rows = []
     for backend in args.backends.split(","):
         row = Row(name, MODELS[name]["num_attention_heads"], batch, context, backend)
         try:
-            own, held = model, cache
+            own, held, exact = model, cache, reference
             beside: Tensor | None = eager
+            row.eager_vs_reference = own_error
             if backend in QUANTIZED:
                 own, held = in_fp8(model, cache, latent=backend == "mlacompile-fp8")
-                beside = None if args.no_reference else decode(own, held, tokens, context).clone()
+                beside = None
+                if reference is not None:
+                    beside = decode(own, held, tokens, context).clone()
+                    exact = reference_logits(model, held, tokens, context, own)
+                    row.eager_vs_reference = relative_error(beside, exact)
             row.weights_gib, row.cache_gib = sizes(own, held)
             logits = run_backend(row, own, held, tokens, args)
             row.error_vs_eager = None if beside is None else relative_error(logits, beside)
-            if reference is not None and limit is not None:
-                row.error_vs_reference = relative_error(logits, reference)
+            if exact is not None and limit is not None:
+                row.error_vs_reference = relative_error(logits, exact)
                 row.parity = row.error_vs_reference <= limit
             if backend in QUANTIZED:
                 # FP8 itself costs more than rounding in the dtype of the model, and an eager run expands the cache by
@@ -162,7 +172,7 @@ def run_shape(name: str, model: Any, batch: int, context: int, args: argparse.Na
                 row.parity = None
                 if backend == "mlacompile-fp8" and row.error_vs_eager is not None:
                     row.parity = row.error_vs_eager <= FP8_LIMIT
-            del own, held
+            del own, held, exact
         except Exception as error:  # one backend that fails (out of memory, say) must not take the others with it
             row.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
         rows.append(row)
@@ -219,6 +229,7 @@ def run_backend(row: Row, model: Any, cache: Any, tokens: Tensor, args: argparse
     )
     row.ms_per_layer = row.step.median / LAYERS
     if args.device == "cuda":
+        row.host_ms = host_time(lambda: decode(run, cache, tokens, row.context))
         row.peak_gib = torch.cuda.max_memory_reserved() / 2**30
     if row.backend.startswith("mlacompile"):
         import mlacompile
@@ -231,6 +242,18 @@ def run_backend(row: Row, model: Any, cache: Any, tokens: Tensor, args: argparse
     return logits
 
 
+def host_time(step: Callable[[], Any], calls: int = 100) -> float:
+    """Milliseconds until a step has been launched, each on an idle device: the median. Where that is more than the
+    device needs, the host is what the step's time says."""
+    samples = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        samples.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(samples)
+
+
 def decode(run: Any, cache: Any, tokens: Tensor, context: int) -> Tensor:
     """One step that writes the last position of the cache: logits [B, 1, vocabulary]."""
     models.set_length(cache, context - 1)
@@ -238,20 +261,48 @@ def decode(run: Any, cache: Any, tokens: Tensor, context: int) -> Tensor:
         return run(input_ids=tokens, past_key_values=cache).logits
 
 
-def reference_logits(model: Any, cache: Any, tokens: Tensor, context: int) -> Tensor:
-    """The same step, untouched model, next higher precision, a few batch rows at a time."""
+def reference_logits(model: Any, cache: Any, tokens: Tensor, context: int, quantized: Any = None) -> Tensor:
+    """The same step, untouched model, next higher precision, a few batch rows at a time.
+
+    quantized: a copy of the model whose weights count instead, as exactly as they say; so does what the cache holds.
+    """
     dtype = torch.float64 if model.dtype == torch.float32 else torch.float32
     exact = copy.deepcopy(model).to(dtype)
+    if quantized is not None:
+        take_weights(exact, quantized)
     rows_at_once = max(1, ROWS_AT_ONCE_TOKENS // context)
     found = []
     for start in range(0, tokens.shape[0], rows_at_once):
         part = slice(start, start + rows_at_once)
         small = models.static_cache(exact, tokens[part].shape[0], context)
         for layer, full in zip(small.layers, cache.layers, strict=True):
-            layer.keys.copy_(full.keys[part])
-            layer.values.copy_(full.values[part])
+            keys, values = held_by(full, part, dtype)
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
         found.append(decode(exact, small, tokens[part], context))
     return torch.cat(found)
+
+
+def take_weights(exact: Any, quantized: Any) -> None:
+    """Give ``exact`` the weights of the quantized layers, in its own dtype."""
+    from mlacompile.ops.fp8_linear import fp8_dequantize_weight
+    from mlacompile.resident import QuantizedLinear
+
+    for path, module in quantized.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = exact.get_submodule(path).weight
+            weight.data = fp8_dequantize_weight(module.weight, module.weight_scale_inv, weight.dtype)
+
+
+def held_by(layer: Any, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of some rows of the batch, in ``dtype``, rounded no further than the cache does."""
+    if not hasattr(layer, "store"):
+        return layer.keys[rows], layer.values[rows]
+    store = copy.copy(layer.store)
+    store.compute = dtype
+    store.rebatch(lambda x: x[rows])
+    c_kv, k_pe = store.read()
+    return c_kv.unsqueeze(1), k_pe.unsqueeze(1)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -290,11 +341,13 @@ def _line(row: Row) -> str:
         return f"{head} failed: {row.error}"
     errors = "logits not compared" if row.error_vs_eager is None else f"logits {row.error_vs_eager:.1e} from eager"
     if row.error_vs_reference is not None:
-        errors += f", {row.error_vs_reference:.1e} from reference{'  PARITY FAILS' if row.parity is False else ''}"
+        own = f" (eager {row.eager_vs_reference:.1e})"
+        errors += f", {row.error_vs_reference:.1e} from reference{own}{'  PARITY FAILS' if row.parity is False else ''}"
     memory = "" if row.peak_gib is None else f"{row.peak_gib:7.1f} GiB"
     memory += f" (weights {row.weights_gib:.2f}, cache {row.cache_gib:.3f})" if row.weights_gib is not None else ""
     absorbed = "" if row.absorbed is None else f", {row.absorbed} absorbed"
-    times = f"{row.ms_per_layer:9.3f} ms/layer (p10 {row.step.p10:.2f}, p90 {row.step.p90:.2f} ms/step)"
+    times = f"{row.ms_per_layer:9.3f} ms/layer (p10 {row.step.p10:.2f}, p90 {row.step.p90:.2f} ms/step"
+    times += ")" if row.host_ms is None else f", host {row.host_ms:.2f})"
     return f"{head} {times} {memory}  first call {row.first_call_s:5.1f} s, {errors}{absorbed}"
 
 

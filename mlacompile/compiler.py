@@ -22,6 +22,7 @@ from mlacompile.logs import dump_graph, log
 from mlacompile.lowering.derived import with_derived
 from mlacompile.lowering.inductor import compile_rest
 from mlacompile.lowering.place import place
+from mlacompile.lowering.read_early import take_out, with_before
 from mlacompile.lowering.select import reads_fp8, slower_in_fp8, spoilt_in_fp8
 from mlacompile.options import Options, check_mode
 from mlacompile.passes.canonicalize import canonicalize_sdpa, may_hold_attention
@@ -115,10 +116,13 @@ def compile_graph(
         with pipeline.stage("lower"):
             for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes, pipeline.weights).items():
                 pipeline.served(node, kernel, passed)
+            before = take_out(rewritten)
         dump_graph(options.dump, pipeline.name, "6-lowered", rewritten)
         carry_dynamo_marks(canonical, rewritten)
         with pipeline.stage("compile the rest"), nested_context(rewritten):
-            return with_derived(finish(rewritten, [*inputs, *pipeline.derived]), pipeline.hoisted)
+            more = () if before is None else before.examples
+            compiled = finish(rewritten, [*inputs, *pipeline.derived, *more])
+            return with_derived(with_before(compiled, before), pipeline.hoisted)
 
     try:
         with pipeline.stage("all"):

@@ -73,15 +73,15 @@ def _table(**values: float) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(values.items()))
 
 
-#: By benchmarks/crossover.py on an H100 (benchmarks/results), latency and units too; masked: 188 TFLOP/s of expanded
-#: attention of 128 heads over 8192 tokens under a boolean mask.
-_SHARE_HOPPER = _table(heads=0.75, masked=0.26, latent=0.76, expand=0.7, scatter=0.5)
+#: By benchmarks/crossover.py on an H200 (benchmarks/results), latency too; masked: 198 TFLOP/s of expanded attention of
+#: 128 heads over 8192 tokens under a boolean mask.
+_SHARE_HOPPER = _table(heads=0.84, masked=0.27, latent=0.88, expand=0.92, scatter=0.7)
 _H200 = Hardware(
     "NVIDIA H200",
     "measured: bf16 product of 8192³ 673–790 TFLOP/s, FP8 1285–1378, reads 3.9–4.25 TB/s",
     _table(bfloat16=720e12, float16=720e12, float8_e4m3fn=1300e12, float32=45e12),
     4.1e12,
-    5e-6,
+    3e-6,
     _SHARE_HOPPER,
     units=132,
     tile=128,

@@ -43,8 +43,8 @@ def chunk_tokens(geometry: MLAGeometry, itemsize: int) -> int:
 
 @cache
 def _compiled(form: str, masked: bool) -> Callable[..., list[list[float]]]:
-    """FLOPs, bytes, launches and tiles of every step, as one Python function of ``forms.SYMBOLS``."""
-    rows = [[step.flops, step.bytes, step.launches, step.tiles] for step in forms.steps(form, masked=masked)]
+    """FLOPs, bytes, launches and waste of every step, as one Python function of ``forms.SYMBOLS``."""
+    rows = [[step.flops, step.bytes, step.launches, step.waste] for step in forms.steps(form, masked=masked)]
     return sympy.lambdify(forms.SYMBOLS, rows, modules="math", cse=True)  # type: ignore[no-any-return]
 
 
@@ -71,23 +71,17 @@ def predict(
     chunk = chunk_tokens(g, size) if chunk is None else chunk
     sizes = (batch, queries, max(context, queries), g.heads, g.rank, g.nope, g.rope, g.v, size, size, size, chunk)
     found = forms.steps(form, masked=masked)
-    rows = _compiled(form, masked)(*sizes, hardware.tile)
-    query_rows = batch * queries * g.heads
+    rows = _compiled(form, masked)(*sizes, hardware.tile, hardware.units)
     times = [
         max(
-            flops * _wasted(tiles, query_rows, hardware) / hardware.rate(step.kind, dtype),
+            flops * waste / hardware.rate(step.kind, dtype),
             moved / hardware.copies(step.kind),
         )
         + launches * hardware.latency
-        for step, (flops, moved, launches, tiles) in zip(found, rows, strict=True)
+        for step, (flops, moved, launches, waste) in zip(found, rows, strict=True)
     ]
     longest = found[max(range(len(times)), key=times.__getitem__)].name
     return Prediction(form, float(sum(r[0] for r in rows)), float(sum(r[1] for r in rows)), float(sum(times)), longest)
-
-
-def _wasted(tiles: float, query_rows: int, hardware: Hardware) -> float:
-    """How much longer tiles take than their FLOPs: for rows that are not there, and for units without a tile."""
-    return 1.0 if not tiles else tiles * hardware.tile / query_rows * max(1.0, hardware.units / tiles)
 
 
 def cheapest(predictions: list[Prediction]) -> Prediction:

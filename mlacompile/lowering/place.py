@@ -8,8 +8,10 @@ from torch.fx import GraphModule, Node
 
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.inline import inline_references
+from mlacompile.lowering.read_early import read_early
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
 from mlacompile.lowering.single_row import place_head_products, place_row_products
+from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
 
 
@@ -34,6 +36,8 @@ def place(
         if placed := place_row_products(gm, constant) + place_head_products(gm, constant):
             notes.append(f"{placed} products with a single row read their weights by kernels made for that")
     gm.graph.eliminate_dead_code()
+    store_before_spreading(gm)
+    read_early(gm)
     gm.graph.lint()
     gm.recompile()
     return chosen

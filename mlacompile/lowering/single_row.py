@@ -1,7 +1,8 @@
 """Products with one row on CUDA: decoding one sequence reads every weight once, to use it once.
 
-    mm(x [1, K], wᵀ)          →  mlacompile::row_product, with the norm before it, and the residual or the gate after it
-    bmm(x [H, 1, K], w)       →  mlacompile::head_product
+    mm(x [1, K], wᵀ)                  →  mlacompile::row_product, with the norm before it, and the residual or the gate
+    fp8_linear(x, None, w, descale)      after it
+    bmm(x [H, 1, K], w)               →  mlacompile::head_product
 
 where a kernel takes them: libraries tile such a product for a matrix unit that has nothing to do, and read small
 weights at a fraction of the memory bandwidth.
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import mlacompile.ops.fp8_linear  # noqa: F401  (registers the op that is looked for)
 from mlacompile.kernels import registry
 from mlacompile.lowering.around_row import After, Norm, gate_after, gate_of, norm_before, sum_after, through_views
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
+_FP8_LINEAR = torch.ops.mlacompile.fp8_linear.default
 
 #: Views by their schema that copy what is not contiguous.
 _MAY_COPY = {aten.reshape.default, aten.contiguous.default}
@@ -106,17 +109,16 @@ def _is_view_of(node: Node, constant: Collection[Node]) -> bool:
 
 @dataclass(frozen=True)
 class _Product:
-    """``node`` is ``x`` [1, K] times the transpose of ``weight`` [N, K]; read anew each time, for x may be replaced."""
+    """``node`` is ``x`` [1, K] times the transpose of ``weight`` [N, K], which is FP8 if it has a ``descale``."""
 
     node: Node
+    weight: Node
+    descale: Node | None = None
 
     @property
     def x(self) -> Node:
+        """The row; read anew each time, for it may be replaced."""
         return self.node.args[0]  # type: ignore[return-value]
-
-    @property
-    def weight(self) -> Node:
-        return self.node.args[1].args[0]  # type: ignore[union-attr,return-value]
 
 
 @dataclass
@@ -155,12 +157,13 @@ def _place(call: _Call, norm: Norm | None, early: bool) -> int:
     results, after = call.results, call.after or After(call.products[0].node)
     emit = Emitter(results[0])
     weights = [p.weight for p in call.products]
+    descales = [p.descale for p in call.products if p.descale is not None]
     x = call.products[0].x if norm is None else norm.x
     # Nodes that turn out to be of no use are dead code.
     row = emit.view(x, [1, weights[0].meta["val"].shape[1]])
     factor = None if norm is None else emit.view(norm.weight, [row.meta["val"].shape[1]])
     added = None if after.added is None else emit.view(after.added, [1, weights[0].meta["val"].shape[0]])
-    arguments: tuple[Any, ...] = (row, weights, factor, added)
+    arguments: tuple[Any, ...] = (row, weights, descales, factor, added)
     settings = {"eps": 0.0 if norm is None else norm.eps, "gate": after.gate, "early": early}
     values = torch.fx.map_arg(arguments, lambda n: n.meta["val"])
     kernel = next((k for k in registry.kernels("row_product") if not k.supports(*values, **settings)), None)
@@ -176,22 +179,32 @@ def _place(call: _Call, norm: Norm | None, early: bool) -> int:
 
 def _by_row(gm: GraphModule) -> Iterator[list[_Product]]:
     """The products of the graph, in order; those that can be one call, where the first of them is, together."""
-    rows: dict[tuple[Node, ...], list[_Product]] = {}
+    rows: dict[tuple[Any, ...], list[_Product]] = {}
     for product in _products(gm):
         # What is not an input may come into being only after the first product of its row.
-        alone = () if product.weight.op == "placeholder" else (product.weight,)
-        rows.setdefault((product.x, *alone), []).append(product)
+        made = [n for n in (product.weight, product.descale) if n is not None and n.op != "placeholder"]
+        rows.setdefault((product.x, product.descale is None, *made), []).append(product)
     yield from rows.values()
 
 
 def _products(gm: GraphModule) -> Iterator[_Product]:
     """Products of one static row with the transpose of a large matrix."""
-    for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default):
-        transposed = node.args[1]
-        if not _one_row(node.meta.get("val"), 0) or transposed.target is not aten.t.default:
+    for node in gm.graph.nodes:
+        product = _product(node) if node.op == "call_function" else None
+        if product is None or not _one_row(node.meta.get("val"), 0):
             continue
-        if transposed.args[0].meta["val"].numel() >= SMALLEST:
-            yield _Product(node)
+        if product.weight.meta["val"].numel() >= SMALLEST:
+            yield product
+
+
+def _product(node: Node) -> _Product | None:
+    if node.target is aten.mm.default and node.args[1].target is aten.t.default:  # type: ignore[union-attr]
+        return _Product(node, node.args[1].args[0])  # type: ignore[union-attr,arg-type]
+    if node.target is not _FP8_LINEAR or node.args[1] is not None:  # a row that is quantized stays so, bit for bit
+        return None
+    x, _, weight, descale, dtype = node.args
+    alike = weight.meta["val"].dim() == 2 and x.meta["val"].dtype == dtype  # type: ignore[union-attr]
+    return _Product(node, weight, descale) if alike else None  # type: ignore[arg-type]
 
 
 def _one_row(value: Any, dim: int) -> bool:

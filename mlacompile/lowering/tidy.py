@@ -2,14 +2,19 @@
 
     slice(cat([a, b]), where b lies)            →  b
     clone(x), contiguous, of a contiguous x     →  x
+    clone(permute(clone(x)))                    →  clone(permute(x))
     bmm(a [B, M, 1], b [B, 1, N])               →  a · b, elementwise: rotary angles are such an outer product
+    cat([x[..., :n], y]), y as long as the rest  →  slice_scatter(x, y), which can be done where x lies
 
-Inductor would run a kernel for each of the first two wherever an op that it does not fuse reads the result, and a
-library's matrix product for the last.
+Inductor would run a kernel for each of the first three wherever an op that it does not fuse reads or writes there, a
+library's matrix product for the fourth, and a pass over memory of its own for the last: so queries keep most of what
+they are while a few of their columns are rotated.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +30,8 @@ def tidy(gm: GraphModule) -> int:
     """Take such moves out of a functional graph, and make such products elementwise; returns how many."""
     taken = 0
     returned = set(gm.graph.output_node().all_input_nodes)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.clone.default):
+        taken += _copied_twice(node)
     for node in gm.graph.nodes:
         same = _same(node)
         if same is not None and node not in returned:
@@ -37,6 +44,8 @@ def tidy(gm: GraphModule) -> int:
         if node.args[0].meta["val"].shape[2] == 1:
             node.replace_all_uses_with(Emitter(node)(aten.mul.Tensor, *node.args))
             taken += 1
+    for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
+        taken += _scattered(node)
     return taken
 
 
@@ -51,6 +60,22 @@ def _same(node: Node) -> Node | None:
     source: Any = node.args[0]
     fixed = not any(isinstance(s, torch.SymInt) for s in source.meta["val"].shape)
     return source if source.op == "call_function" and fixed and source.meta["val"].is_contiguous() else None
+
+
+def _copied_twice(node: Node) -> bool:
+    """Let a copy read what another copy was made of, if only axes changed places in between."""
+    source: Any = node.args[0]
+    moves: list[Node] = []
+    while source.target in (aten.permute.default, aten.transpose.int):
+        moves.append(source)
+        source = source.args[0]
+    if not moves or source.target is not aten.clone.default or node.kwargs.get("memory_format") is None:
+        return False
+    emit, now = Emitter(node), source.args[0]
+    for move in reversed(moves):
+        now = emit(move.target, now, *move.args[1:])
+    node.replace_input_with(moves[0], now)
+    return True
 
 
 def _part(node: Node) -> Node | None:
@@ -74,3 +99,69 @@ def _part(node: Node) -> Node | None:
             return part  # type: ignore[no-any-return]
         at += size
     return None
+
+
+def _scattered(joined: Node) -> bool:
+    """Write into a value what a concatenation of most of it with something else says."""
+    parts: Any = joined.args[0]
+    value = joined.meta["val"]
+    dim = _dimension(joined.args[1:], value.dim())
+    sizes = [part.meta["val"].shape[dim] for part in parts]
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        return False
+    most = int(sizes[1] > sizes[0])
+    kept, new = parts[most], parts[1 - most]
+    emit = Emitter(joined)
+    whole = _whole(emit, kept, dim)
+    if whole is None:
+        return False
+    source, start = whole
+    alike = source.meta["val"].shape == value.shape and source.meta["val"].dtype == new.meta["val"].dtype == value.dtype
+    if not alike or start != most * sizes[0] or not _is_made(source):
+        return False
+    begin = sizes[0] * (1 - most)
+    joined.replace_all_uses_with(emit(aten.slice_scatter.default, source, new, dim, begin, begin + sizes[1 - most]))
+    return True
+
+
+def _dimension(given: Sequence[Any], rank: int) -> int:
+    """The dimension that an op was given first of its further arguments; 0 if none was."""
+    return int(given[0] if given else 0) % rank
+
+
+def _whole(emit: Emitter, part: Any, dim: int) -> tuple[Node, int] | None:
+    """What a value is a stretch of along a dimension, and where that begins; None: it is whole."""
+    rank = part.meta["val"].dim()
+    if part.target in (aten.permute.default, aten.transpose.int):
+        order = list(range(rank))
+        if part.target is aten.permute.default:
+            order = [d % rank for d in part.args[1]]
+        else:
+            a, b = (d % rank for d in part.args[1:])
+            order[a], order[b] = b, a
+        inner = _whole(emit, part.args[0], order[dim])
+        return None if inner is None else (emit(part.target, inner[0], *part.args[1:]), inner[1])
+    if part.target is aten.slice.Tensor:
+        along, start, _end, step = part.args[1:] + (0, None, None, 1)[len(part.args) - 1 :]
+        return (part.args[0], start or 0) if (along % rank, step) == (dim, 1) else None
+    if part.target is operator.getitem and part.args[0].target is aten.split_with_sizes.default:
+        whole, sizes, *rest = part.args[0].args
+        return (whole, sum(sizes[: part.args[1]])) if _dimension(rest, rank) == dim else None
+    return None
+
+
+#: Through which a value is still the memory that an op wrote.
+_VIEWS = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+}
+
+
+def _is_made(node: Node) -> bool:
+    """Whether a value, seen through views, is what an op of the graph made, and not an input."""
+    while node.target in _VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "call_function"

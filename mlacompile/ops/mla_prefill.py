@@ -87,6 +87,7 @@ def mla_prefill(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    bounds: Tensor | None = None,
     *,
     scale: float,
     causal: bool,
@@ -104,10 +105,11 @@ def mla_prefill(
         mask, start, length, causal: what a query sees, as ``mla_decode`` has it. What no query of a batch row sees
             never reaches a result, NaN or not.
         chunk: tokens expanded at a time. absorb_up_to: with no more queries than this, attend to the latent itself.
+        bounds: what ``visible_bounds`` makes of mask, start and length, where it was read before; None: read now.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
-        out ``[B, H, S, V]`` in the dtype of q, and lse ``[B, H, S]`` in float32; 0 and -inf for a query that sees
-        nothing.
+        out ``[B, H, S, V]`` in the dtype of q, in memory ``[B, S, H, V]``, and lse ``[B, H, S]`` in float32; 0 and
+        -inf for a query that sees nothing.
     Raises:
         UnsupportedInputError: shapes that do not fit together, or a named kernel that cannot take the inputs.
     """
@@ -118,14 +120,19 @@ def mla_prefill(
         if impl in ("auto", kernel.name):
             reasons = kernel.supports(*tensors, **settings)
             if not reasons:
-                out, lse = kernel.run(*tensors, **settings, absorb_up_to=absorb_up_to)
-                return out.contiguous(), lse.to(torch.float32).contiguous()
+                out, lse = kernel.run(*tensors, **settings, absorb_up_to=absorb_up_to, bounds=bounds)
+                return _by_token(out), lse.to(torch.float32).contiguous()
             if impl == kernel.name:
                 raise UnsupportedInputError(
                     f"mla_prefill: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
                 )
     out, lse = mla_prefill_reference(*tensors, **settings)
-    return out.contiguous(), lse.contiguous()
+    return _by_token(out), lse.contiguous()
+
+
+def _by_token(out: Tensor) -> Tensor:
+    """``[B, H, S, V]`` that lies in memory as ``[B, S, H, V]``, the way the output projection reads it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @mla_prefill.register_fake
@@ -138,6 +145,7 @@ def _mla_prefill_fake(
     mask: Tensor | None,
     start: Tensor | None,
     length: Tensor | None,
+    bounds: Tensor | None = None,
     *,
     scale: float,
     causal: bool,
@@ -149,7 +157,7 @@ def _mla_prefill_fake(
 ) -> tuple[Tensor, Tensor]:
     _check(q, c_kv, k_pe, w_uk, w_uv, nope_at, pe_at, chunk)
     b, h, s, _ = q.shape
-    return q.new_empty(b, h, s, w_uv.shape[1]), q.new_empty(b, h, s, dtype=torch.float32)
+    return q.new_empty(b, s, h, w_uv.shape[1]).transpose(1, 2), q.new_empty(b, h, s, dtype=torch.float32)
 
 
 def _check(

@@ -5,7 +5,8 @@
     out = x · wᵀ + added                             added: a residual on the way out
     out = act(x · w₀ᵀ) · (x · w₁ᵀ)                   gate: two weights, one result
 
-Each weight is read once to be used once, so the only thing that counts is how fast it is read. Weights that multiply
+Weights have the dtype of the row, or are FP8 with a scale for every block of 128 × 128, as in ``fp8_linear``. Each is
+read once to be used once, so the only thing that counts is how fast it is read. Weights that multiply
 the same row are one call: one launch then reads them all. What stands around a product and is a row itself costs
 nothing beside its weights, and a launch of its own where it is left outside.
 """
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
+from mlacompile.ops.fp8_linear import check_weight, fp8_dequantize_weight_reference
 
+_LEFT = (torch.float32, torch.bfloat16, torch.float16)
 #: Activations by name, on float32 or wider.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -31,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def row_product_reference(
     x: Tensor,
     weights: list[Tensor],
+    descales: list[Tensor],
     norm: Tensor | None,
     added: Tensor | None,
     *,
@@ -40,6 +44,8 @@ def row_product_reference(
 ) -> list[Tensor]:
     """The definition, in float32 or wider, rounded once at the end."""
     compute = torch.promote_types(x.dtype, torch.float32)
+    if descales:
+        weights = [fp8_dequantize_weight_reference(q, s, compute) for q, s in zip(weights, descales, strict=True)]
     row = x.to(compute)
     if norm is not None:
         row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps) * norm.to(compute)
@@ -55,6 +61,7 @@ def row_product_reference(
 def row_product(
     x: Tensor,
     weights: list[Tensor],
+    descales: list[Tensor],
     norm: Tensor | None = None,
     added: Tensor | None = None,
     *,
@@ -66,7 +73,8 @@ def row_product(
     """``x @ weight.T`` of a single row, for every weight.
 
     Args:
-        x: ``[1, K]``. weights: each ``[N, K]``, rows contiguous, any distance between them; same dtype as x.
+        x: ``[1, K]``. weights: each ``[N, K]``, rows contiguous, any distance between them; same dtype as x, or e4m3.
+        descales: of weights in e4m3, float32 ``[⌈N / 128⌉, ⌈K / 128⌉]`` each; empty otherwise.
         norm: ``[K]``, the weight of an RMS norm with ``eps`` that x goes through first.
         added: ``[1, N]`` in the dtype of x, added to the only result.
         gate: "" or one of ``ACTIVATIONS``: two weights of one shape give one result, act(first) · second.
@@ -78,8 +86,8 @@ def row_product(
     Raises:
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
-    _check(x, weights, norm, added, gate)
-    arguments, settings = (x, weights, norm, added), {"eps": eps, "gate": gate, "early": early}
+    _check(x, weights, descales, norm, added, gate)
+    arguments, settings = (x, weights, descales, norm, added), {"eps": eps, "gate": gate, "early": early}
     for kernel in registry.kernels("row_product"):
         if impl in ("auto", kernel.name):
             reasons = kernel.supports(*arguments, **settings)
@@ -89,13 +97,14 @@ def row_product(
                 raise UnsupportedInputError(
                     f"row_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
                 )
-    return row_product_reference(x, weights, norm, added, eps=eps, gate=gate)
+    return row_product_reference(x, weights, descales, norm, added, eps=eps, gate=gate)
 
 
 @row_product.register_fake
 def _(
     x: Tensor,
     weights: list[Tensor],
+    descales: list[Tensor],
     norm: Tensor | None = None,
     added: Tensor | None = None,
     *,
@@ -107,12 +116,19 @@ def _(
     return [x.new_empty((1, weight.shape[0])) for weight in (weights[:1] if gate else weights)]
 
 
-def _check(x: Tensor, weights: list[Tensor], norm: Tensor | None, added: Tensor | None, gate: str) -> None:
+def _check(
+    x: Tensor, weights: list[Tensor], descales: list[Tensor], norm: Tensor | None, added: Tensor | None, gate: str
+) -> None:
+    if descales and len(descales) != len(weights):
+        raise UnsupportedInputError(f"row_product: got {len(descales)} scales for {len(weights)} weights")
+    for weight, descale in zip(weights, descales, strict=False):
+        check_weight("row_product", weight, descale)
     for weight in weights:
-        if x.dim() != 2 or weight.dim() != 2 or x.shape != (1, weight.shape[1]) or x.dtype != weight.dtype:
+        dtype = x.dtype == weight.dtype or (descales and x.dtype in _LEFT)
+        if x.dim() != 2 or weight.dim() != 2 or x.shape != (1, weight.shape[1]) or not dtype:
             raise UnsupportedInputError(
                 f"row_product: got x {x.dtype} {list(x.shape)} and weight {weight.dtype} {list(weight.shape)}; "
-                "expected [1, K] and [N, K] of one dtype"
+                "expected [1, K] and [N, K] of one dtype, or of e4m3 with scales"
             )
     if norm is not None and norm.shape != (x.shape[1],):
         raise UnsupportedInputError(f"row_product: got norm {list(norm.shape)}; expected [{x.shape[1]}]")

@@ -19,7 +19,7 @@ from mlacompile.passes.axes import BATCH
 from mlacompile.passes.cone import Latent
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.hoist import HOISTED_IF_TRACKED
-from mlacompile.passes.probe import Computed, Plain, UpProjection, WeightView
+from mlacompile.passes.maps import Computed, Plain, UpProjection, WeightView
 from mlacompile.passes.recognize import MLASite, mask_without_heads
 from mlacompile.passes.unit import unit_response
 from mlacompile.passes.views import View

@@ -1,15 +1,15 @@
-"""What K and V are made of: walk back from them to latents and weights, and run that part again at any size.
+"""What K and V are made of: walk back from them to latents and weights.
 
 The walk ends where a value no longer has heads (a *latent*), at values that depend on parameters alone (*weights*),
 and at
 whatever is not linear. It knows no names. The part in between, the cone, acts on every cached token alike, so it can be
-evaluated on one sentence of two tokens as well as on 64 of 8192.
+evaluated on one sentence of two tokens as well as on 64 of 8192 (``replay.py``).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -18,10 +18,8 @@ import torch
 from torch.fx import Graph, Node
 
 from mlacompile.passes.axes import (
-    BATCH,
     CONSTANT,
     HEAD,
-    TOKEN,
     Dims,
     Pulled,
     labels,
@@ -86,11 +84,6 @@ class Cone:
     order: list[Node] = field(default_factory=list)
     latents: list[Latent] = field(default_factory=list)
     weights: list[Node] = field(default_factory=list)
-
-    def evaluate(self, feeds: dict[Node, torch.Tensor], batch: int, tokens: int) -> dict[Node, torch.Tensor]:
-        """Run the cone in float64 at ``batch`` sentences of ``tokens`` tokens, with ``feeds`` for latents and
-        weights."""
-        return replay(self, feeds, batch, tokens, _call)
 
     def regrouped(self, parts: Sequence[Sequence[int]]) -> Cone:
         """The same cone with neighbouring latents of one tensor, given by their numbers, taken as one."""
@@ -329,86 +322,6 @@ def _headed_leaf(node: Node) -> str:
     return f"keys or values with heads come out of {describe(node)}, which is not linear in a latent"
 
 
-def replay(
-    cone: Cone, feeds: dict[Node, Any], batch: int, tokens: int, call: Callable[..., Any], casts: bool = False
-) -> dict[Node, Any]:
-    """Run a cone again at other sizes. Values are tensors, or nodes where ``call`` writes into a graph.
-
-    Args:
-        call: ``call(op, *args, **kwargs)``.
-        casts: keep dtypes; else everything has that of the feeds.
-    """
-    env = dict(feeds)
-    for node in cone.order:
-        if node not in env:
-            env[node] = _run(node, env, cone.dims[node], batch, tokens, call, casts)
-    return env
-
-
-def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    return op(*args, **kwargs)
-
-
-def _run(
-    node: Node, env: dict[Node, Any], dims: Dims, batch: int, tokens: int, call: Callable[..., Any], casts: bool
-) -> Any:
-    """One node at stand-in sizes: shapes come from the axes, not from the arguments the graph was traced with."""
-    shape = [int(s) for s in shape_with(dims, batch, tokens)]
-    target = node.target
-    if target in CONSTANT:
-        fill = 0.0 if "zeros" in str(target) else float("nan")
-        value = node.meta["val"]
-        dtype, device = (value.dtype, value.device) if casts else (torch.float64, "cpu")  # where the feeds are
-        return call(aten.full.default, shape, fill, dtype=dtype, device=device)
-    args = [_value(a, env) for a in node.args]
-    if REARRANGE.get(target) is LINEAR[aten.view.default]:  # type: ignore[arg-type]
-        return call(aten.reshape.default, args[0], shape)
-    if target is aten.expand.default:
-        return call(aten.expand.default, args[0], shape)
-    if target is aten.repeat.default:
-        return _repeat_to(args[0], shape, call)
-    if target is aten._to_copy.default and not casts:
-        return args[0]
-    if target is aten.copy.default:
-        return call(aten.expand.default, args[1], shape)
-    if target is operator.getitem:
-        return _part_of_split(node, env, call)
-    if target in (aten.slice.Tensor, aten.slice_scatter.default):
-        whole = args[0] if target is aten.slice.Tensor else args[1]
-        if list(_shape(whole)) == shape:
-            return whole
-    return call(target, *args, **node.kwargs)
-
-
-def _shape(value: Any) -> Any:
-    return value.meta["val"].shape if isinstance(value, Node) else value.shape
-
-
-def _value(arg: Any, env: dict[Node, Any]) -> Any:
-    if isinstance(arg, Node):
-        if arg not in env:
-            return None  # an operand the axes do not need, such as the base a full slice_scatter overwrites
-        return env[arg]
-    if isinstance(arg, (list, tuple)):
-        return [_value(a, env) for a in arg]
-    return arg
-
-
-def _repeat_to(x: Any, shape: list[int], call: Callable[..., Any]) -> Any:
-    padded = [1] * (len(shape) - len(_shape(x))) + [int(s) for s in _shape(x)]
-    view = call(aten.reshape.default, x, padded)
-    return call(aten.repeat.default, view, [s // p for s, p in zip(shape, padded, strict=True)])
-
-
-def _part_of_split(node: Node, env: dict[Node, Any], call: Callable[..., Any]) -> Any:
-    split: Any = node.args[0]
-    index = node.args[1]
-    source = env[split.args[0]]
-    if split.target is aten.unbind.int:
-        return call(aten.select.int, source, split.args[1] if len(split.args) > 1 else 0, index)
-    return call(operator.getitem, call(split.target, source, *split.args[1:], **split.kwargs), index)
-
-
 def feature_width(dims: Dims) -> int:
     """Values a token takes in a tensor with these dims."""
     width = 1
@@ -439,6 +352,3 @@ def place(x: torch.Tensor, dims: Dims) -> torch.Tensor:
             size *= next(grouped)
         shape.append(size)
     return x.reshape(shape)
-
-
-__all__ = ["BATCH", "TOKEN", "Cone", "HeadedLeaf", "Latent", "WalkError", "dynamic_nodes", "feature_width", "walk"]

@@ -47,6 +47,15 @@ class Emitter:
         """``permute``, left out when it would change nothing."""
         return node if order == sorted(order) else self(aten.permute.default, node, order)
 
+    def by_token(self, node: Node) -> Node:
+        """``[B, H, S, D]``, in memory ``[B, S, H, D]``; where it is joined from parts, by joining them so."""
+        order, along = [0, 2, 1, 3], node.args[1] if len(node.args) > 1 else 0
+        if node.target is aten.cat.default and along in (-1, 3):
+            parts = [self.permute(part, order) for part in node.args[0]]  # type: ignore[arg-type, union-attr]
+            return self.permute(self(aten.cat.default, parts, -1), order)
+        moved = self.permute(node, order)
+        return self.permute(self(aten.clone.default, moved, memory_format=torch.contiguous_format), order)
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """The same in another dtype, left out when it is that already."""
         return node if node.meta["val"].dtype is dtype else self(aten._to_copy.default, node, dtype=dtype)

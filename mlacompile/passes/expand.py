@@ -17,7 +17,7 @@ from mlacompile.options import Options
 from mlacompile.passes.absorb import Maps, add_bias, finish, latent_of, scaled
 from mlacompile.passes.axes import BATCH
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.probe import Plain, UpProjection
+from mlacompile.passes.maps import Plain, UpProjection
 from mlacompile.passes.recognize import MLASite
 from mlacompile.passes.visibility import emit_arguments, understand
 
@@ -46,7 +46,7 @@ def expand_in_chunks(site: MLASite, options: Options, *, chunk: int, absorb_up_t
     seen = emit_arguments(emit, understand(attention), attention.q)
     prefill = emit(
         torch.ops.mlacompile.mla_prefill.default,
-        *(attention.q, latent_of(emit, site, site.c_kv), k_pe),
+        *(emit.by_token(attention.q), latent_of(emit, site, site.c_kv), k_pe),
         *(_weight(emit, site, maps, found.w_uk, found.k_rows), _weight(emit, site, maps, found.w_uv, found.v_rows)),
         *(seen.mask, seen.start, seen.length),
         scale=attention.scale,
@@ -79,7 +79,9 @@ def expand_directly(site: MLASite, options: Options) -> Node:
     q, k, v, _, _, scale, grouped = site.attention.node.args[:7]
     causal = understand(site.attention).causal
     attend = emit(
-        aten.scaled_dot_product_attention.default, q, k, v, None, 0.0, causal, scale=scale, enable_gqa=grouped
+        *(aten.scaled_dot_product_attention.default, emit.by_token(q), k, v, None, 0.0, causal),  # type: ignore[arg-type]
+        scale=scale,
+        enable_gqa=grouped,
     )
     out = emit(aten.clone.default, attend, memory_format=torch.contiguous_format)
     site.attention.node.replace_all_uses_with(out)

@@ -17,9 +17,11 @@ from torch.fx import Graph, Node
 from mlacompile.errors import CacheError
 from mlacompile.ops import latents as _ops  # noqa: F401  (registers the ops that are looked for)
 from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Atom, Dims, shape_of, shape_with
-from mlacompile.passes.cone import Cone, WalkError, replay, walk
+from mlacompile.passes.cone import Cone, WalkError, walk
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.probe import Probe, probe
+from mlacompile.passes.maps import Probe
+from mlacompile.passes.probe import probe
+from mlacompile.passes.replay import replay
 from mlacompile.passes.source import source_of
 
 aten = torch.ops.aten

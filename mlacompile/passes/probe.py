@@ -4,18 +4,13 @@ The cone is evaluated on three kinds of tokens and weights, in float64:
 
 1. weights of ones, one-hot latents: which latent value reaches which head and row, with what factor;
 2. weights that hold their own element numbers: which element of which weight does it (see ``views.py``);
-3. random everything: the answer read off 1 and 2 must reproduce K and V exactly, or the site is refused.
-
-A rotary key reaches K with no weight at all; the latent reaches K and V through one element of one weight each, or with
-no weight either where a graph is absorbed already. What is linear but neither (two weights in a row, a factor for each
-row) is computed from the weights when it is needed.
+3. random everything: the answer read off 1 and 2 (``maps.py``) must reproduce K and V exactly, or the site is refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -23,6 +18,8 @@ from torch.fx import Node
 
 from mlacompile.passes.axes import TOKEN, labels
 from mlacompile.passes.cone import Cone, WalkError
+from mlacompile.passes.maps import Computed, Plain, Probe, UpProjection, WeightView
+from mlacompile.passes.prober import Maps, Prober
 from mlacompile.passes.source import describe
 from mlacompile.passes.views import View, find_view
 
@@ -30,117 +27,6 @@ from mlacompile.passes.views import View, find_view
 #: summation.
 EXACT = 1e-10
 _ALL_BELOW = 160  # latents up to this width are probed in every element, wider ones in a sample
-
-
-@dataclass(frozen=True)
-class WeightView:
-    """``scale`` times a view of the ``leaf``-th weight of a cone."""
-
-    leaf: int
-    view: View
-    scale: float
-
-
-@dataclass(frozen=True)
-class Plain:
-    """``scale`` times the latent itself: what is queried with, or comes out, is absorbed already."""
-
-    scale: float
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A map that is linear but no view of one weight: what K ("k") or V ("v") is for unit latents.
-
-    heads: one map for all heads (of the first head), or one a head.
-    """
-
-    of: str
-    shared: bool = False
-
-
-UpProjection: TypeAlias = WeightView | Plain | Computed
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What K and V are: indices into the cone's latents, row ranges, and how rows come from latents.
-
-    c_kv: which latent holds the compressed keys and values. k_pe: which one the rotary key, or None.
-    k_rows, pe_rows, v_rows: (start, length) of the rows of K that come from the latent, from the rotary key, and of V.
-    w_uk ``[H, N, R]``, w_uv ``[H, V, R]``. v_bias ``[H, V]``: a bias on V, or None. k_bias: whether K has one (it
-    shifts all scores of a query alike, and cancels in a softmax that has no sink). w_pe: how the rotary key gets into
-    its rows, the same for every head.
-    """
-
-    c_kv: int
-    k_pe: int | None
-    k_rows: tuple[int, int]
-    pe_rows: tuple[int, int]
-    v_rows: tuple[int, int]
-    w_uk: UpProjection
-    w_uv: UpProjection
-    v_bias: WeightView | Computed | None
-    w_pe: Plain | Computed
-    k_bias: bool
-    parts: tuple[tuple[int, ...], ...] = ()  # latents of the cone that count as one here; empty: each is one
-
-    @property
-    def absorbed_already(self) -> bool:
-        """Whether the graph attends to the latent itself."""
-        return isinstance(self.w_uk, Plain)
-
-    @property
-    def computed(self) -> bool:
-        """Whether anything has to be computed from weights in every call."""
-        return any(isinstance(w, Computed) for w in (self.w_uk, self.w_uv, self.v_bias, self.w_pe))
-
-
-class Prober:
-    """Evaluates one cone on chosen tokens and weights."""
-
-    def __init__(self, cone: Cone, k: Node, v: Node) -> None:
-        self.cone, self.k, self.v = cone, k, v
-        self.widths = [latent.width for latent in cone.latents]
-        self.weight_shapes = [cone.feed_shape(n, 1, 1) for n in cone.weights]
-        self.offsets = [1]
-        for shape in self.weight_shapes:
-            self.offsets.append(self.offsets[-1] + _numel(shape))
-
-    def __call__(self, latents: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V as ``[batch, H, tokens, rows]`` for latents ``[batch, tokens, width]`` and weights."""
-        batch, tokens = latents[0].shape[:2]
-        try:
-            env = self.cone.evaluate(self.cone.feeds(latents, weights), batch, tokens)
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise WalkError(f"the way from the latent to K or V could not be evaluated on its own: {error}") from error
-        return env[self.k], env[self.v]
-
-    def ones(self) -> list[torch.Tensor]:
-        return [torch.ones(s, dtype=torch.float64) for s in self.weight_shapes]
-
-    def ids(self) -> list[torch.Tensor]:
-        return [
-            torch.arange(o, o + _numel(s), dtype=torch.float64).reshape(s)
-            for o, s in zip(self.offsets, self.weight_shapes, strict=False)
-        ]
-
-    def random(self, seed: int = 0x31A) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        # Uniform numbers: weights of large models have many, and normal ones take three times as long.
-        return [torch.rand(s, dtype=torch.float64, generator=generator).sub_(0.5) for s in self.weight_shapes]
-
-    def units(self, latent: int, weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[H, width, rows]`` for each unit vector of a latent, less what they are for zero."""
-        width = self.widths[latent]
-        feeds = [torch.zeros(1, width + 1, w, dtype=torch.float64) for w in self.widths]
-        feeds[latent][0, :width] = torch.eye(width, dtype=torch.float64)
-        k, v = self(feeds, weights)
-        return tuple(x[0, :, :width] - x[0, :, width:] for x in (k, v))  # type: ignore[return-value]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 class _InParts(Exception):
@@ -374,34 +260,6 @@ def _bias(prober: Prober, v: _Part, rows: tuple[int, int]) -> WeightView | Compu
     return Computed("v")
 
 
-class Maps:
-    """The maps of a probe at given weights: what a rewrite uses, as tensors."""
-
-    def __init__(self, prober: Prober, found: Probe, weights: list[torch.Tensor]) -> None:
-        self.w_uk = self._map(prober, found.w_uk, found.c_kv, found.k_rows, weights)
-        self.w_uv = self._map(prober, found.w_uv, found.c_kv, found.v_rows, weights)
-        self.w_pe = None if found.k_pe is None else self._map(prober, found.w_pe, found.k_pe, found.pe_rows, weights)
-        self.v_bias: torch.Tensor | None = None
-        if isinstance(found.v_bias, WeightView):
-            self.v_bias = weight_of(found.v_bias, weights)[..., 0]
-        elif found.v_bias is not None:
-            _, v = prober([torch.zeros(1, 1, w, dtype=torch.float64) for w in prober.widths], weights)
-            self.v_bias = v[0, :, 0, found.v_rows[0] : sum(found.v_rows)]
-
-    @staticmethod
-    def _map(
-        prober: Prober, found: UpProjection, latent: int, rows: tuple[int, int], weights: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """``[H or 1, rows, width]``."""
-        if isinstance(found, Plain):
-            return found.scale * torch.eye(rows[1], dtype=torch.float64)[None]
-        if isinstance(found, WeightView):
-            return weight_of(found, weights)
-        maps = prober.units(latent, weights)[0 if found.of == "k" else 1]
-        maps = maps[:, :, rows[0] : sum(rows)].transpose(1, 2)
-        return maps[:1] if found.shared else maps
-
-
 def _confirm(prober: Prober, found: Probe) -> None:
     """The decisive test: on random latents and weights, what was read off must give K and V again."""
     generator = torch.Generator().manual_seed(0xC0FFEE)
@@ -427,11 +285,6 @@ def _confirm(prober: Prober, found: Probe) -> None:
                 "keys or values are not linear in the latent: a nonlinearity, or the latent multiplied by itself, lies "
                 "between"
             )
-
-
-def weight_of(found: WeightView, weights: list[torch.Tensor]) -> torch.Tensor:
-    """The view of the weight, with its factor."""
-    return found.scale * found.view.apply(weights[found.leaf])
 
 
 def _put(x: torch.Tensor, rows: tuple[int, int], value: torch.Tensor) -> None:

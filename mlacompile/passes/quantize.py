@@ -239,7 +239,12 @@ def _made_of(node: Node, weights: set[Node]) -> list[Node]:
 
 
 def _merged(linears: Sequence[Linear]) -> list[list[Linear]]:
-    """Products of one x in groups that are one product each: blocks must end where the weights do, but for the last."""
+    """Products of one x in groups that are one product each: blocks must end where the weights do, but for the last.
+
+    Those of a single row stay apart: a kernel reads several weights at once, and takes what stands around each.
+    """
+    if isinstance(linears[0].shape[0], int) and linears[0].shape[0] == 1:
+        return [[x] for x in linears]
     whole = [x for x in linears if x.shape[1] % SCALE_GROUP == 0]
     rest = [x for x in linears if x.shape[1] % SCALE_GROUP]
     dtypes = {x.node.meta["val"].dtype for x in linears}

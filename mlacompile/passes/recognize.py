@@ -18,8 +18,9 @@ from mlacompile.logs import log
 from mlacompile.passes.axes import BATCH, HEAD, TOKEN, Dims, Size, dims_for, shape_of
 from mlacompile.passes.canonicalize import attention_nodes
 from mlacompile.passes.cone import Cone, HeadedLeaf, Latent, WalkError, dynamic_nodes, walk
+from mlacompile.passes.maps import Plain, Probe
 from mlacompile.passes.precision import working_dtype
-from mlacompile.passes.probe import Plain, Probe, probe
+from mlacompile.passes.probe import probe
 from mlacompile.passes.pull import upstream
 from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, describe, source_of
 from mlacompile.passes.written import expanded_cache

@@ -13,9 +13,9 @@ from torch.fx import Graph, Node
 
 from mlacompile.options import Options
 from mlacompile.passes.axes import BATCH, labels
-from mlacompile.passes.cone import replay
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.recognize import MLASite, source_position
+from mlacompile.passes.replay import replay
 from mlacompile.passes.validate import TOKENS, Rewrite, StandIn, Verdict, rewritten_graph
 
 _FILE = '''"""Attention rewritten by mlacompile that does not compute what the original does.

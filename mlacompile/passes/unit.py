@@ -13,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from mlacompile.passes.axes import BATCH, TOKEN, Dims
-from mlacompile.passes.cone import replay
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.recognize import MLASite
+from mlacompile.passes.replay import replay
 
 aten = torch.ops.aten
 

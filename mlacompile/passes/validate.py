@@ -22,8 +22,9 @@ from mlacompile.ops import mla_decode_reference, mla_prefill_reference
 from mlacompile.options import Options
 from mlacompile.passes.absorb import absorb
 from mlacompile.passes.axes import BATCH, TOKEN, labels
-from mlacompile.passes.cone import Cone, replay
+from mlacompile.passes.cone import Cone
 from mlacompile.passes.recognize import MLASite
+from mlacompile.passes.replay import evaluate, replay
 
 BATCHES, TOKENS, QUERIES = 2, 5, 3
 Rewrite = Callable[[MLASite, Options], Node]
@@ -66,7 +67,7 @@ class StandIn:
         batch = BATCHES if any(BATCH in labels(cone.dims[n]) for n in cone.latent_nodes()) else 1
         latents = [random(batch, TOKENS, latent.width) for latent in cone.latents]
         weights = [_weight(cone.feed_shape(n, 1, 1), draw) for n in cone.weights]
-        env = cone.evaluate(cone.feeds(latents, weights), batch, TOKENS)
+        env = evaluate(cone, cone.feeds(latents, weights), batch, TOKENS)
         mask = torch.rand(batch, 1, QUERIES, TOKENS, generator=draw) < 0.7
         mask[..., 0] = True
         q = random(batch, site.geometry.heads, QUERIES, site.head_size)

@@ -127,19 +127,24 @@ def paged(inputs: LatentInputs, page: int, *, seed: int = 0, shuffled: bool = Tr
 
 
 def quantized(
-    inputs: LatentInputs, *, per: str = "token", dtype: torch.dtype = torch.float8_e4m3fn, rope: bool = False
+    inputs: LatentInputs,
+    *,
+    per: str = "token",
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    rope: bool = False,
+    rounded: bool = True,
 ) -> tuple[LatentInputs, LatentInputs]:
     """The same call on an FP8 cache, and the call on what that cache says, which is what a kernel should compute.
 
     per: "token", or "block": a factor for every 128 values, and then the values are rounded to the dtype of the
-    queries, as a product of them needs. rope: the rotary keys are FP8 as well.
+    queries if ``rounded``, as a product of them needs. rope: the rotary keys are FP8 as well.
     """
     c_kv, k_pe = inputs.tensors[2], inputs.tensors[3]
     assert c_kv is not None
     rank = c_kv.shape[2]
     group = rank if per == "token" else min(SCALE_GROUP, rank)
     q, descale = fp8_quantize_reference(c_kv, group, dtype)
-    rounding = torch.float32 if descale.shape[2] == 1 else c_kv.dtype
+    rounding = c_kv.dtype if rounded and descale.shape[2] > 1 else torch.float32
     said = fp8_dequantize_reference(q, descale, group, rounding)
     new_pe = said_pe = k_pe
     if rope and k_pe is not None:

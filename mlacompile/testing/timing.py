@@ -84,12 +84,39 @@ def _cuda_samples(step: Callable[[], Any], number: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
+REST_TIMES, LONGEST_REST_S = 8, 0.3  # rest after work, as a multiple of it
+BUSY_MS = 40.0  # an H200 at full load lowered its clock from 1.77 to 1.5 GHz after 50 to 100 ms
+
+
+def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5, *, rested: bool = False) -> float:
     """Microseconds a call of ``calls``, captured one after another into one CUDA graph: the median of some replays.
 
     Calls on different data, several times any L2 in all, find nothing cached. Each different call runs once before, so
-    that whatever it compiles is compiled.
+    that whatever it compiles is compiled. rested: the device rests before, and replays end, after two at least, before
+    it would slow down to save power: without that, a time depends on what was measured before it.
     """
+    graph = _captured(calls)
+    busy = _replay_ms(graph)
+    if rested:
+        time.sleep(min(REST_TIMES * busy / 1e3, LONGEST_REST_S))
+    times: list[float] = []
+    while len(times) < repeats and not (rested and len(times) >= 2 and sum(times) > BUSY_MS):
+        times.append(_replay_ms(graph))
+    return statistics.median(times) * 1e3 / len(calls)
+
+
+def replayed_in_turns_us(several: Sequence[Sequence[Callable[[], Any]]], repeats: int = 5) -> list[float]:
+    """The same for several lists of calls, replayed in turns: a GPU that gets warm gets slower for all alike."""
+    graphs = [_captured(calls) for calls in several]
+    times: list[list[float]] = [[] for _ in several]
+    for _ in range(repeats):
+        for graph, taken in zip(graphs, times, strict=True):
+            taken.append(_replay_ms(graph))
+    return [statistics.median(ms) * 1e3 / len(calls) for ms, calls in zip(times, several, strict=True)]
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A graph of the calls, which has run once."""
     for call in dict.fromkeys(calls):
         call()
     torch.cuda.synchronize()
@@ -98,15 +125,16 @@ def replayed_us(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
         for call in calls:
             call()
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) * 1e3 / len(calls))
-    return statistics.median(times)
+    return graph
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    graph.replay()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last)
 
 
 def free_memory() -> None:

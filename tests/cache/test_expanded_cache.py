@@ -105,3 +105,19 @@ def test_keys_without_such_a_latent_are_an_error(near: str, kinds: dict[str, Any
     step = torch.compile(Old(near=near).eval(), backend=backend, options=OPTIONS)
     with torch.no_grad(), pytest.raises(Exception, match=rf"cannot be told: .*{reason}.*Use StaticCache"):
         step(torch.randn(2, 3, HIDDEN), torch.arange(3), cache)
+
+
+def test_the_batch_has_to_be_static() -> None:
+    """One that changes becomes symbolic, which is an error that says what to do; marked as static each is compiled."""
+    step = torch.compile(Old(layers=1).eval(), backend=backend, options=OPTIONS)
+    with torch.no_grad():
+        step(torch.randn(2, 3, HIDDEN), torch.arange(3), latent_cache(2))
+        x = torch.randn(3, 3, HIDDEN)
+        with pytest.raises(Exception, match="the batch or the size of the cache is symbolic; mark both as static"):
+            step(x, torch.arange(3), latent_cache(3))
+        torch._dynamo.reset()
+        for batch in (2, 3, 4):
+            x = torch.randn(batch, 3, HIDDEN)
+            torch._dynamo.mark_static(x, 0)
+            step(x, torch.arange(3), latent_cache(batch))
+            assert (last_report().absorbed, last_report().refused) == (1, 0)

@@ -61,6 +61,28 @@ def test_the_reference_agrees_with_the_model_whatever_the_chunks(scripts: Any, m
     assert decode_step.relative_error(whole, logits) < 1e-4
 
 
+def test_a_model_in_fp8_has_a_reference_of_its_own(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_step, _, _ = scripts
+    from mlacompile.testing import models
+
+    sizes = {"num_attention_heads": 2, "hidden_size": 256, "q_lora_rank": None, "intermediate_size": 256}
+    monkeypatch.setitem(decode_step.MODELS, "cpu", sizes)
+    model = decode_step.build("cpu", torch.float32, "cpu")
+    cache = models.static_cache(model, 1, 16, random=True)
+    tokens = models.random_tokens(model.config, 1, 1)
+    own, held = decode_step.in_fp8(model, cache, latent=True)
+    logits = decode_step.decode(own, held, tokens, 16)
+    keys, values = (x.clone() for x in decode_step.held_by(held.layers[0], slice(0, 1), torch.float64))
+    assert keys.dtype == torch.float64
+    assert torch.equal(keys.float(), held.layers[0].keys)
+    assert torch.equal(values.float(), held.layers[0].values)
+    exact = decode_step.reference_logits(model, held, tokens, 16, own)
+    other = decode_step.reference_logits(model, cache, tokens, 16)
+    assert decode_step.relative_error(logits, exact) < decode_step.relative_error(logits, other) / 3
+    assert torch.equal(decode_step.held_by(held.layers[0], slice(0, 1), torch.float64)[0], keys), "it reads a copy"
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
 def test_the_table_marks_what_was_not_measured(scripts: Any, tmp_path: Path) -> None:
     _, _, readme_table = scripts
     about = {"device": "some GPU", "torch": "2", "triton": "3", "transformers": "5", "commit": "abc"}

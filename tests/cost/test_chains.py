@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlacompile.cost.chains import best_order
+from mlacompile.cost.chains import best_order, merges_below
 from mlacompile.cost.hardware import TABLE
 
 H200 = TABLE["h200"]
@@ -49,6 +50,24 @@ def test_w_uv_merges_with_the_output_projection_only_when_the_rank_is_small() ->
 
     assert not after(512)
     assert after(32)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
+def test_a_merged_weight_is_smaller_below_a_known_width(first: int, inner: int, last: int) -> None:
+    assert (first * last < inner * (first + last)) is (first < merges_below(inner, last)) or (
+        first * last == inner * (first + last)
+    )
+
+
+def test_the_table_of_the_documentation_is_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import merging
+
+    assert merging.BEGIN + merging.table() + merging.END in merging.DOCS.read_text(), (
+        "python benchmarks/merging.py --write"
+    )
+    for name, (_, rank, v, hidden) in merging.SHAPES.items():
+        assert (rank < merges_below(v, hidden)) is name.startswith("SmolLM2"), name
 
 
 def test_a_chain_needs_two_widths() -> None:

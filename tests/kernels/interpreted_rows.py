@@ -29,7 +29,7 @@ def rows() -> None:
         g = torch.randn(k) if norm else None
         residual = torch.randn(1, sizes[0]) if added else None
         got = row_product_triton(x, weights, g, residual, eps=1e-5, gate=gate)
-        doubles = [w.double() for w in weights], *(None if t is None else t.double() for t in (g, residual))
+        doubles = [w.double() for w in weights], [], *(None if t is None else t.double() for t in (g, residual))
         want = row_product_reference(x.double(), *doubles, eps=1e-5, gate=gate)
         if len(got) != len(want) or any(differs(a, b, 4 * k) for a, b in zip(got, want, strict=True)):
             print(f"row_product {k} {sizes} {gate} {norm} {added}")

@@ -45,7 +45,8 @@ def meta(m: int, n: int, k: int, heads: int, quantized: bool) -> tuple[Tensor, T
     [(1, 24576, 1536, 0, False), (1, 7168, 16384, 0, True), (2, 2112, 7168, 0, False), (1, 512, 128, 128, False)],
 )
 def test_few_rows_pass_nothing_through_shared_memory(m: int, n: int, k: int, heads: int, quantized: bool) -> None:
-    launch = rows_launch(*meta(m, n, k, heads, quantized))
+    x, x_descale, weight, descale, out = meta(m, n, k, heads, quantized)
+    launch = rows_launch(x, x_descale, [weight], [descale], [out])
     built = compile_for(launch.kernel, launch.arguments, launch.options)
     print(table([built]))
     assert built.spill_bytes == built.local_memory == 0
@@ -70,15 +71,16 @@ def test_tiles_run_on_wgmma(m: int, n: int, k: int, heads: int, quantized: bool,
     print(table([main, *rest]))
     assert main.counts[product] > 0
     assert main.counts["HMMA"] == 0
-    assert main.counts["LDGSTS"] > 0, "tiles should come by cp.async"
+    assert main.counts["UTMALDG"] > 0, "tiles should come by TMA"
     assert main.spill_bytes == main.local_memory == main.serialized == 0
-    assert len(rest) == (n < 4096 and not heads), "K is divided where one weight has few tiles"
+    assert len(rest) == (n < 16384 and not heads), "K is divided where one weight has few tiles"
 
 
 def test_tiles_fill_the_gpu() -> None:
     assert choose_tiles(16, 24576, 1536, 1, 132).parts == 1
     assert choose_tiles(16, 2112, 7168, 1, 132).parts == 4
     assert choose_tiles(16, 2112, 512, 1, 132).parts == 1, "short rows are not worth a second kernel"
+    assert choose_tiles(64, 7168, 16384, 1, 132).parts == 2, "56 tiles would leave half of it idle"
     assert choose_row_tiles(1, 512, 128).lanes == 8, "rows of 128 values leave lanes for other rows"
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels.head_product.supports import triton_reasons as head_reasons
-from mlacompile.kernels.row_product.supports import triton_reasons
+from mlacompile.kernels.row_product.supports import fp8_reasons, triton_reasons
 from mlacompile.ops import head_product, row_product, row_product_reference
+from mlacompile.ops.fp8_linear import fp8_dequantize_weight
+from mlacompile.testing.scaled import KINDS, make_product
 
 SHAPES = [(576, 7168), (24576, 1536), (2048, 10944), (7, 8), (1000, 2056), (33, 24)]
 
@@ -23,10 +25,10 @@ SHAPES = [(576, 7168), (24576, 1536), (2048, 10944), (7, 8), (1000, 2056), (33, 
 def test_reference_is_the_product() -> None:
     x, weight = torch.randn(1, 24), torch.randn(7, 24)
     other = torch.randn(5, 24)
-    got = row_product(x, [weight, other])
+    got = row_product(x, [weight, other], [])
     assert torch.equal(got[0], x @ weight.t())
     assert torch.equal(got[1], x @ other.t())
-    torch.library.opcheck(row_product, (x, [weight, other]))
+    torch.library.opcheck(row_product, (x, [weight, other], []))
 
 
 @pytest.mark.parametrize(
@@ -39,16 +41,16 @@ def test_reference_is_the_product() -> None:
 )
 def test_wrong_inputs_say_what_was_expected(x: torch.Tensor, weight: torch.Tensor) -> None:
     with pytest.raises(UnsupportedInputError, match=r"expected \[1, K\] and \[N, K\] of one dtype"):
-        row_product(x, [weight])
+        row_product(x, [weight], [])
 
 
 def test_kernel_says_why_not() -> None:
     weight = torch.ones(8, 12, dtype=torch.float32).t()
-    reasons = "; ".join(triton_reasons(torch.ones(1, 8), [weight]))
+    reasons = "; ".join(triton_reasons(torch.ones(1, 8), [weight], []))
     assert "float16 and bfloat16" in reasons
     assert "the kernel needs 1" in reasons
     with pytest.raises(UnsupportedInputError, match="cannot take these inputs"):
-        row_product(torch.ones(1, 8), [torch.ones(3, 8)], impl="triton")
+        row_product(torch.ones(1, 8), [torch.ones(3, 8)], [], impl="triton")
 
 
 def test_what_stands_around_a_product_is_part_of_it() -> None:
@@ -60,10 +62,29 @@ def test_what_stands_around_a_product_is_part_of_it() -> None:
         torch.ones(1, 7),
     )
     row = torch.nn.functional.rms_norm(x, (24,), g, 1e-3)
-    (got,) = row_product(x, [gate, up], g, residual, eps=1e-3, gate="silu")
+    (got,) = row_product(x, [gate, up], [], g, residual, eps=1e-3, gate="silu")
     want = torch.nn.functional.silu(row @ gate.t()) * (row @ up.t()) + residual
     torch.testing.assert_close(got, want)
-    torch.library.opcheck(row_product, (x, [gate, up], g, residual), {"eps": 1e-3, "gate": "silu"})
+    torch.library.opcheck(row_product, (x, [gate, up], [], g, residual), {"eps": 1e-3, "gate": "silu"})
+
+
+def test_weights_in_fp8_are_what_they_stand_for() -> None:
+    first, second = (make_product(1, 200, 144, dtype=torch.float32, seed=seed) for seed in (0, 7))
+    weights, descales = [first.weight, second.weight], [first.weight_descale, second.weight_descale]
+    g = torch.randn(144)
+    wide = [fp8_dequantize_weight(w, s, torch.float32) for w, s in zip(weights, descales, strict=True)]
+    for settings in ({"eps": 1e-6}, {"eps": 1e-6, "gate": "gelu"}):
+        got = row_product(first.x, weights, descales, g, **settings)
+        for one, other in zip(got, row_product(first.x, wide, [], g, **settings), strict=True):
+            assert torch.equal(one, other)
+    # Not its schema: that test computes with its inputs, and PyTorch multiplies no FP8 on a CPU.
+    torch.library.opcheck(row_product, (first.x, weights, descales, g), {"eps": 1e-6}, test_utils="test_faketensor")
+    with pytest.raises(UnsupportedInputError, match="1 scales for 2 weights"):
+        row_product(first.x, weights, descales[:1])
+    with pytest.raises(UnsupportedInputError, match=r"expected torch.float8_e4m3fn.*\[2, 2\]"):
+        row_product(first.x, weights, [descales[0], descales[1][:1]])
+    assert "takes those of the dtype of x" in "; ".join(triton_reasons(first.x, weights, descales))
+    assert fp8_reasons(first.x, wide, []) == ["weights have no scales, the kernel takes FP8"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +98,7 @@ def test_what_stands_around_a_product_is_part_of_it() -> None:
 )
 def test_surroundings_that_do_not_fit(arguments: dict[str, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedInputError, match=message):
-        row_product(torch.ones(1, 8), [torch.ones(3, 8), torch.ones(4, 8)], **arguments, **settings)
+        row_product(torch.ones(1, 8), [torch.ones(3, 8), torch.ones(4, 8)], [], **arguments, **settings)
 
 
 def test_head_product_is_the_batched_product() -> None:
@@ -118,6 +139,28 @@ def test_rows_are_read_in_whole_pieces(gate: str) -> None:
     assert built.counts["LDG.128"] * 16 * 32 * options["num_warps"] >= 2 * arguments["BLOCK_N"] * arguments["BLOCK_K"]
 
 
+@pytest.mark.parametrize("gate", ["", "silu", "gelu", "gelu_tanh"])
+def test_rows_in_fp8_pass_nothing_through_shared_memory(gate: str) -> None:
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
+    from mlacompile.kernels.fp8_linear.launch import choose_row_tiles, rows_launch
+    from mlacompile.testing.sass import compile_for, table
+
+    weights = [torch.empty(4096, 7168, dtype=torch.float8_e4m3fn, device="meta") for _ in range(2)]
+    descales = [torch.empty(32, 56, device="meta") for _ in weights]
+    out = [_meta(1, 4096) for _ in (weights[:1] if gate else weights)]
+    added = _meta(1, 4096) if gate else None
+    launch = rows_launch(
+        _meta(1, 7168), None, weights, descales, out, norm=_meta(7168), added=added, eps=1e-6, gate=gate
+    )
+    built = compile_for(launch.kernel, launch.arguments, launch.options, capability=90, name=f"row_product, FP8 {gate}")
+    print(table([built]))
+    assert built.local_memory == built.spill_bytes == 0
+    assert built.registers <= 128
+    assert built.smem <= 256 * launch.options["num_warps"], "only sums pass through shared memory"
+    tiles = choose_row_tiles(1, 8192, 7168, norm=True, gate=bool(gate))
+    assert built.counts["FFMA"] >= 2 * tiles.rows * tiles.unroll * (tiles.width - 1), "one instruction a product"
+
+
 @pytest.mark.parametrize("along_k", [False, True])
 def test_heads_are_read_in_whole_pieces(along_k: bool) -> None:
     pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
@@ -142,7 +185,7 @@ def test_heads_are_read_in_whole_pieces(along_k: bool) -> None:
 def test_parity(n: int, k: int, dtype: torch.dtype) -> None:
     x = torch.randn(1, k, device="cuda").to(dtype)
     weights = [torch.randn(rows, k + 8, device="cuda").to(dtype)[:, :k] for rows in (n, 7, 33)]  # rows lie apart
-    for got, weight in zip(row_product(x, weights, impl="triton"), weights, strict=True):
+    for got, weight in zip(row_product(x, weights, [], impl="triton"), weights, strict=True):
         want = x.double() @ weight.double().t()
         rounded = (x.float() @ weight.float().t()).to(dtype).double()
         # float32 sums rounded once: no farther from float64 than the float32 product rounded once, and half a unit
@@ -159,13 +202,43 @@ def test_parity_of_what_stands_around(gate: str, k: int) -> None:
     x, g = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((1, k), (k,)))
     weights = [(torch.randn(n, k, device="cuda") / k**0.5).to(dtype) for _ in range(2 if gate else 1)]
     residual = torch.randn(1, n, device="cuda").to(dtype)
-    (got,) = row_product(x, weights, g, residual, eps=1e-6, gate=gate, impl="triton")
+    (got,) = row_product(x, weights, [], g, residual, eps=1e-6, gate=gate, impl="triton")
     (want,) = row_product_reference(
-        x.double(), [w.double() for w in weights], g.double(), residual.double(), eps=1e-6, gate=gate
+        x.double(), [w.double() for w in weights], [], g.double(), residual.double(), eps=1e-6, gate=gate
     )
     # float32 throughout: k roundings of a sum of order one, then one of the result to 16 bits
     allowed = torch.finfo(dtype).eps * want.abs() + k * 2**-24 * 8
     assert ((got.double() - want).abs() <= allowed).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8"
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("n", "k"), [(2112, 7168), (300, 1536), (1000, 2064), (130, 18432)])
+def test_parity_of_fp8(n: int, k: int, gate: str, kind: str) -> None:
+    products = [make_product(1, n, k, kind=kind, device="cuda", seed=seed) for seed in (0, 7)]
+    x, weights, descales = products[0].x, [p.weight for p in products], [p.weight_descale for p in products]
+    wide = [fp8_dequantize_weight(w, s, torch.float64) for w, s in zip(weights, descales, strict=True)]
+    g = torch.randn(k, device="cuda").bfloat16()
+    residual = torch.randn(1, n, device="cuda").bfloat16() if gate else None
+    got = row_product(x, weights, descales, g, residual, eps=1e-6, gate=gate, impl="gluon")
+    row = x.double() * torch.rsqrt(x.double().square().mean() + 1e-6) * g.double()
+    added = None if residual is None else residual.double()
+    want = row_product_reference(row, wide, [], None, added, eps=0.0, gate=gate)
+    # Sums in float32, in any order, of products scaled twice, and a norm: relative to the sum of their sizes.
+    terms = (k + 16) * 2.0**-23
+    sums, sizes = [row @ w.t() for w in wide], [row.abs() @ w.abs().t() for w in wide]
+    if gate:  # no activation is steeper than 1.13, nor larger than what goes in
+        bounds = [terms * (1.13 * sizes[0] * (sums[1].abs() + terms * sizes[1]) + sums[0].abs() * sizes[1])]
+        bounds[0] += (sums[0] * sums[1]).abs() * 2.0**-20  # exp and erf
+    else:
+        bounds = [terms * size for size in sizes]
+    for one, exact, bound in zip(got, want, bounds, strict=True):
+        assert one.isfinite().all()
+        assert ((one.double() - exact).abs() <= bound + exact.abs() * 2.0**-8 * 1.01).all()
 
 
 @pytest.mark.gpu

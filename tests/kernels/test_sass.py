@@ -17,7 +17,7 @@ from mlacompile.cache.store import block_scaled_layout
 from mlacompile.kernels.mla_decode.hopper_launch import Columns, hopper_launches, hopper_shape
 from mlacompile.kernels.mla_decode.launch import launches
 from mlacompile.kernels.mla_decode.plan import Device, Plan, Shape, choose_plan, hopper_plan
-from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons, in_place_reasons
+from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons
 from mlacompile.testing.sass import Compiled, compile_for, table
 
 SHAPE = Shape(batch=4, heads=128, queries=1, tokens=8192, rank=512, rope=64)
@@ -105,7 +105,7 @@ def build_hopper(
     page: int,
     dtype: torch.dtype,
     cached: str = "16 bits",
-    in_place: bool = False,
+    turned: bool = False,
 ) -> list[Compiled]:
     """The Hopper kernel and its merge, with lengths, as they would be launched.
 
@@ -135,13 +135,9 @@ def build_hopper(
         descale = run[..., layout.scale_at : layout.scale_at + layout.scale_bytes].view(torch.float32)
         k_pe = run[..., layout.rope_at : layout.rope_at + layout.rope_bytes].view(dtype)
     tensors = (q_latent, q_pe, c_kv, k_pe if rope else None, None, length, table, descale)
-    if in_place:
-        assert descale is not None
-        assert not in_place_reasons(c_kv, k_pe if rope else None, table, descale)
-    else:
-        assert not hopper_shape_reasons(*tensors[:4], None, table, descale, 0.1)  # type: ignore[arg-type]
+    assert not hopper_shape_reasons(*tensors[:4], None, table, descale, 0.1)  # type: ignore[arg-type]
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
-    plan = replace(hopper_plan(hopper_shape(tensors), Device()), in_place=in_place)
+    plan = replace(hopper_plan(hopper_shape(tensors), Device()), turned=turned)
     built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)
     kind = f"h{heads}s{queries}r{rank}p{rope}page{page} {str(dtype).removeprefix('torch.')}"
     return [compile_for(x.kernel, x.arguments, x.options, name=f"{x.kernel.__name__[5:-7]} {kind}") for x in built]
@@ -183,24 +179,9 @@ FP8_VARIANTS = [
 Record = Callable[[str, object], None]
 
 
-@pytest.mark.parametrize("variant", FP8_VARIANTS[:3], ids=str)
-def test_hopper_fp8(variant: tuple[int, int, int, int, int, torch.dtype, str], record_property: Record) -> None:
-    main, merge = build_hopper(*variant)
-    record_property("compiled", table([main, merge]))
-    assert main.counts["HMMA"] == main.counts["UTMALDG"] == 0
-    assert main.counts["HGMMA"] >= 16
-    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
-    in_products, in_others = main.local_in_loops
-    assert in_products == 0, "the loops around products have registers enough"
-    assert in_others <= 40, "the loop that widens, of about 1150 instructions, keeps a few addresses in local memory"
-    assert main.registers <= 168
-    assert main.smem <= SMEM
-    assert merge.local_memory == 0
-
-
 @pytest.mark.parametrize("variant", FP8_VARIANTS, ids=str)
 def test_widening_in_place(variant: tuple[int, int, int, int, int, torch.dtype, str], record_property: Record) -> None:
-    main, merge = build_hopper(*variant, in_place=True)
+    main, merge = build_hopper(*variant)
     record_property("compiled", table([main, merge]))
     _, _, rank, rope, page, _, _ = variant
     columns = Columns.of(rank)
@@ -214,3 +195,33 @@ def test_widening_in_place(variant: tuple[int, int, int, int, int, torch.dtype, 
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM
     assert merge.local_memory == 0
+
+
+#: Every number of columns of the turned output and width of a latent, page size class and dtype.
+TURNED_VARIANTS = [
+    (128, 1, 512, 64, 64, torch.bfloat16),
+    (16, 1, 512, 64, 64, torch.bfloat16),
+    (16, 4, 512, 64, 0, torch.float16),
+    (20, 1, 256, 32, 32, torch.bfloat16),
+    (7, 1, 128, 0, 0, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("variant", TURNED_VARIANTS, ids=str)
+def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record) -> None:
+    main, _ = build_hopper(*variant, cached="per token", turned=True)
+    record_property("compiled", table([main]))
+    heads, queries, rank, rope, page, _ = variant
+    width = 256 if rank <= 256 else 512
+    copies = -(-64 // page) if 0 < page < 64 else 1
+    assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
+    assert main.counts["QGMMA"] == 2 * 2 * width // 32, "keys as they are, twice: before the loop and in it"
+    assert main.counts["HGMMA"] >= 4 * width // 128, "a product for 16 tokens of 64 even or odd columns"
+    assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
+    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.local_in_loops[0] <= (4 if heads * queries > 32 and queries > 1 else 0), "limits of rows spill, no more"
+    assert main.local_in_loops[1] == 0
+    if heads * queries <= 32:
+        assert main.local_memory == 0
+    assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM

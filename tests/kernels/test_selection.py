@@ -70,6 +70,9 @@ def test_what_the_hopper_kernel_cannot_take_goes_to_the_next_with_the_reason() -
     name, passed = chosen(128, 2, 1024, mask=True)
     assert name == "triton"
     assert "there is a mask" in passed["gluon"]
-    name, passed = chosen(128, 2, 1024, page=32, fp8=1)
+    name, passed = chosen(128, 2, 1024, page=16, fp8=1)
     assert name == "triton"
-    assert "pages have 32 tokens" in "; ".join(passed["gluon"])
+    assert "pages have 16 tokens" in "; ".join(passed["gluon"])
+    name, passed = chosen(128, 2, 65, fp8=1)
+    assert name == "triton"
+    assert "TMA copies from multiples of 16 bytes" in "; ".join(passed["gluon"])

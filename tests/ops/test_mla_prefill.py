@@ -181,6 +181,20 @@ def test_it_is_right_when_nothing_can_be_read(case: Case, seed: int) -> None:
         check(mla_prefill_chunked, case, seed)
 
 
+@given(CASES, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_bounds_that_were_read_before_change_nothing(case: Case, seed: int) -> None:
+    tensors, settings = inputs(case, seed)
+    if any(x is not None for x in tensors[5:]):
+        bounds = torch.ops.mlacompile.visible_bounds(*tensors[5:], case.batch, case.tokens)
+        for got, want in zip(
+            mla_prefill_chunked(*tensors, **settings, bounds=bounds),
+            mla_prefill_chunked(*tensors, **settings),
+            strict=True,
+        ):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("mask", ["", "pairs", "added"])
 def test_other_dtypes(dtype: torch.dtype, mask: str) -> None:
@@ -265,6 +279,11 @@ def test_the_op_passes_opcheck() -> None:
     tensors, settings = inputs(Case(length=True, start=True, rope_first=True))
     tensors[1], tensors[2] = (x.nan_to_num(0.0, 0.0, 0.0) for x in tensors[1:3])  # type: ignore[union-attr]
     torch.library.opcheck(torch.ops.mlacompile.mla_prefill.default, tuple(tensors), settings)
+
+
+def test_reading_bounds_passes_opcheck() -> None:
+    tensors, _ = inputs(Case(length=True, start=True, mask="tokens"))
+    torch.library.opcheck(torch.ops.mlacompile.visible_bounds.default, (*tensors[5:], 2, 19))
 
 
 @pytest.mark.parametrize(

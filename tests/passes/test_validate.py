@@ -18,7 +18,7 @@ import torch
 from mlacompile import backend, last_report
 from mlacompile.options import Options
 from mlacompile.passes import pipeline, recognize
-from mlacompile.passes.probe import Plain, Probe, WeightView
+from mlacompile.passes.maps import Plain, Probe, WeightView
 from mlacompile.passes.recognize import MLASite
 from mlacompile.passes.validate import Rewrite, Verdict, validate
 from tests.many_spellings import make_mask

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.supports import interpreted
 
 SUM_BLOCK = 1024
-BLOCK_N = 64  # weight rows of a tile: what one wgmma takes
 
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Of the kernel for few rows. rows: of the weight, a thread. width: columns a thread and step. lanes, warps_k:
-    threads of a warp, and warps, that divide K among themselves."""
+    """Of the kernel for few rows. rows: of each weight, a thread. width: columns of a piece. lanes, warps_k: threads of
+    a warp, and warps, that divide K among themselves. unroll: pieces a thread and step."""
 
     rows: int
     width: int
     lanes: int
     warps: int
     warps_k: int
+    unroll: int = 1
 
     @property
     def block_n(self) -> int:
@@ -35,7 +37,7 @@ class RowTiles:
     @property
     def step(self) -> int:
         """Columns of a step."""
-        return self.width * self.lanes * self.warps_k
+        return self.width * self.lanes * self.warps_k * self.unroll
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,45 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def choose_row_tiles(m: int, n: int, k: int) -> RowTiles:
-    """Tiles for m rows by one weight [n, k], by measurement on an H100 (docs/kernels.md): long rows want more warps in
-    step, few rows too."""
-    width = 16 if m == 1 else 8
-    lanes = min(32, _power(k // width))
+def choose_row_tiles(m: int, n: int, k: int, *, norm: bool = False, gate: bool = False) -> RowTiles:
+    """Tiles for m rows by weights of n rows in all and k columns, by measurement on an H200, for two rows on an H100
+    (docs/kernels.md): few rows in many warps, so that all of them are read at once."""
+    if m > 1:
+        lanes = min(32, _power(k // 8))
+        return RowTiles(4, 8, lanes, 1, 1) if k < 2048 else RowTiles(4, 8, lanes, 4, 4)
+    if k <= 512:
+        return RowTiles(4, 16, min(16, _power(k // 16)), 2, 1)
     if k < 2048:
-        return RowTiles(4, width, lanes, 1, 1)
-    if n < 4096 or m > 1:
-        return RowTiles(4, width, lanes, 4, 4)
-    return RowTiles(2, width, lanes, 2, 2)
+        return RowTiles(4, 16, min(32, _power(k // 16)), 1, 1)
+    if gate:
+        return RowTiles(2, 16, 32, 2, 2)
+    if n >= 4096:
+        return RowTiles(4, 16, 32, 2, 2, unroll=1 if norm else 2)
+    if k >= 4096:
+        return RowTiles(4, 16, 32, 8, 8)
+    return RowTiles(4 if n >= 3072 else 2, 16, 32, 4, 4)
 
 
 def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
-    """Tiles for m rows by [n, k], one weight or one a head, by measurement on an H100 (docs/kernels.md)."""
+    """Tiles for m rows by [n, k], one weight or one a head, by measurement on an H200 (docs/kernels.md).
+
+    K is divided where there are fewer tiles than fit on the device at once: with up to 16 rows of x five an SM, with
+    more one, which then has the shared memory for itself.
+    """
     block_m = min(128, max(16, _power(m)))
-    stages = 3 if k <= 4 * SCALE_GROUP else 6 if block_m == 16 else 5
-    programs = -(-n // BLOCK_N) * -(-m // block_m) * heads
+    block_n = 128 if block_m == 64 and heads == 1 and n >= 4096 else 64
+    room = 5 * sms if block_m == 16 else sms
+    programs = -(-n // block_n) * -(-m // block_m) * heads
     parts = 1
-    while heads == 1 and programs * parts * 2 <= sms and k // (parts * 2) >= 8 * SCALE_GROUP:
+    while heads == 1 and programs * parts * 2 <= room and k // (parts * 2) >= 8 * SCALE_GROUP:
         parts *= 2
-    return Tiles(block_m, BLOCK_N, 4, stages, parts)
+    if k <= 4 * SCALE_GROUP:
+        stages = 3
+    elif block_m == 16:
+        stages = 4
+    else:
+        stages = 3 if programs * parts > sms else 5
+    return Tiles(block_m, block_n, 4, stages, parts)
 
 
 def _power(n: int) -> int:
@@ -95,7 +115,7 @@ def fp8_linear_rows(
 ) -> Tensor:  # fmt: skip
     """The op by the kernel for few rows, for inputs that ``rows_reasons`` has nothing against."""
     out = x.new_empty((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
-    rows_launch(x, x_descale, weight, weight_descale, out, tiles)()
+    rows_launch(x, x_descale, [weight], [weight_descale], [out], tiles)()
     return out
 
 
@@ -111,19 +131,35 @@ def fp8_linear_tiles(
 
 
 def rows_launch(
-    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor,
-    tiles: RowTiles | None = None,
+    x: Tensor, x_descale: Tensor | None, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Sequence[Tensor],
+    tiles: RowTiles | None = None, *, norm: Tensor | None = None, added: Tensor | None = None, eps: float = 0.0,
+    gate: str = "",
 ) -> Launch:  # fmt: skip
-    """The launch of the kernel for few rows. Meta tensors do, to compile without a GPU."""
+    """The launch of the kernel for few rows, for one or two weights, with what stands around them as in
+    ``row_product``. Meta tensors do, to compile without a GPU."""
     from mlacompile.kernels.fp8_linear.rows import _fp8_rows_kernel
 
-    m, (n, k) = x.shape[-2], weight.shape[-2:]
-    tiles = tiles or choose_row_tiles(m, n, k)
-    arguments = _common(x, x_descale, weight, weight_descale, out) | {
+    m, k = x.shape[-2:]
+    rows = [w.shape[-2] for w in weights]
+    tiles = tiles or choose_row_tiles(m, sum(rows), k, norm=norm is not None, gate=bool(gate))
+    if gate:
+        rows = rows[:1]
+    (xb, xm, _), (xsb, xsm, xsk), (wb, wn, _), (sb, sn, _) = map(
+        _three_strides, (x, x_descale, weights[0], descales[0])
+    )
+    arguments = {
+        "p_x": x, "p_x_descale": x_descale, "p_w": weights[0], "p_descale": descales[0], "p_out": out[0],
+        "M": m, "N": rows[0], "K": k, "stride_xb": xb, "stride_xm": xm,
+        "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk,
+        "stride_wb": wb, "stride_wn": wn, "stride_sb": sb, "stride_sn": sn,
+        "p_w2": weights[-1], "p_descale2": descales[-1], "p_out2": out[-1], "N2": rows[-1],
+        "stride_wn2": weights[-1].stride(-2), "stride_sn2": descales[-1].stride(-2),
+        "p_g": norm, "p_added": added, "eps": eps,
         "ROWS": _power(m), "ROWS_A_THREAD": tiles.rows, "WIDTH": tiles.width, "LANES": tiles.lanes,
-        "WARPS_K": tiles.warps_k, "EVEN_K": k % tiles.step == 0,
+        "WARPS_K": tiles.warps_k, "UNROLL": tiles.unroll, "EVEN_K": k % tiles.step == 0, "TWO": len(rows) == 2,
+        "GATE": gate,
     }  # fmt: skip
-    grid = (-(-n // tiles.block_n), weight.shape[0] if weight.dim() == 3 else 1)
+    grid = (sum(-(-n // tiles.block_n) for n in rows), weights[0].shape[0] if weights[0].dim() == 3 else 1)
     return Launch(_fp8_rows_kernel, grid, arguments, {"num_warps": tiles.warps})
 
 
@@ -142,9 +178,14 @@ def tiles_launches(
     parts = -(-k // part)
     split = parts > 1
     target = x.new_empty((parts, m, n), dtype=torch.float32) if split else out
-    arguments = _common(x, x_descale, weight, weight_descale, target) | {
-        "K_PART": part, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SPLIT": split,
-        "EVEN_K": k % SCALE_GROUP == 0, "STAGES": tiles.stages,
+    by_head = weight.dim() == 3
+    (xsb, xsm, xsk), (sb, sn, _) = map(_three_strides, (x_descale, weight_descale))
+    arguments = {
+        "d_x": _descriptor(x, tiles.block_m), "p_x_descale": x_descale,
+        "d_w": _descriptor(weight, tiles.block_n), "p_descale": weight_descale, "p_out": target,
+        "M": m, "N": n, "K": k, "K_PART": part, "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk,
+        "stride_sb": sb, "stride_sn": sn, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "BY_HEAD": by_head, "SPLIT": split, "STAGES": tiles.stages,
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
     launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]
@@ -157,17 +198,15 @@ def tiles_launches(
     return launches
 
 
-def _common(x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor) -> dict[str, Any]:
-    def strides(t: Tensor | None) -> list[int]:
-        return [0, 0, 0] if t is None else [0] * (3 - t.dim()) + list(t.stride())
+def _three_strides(t: Tensor | None) -> list[int]:
+    return [0, 0, 0] if t is None else [0] * (3 - t.dim()) + list(t.stride())
 
-    (xb, xm, _), (xsb, xsm, xsk), (wb, wn, _), (sb, sn, _) = map(strides, (x, x_descale, weight, weight_descale))
-    return {
-        "p_x": x, "p_x_descale": x_descale, "p_w": weight, "p_descale": weight_descale, "p_out": out,
-        "M": x.shape[-2], "N": weight.shape[-2], "K": weight.shape[-1],
-        "stride_xb": xb, "stride_xm": xm, "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk,
-        "stride_wb": wb, "stride_wn": wn, "stride_sb": sb, "stride_sn": sn,
-    }  # fmt: skip
+
+def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of so many rows and 128 columns of ``[(H,) rows, K]``."""
+    unit = 16 // t.itemsize  # strides come in whole 16 bytes, of dimensions with a single element too
+    strides = [s if s % unit == 0 else unit for s in t.stride()[:-1]] + [1]
+    return TensorDescriptor(t, list(t.shape), strides, [1] * (t.dim() - 2) + [rows, SCALE_GROUP])
 
 
 @cache

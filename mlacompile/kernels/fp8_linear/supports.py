@@ -35,6 +35,9 @@ def tiles_reasons(
     reasons = _reasons(x, weight, weight_descale)
     if x_descale is None and x.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"x is {x.dtype}, the kernel multiplies in float16, bfloat16 or FP8")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.storage_offset() * tensor.itemsize % 16:
+            reasons.append(f"{name} begins between two pieces of 16 bytes, which TMA cannot address")
     return reasons
 
 

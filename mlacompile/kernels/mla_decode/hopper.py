@@ -31,13 +31,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mlacompile.kernels.mla_decode.hopper_fetch import _fetch
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, Parts, _begin, _setup
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, Parts, _launch_later, _setup, _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper_rows import (
     _clear_dead,
     _computed,
+    _factors,
     _queries,
     _rope_scores,
     _rows,
+    _shrunk,
     _slot,
     _softmax,
     _store_columns,
@@ -52,12 +54,12 @@ LOWEST = gl.constexpr(-3.3e38)  # a finite start of the running maximum: -inf - 
 def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, share,
           overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
-          CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, WIDEST: gl.constexpr, factors,
-          FACTORED: gl.constexpr):  # fmt: skip
+          CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, WIDEST: gl.constexpr, factors, FACTORED: gl.constexpr,
+          SHRINK: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block, and the left columns of the output.
 
-    WIDEST: columns of one wgmma. factors: if FACTORED [2, 64], what the latents of a stage are still to be multiplied
-    with.
+    WIDEST: columns of one wgmma. factors: if FACTORED [2, 64], what the latents of a stage, times queries that are
+    SHRINK of what they were, are still to be multiplied with.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
@@ -68,7 +70,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    dtype: gl.constexpr = p_q.dtype.element_ty
+    dtype: gl.constexpr = x.p.dtype
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, s_layout)
     g = 0
     item = 0
@@ -83,10 +85,12 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
 
         p = p_q + row.to(gl.int64) * stride_qb
-        x.q_left.store(_queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R, ONE_QUERY))
+        q = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R, ONE_QUERY)
+        x.q_left.store(_shrunk(q, dtype, SHRINK))
         fence_async_shared()
         o = gl.zeros((ROWS, LEFT), gl.float32, o_layout)
         m = gl.full((ROWS,), LOWEST, gl.float32, s_row)
+        unit = gl.to_tensor(0.0)
 
         # The first block: nothing to overlap with yet.
         stage = g & 1
@@ -103,13 +107,14 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         s = warpgroup_mma(x.q_left, x.left.index(stage).permute((1, 0)), s, is_async=True)
         mbarrier.wait(bar.last_full.index(stage), phase)
         s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
-        s = _computed(s, s_pe, factors.index(stage), FACTORED, BLOCK_P, s_layout)
+        factor, unit = _factors(factors.index(stage), unit, t, lo, hi, FACTORED, s_layout)
+        s = _computed(s, s_pe, factor, FACTORED, BLOCK_P)
         s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
         x.alpha.index(stage).store(alpha)
         mbarrier.arrive(bar.alpha.index(stage), count=1)
         e = gl.exp2(s * scale_log2 - m[:, None])
         total = gl.sum(e, 1)
-        b_p = _weights(e, factors.index(stage), t, lo, hi, dtype, FACTORED, s_layout)
+        b_p = _weights(e, factor, unit, dtype, FACTORED)
         x.p.store(b_p)
         fence_async_shared()
         mbarrier.arrive(bar.p_full, count=1)
@@ -136,14 +141,19 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             s = warpgroup_mma(x.q_left, x.left.index(other).permute((1, 0)), s, is_async=True)
             mbarrier.wait(bar.last_full.index(other), phase)
             s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * other + 1).permute((1, 0)), s, is_async=True)
-            s = _computed(s, s_pe, factors.index(other), FACTORED, BLOCK_P, s_layout)
-            mbarrier.arrive(bar.scores, count=1)
             t += BLOCK
+            factor, new_unit = _factors(factors.index(other), unit, t, lo, hi, FACTORED, s_layout)
+            s = _computed(s, s_pe, factor, FACTORED, BLOCK_P)
+            mbarrier.arrive(bar.scores, count=1)
             s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
+            total = total * alpha
+            if FACTORED:
+                alpha = alpha * (unit / new_unit)
+                unit = new_unit
             x.alpha.index(other).store(alpha)
             mbarrier.arrive(bar.alpha.index(other), count=1)
             e = gl.exp2(s * scale_log2 - m[:, None])
-            b_p = _weights(e, factors.index(other), t, lo, hi, dtype, FACTORED, s_layout)
+            b_p = _weights(e, factor, unit, dtype, FACTORED)
             mbarrier.wait(bar.p_empty, g & 1)
             x.p.store(b_p)
             fence_async_shared()
@@ -151,23 +161,29 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             # From here on _right works too.
             o = o * gl.convert_layout(alpha, o_row)[:, None]
             a_p = gl.convert_layout(b_p, p_layout)
-            total = total * alpha + gl.sum(e, 1)
+            total += gl.sum(e, 1)
             g += 1
 
         # The last block: no scores follow.
+        if (row + 1 >= B) | (todo - taken <= overhead):
+            _launch_later()
         stage = g & 1
         mbarrier.arrive(bar.scores, count=1)
         if (t < lo) | (t + BLOCK > hi):
             _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
         o = warpgroup_mma(a_p, x.left.index(stage), o, is_async=True)
-        x.total.store(total)
+        # What the output is divided by, as it is held.
+        divisor = total
+        if FACTORED:
+            divisor = total / (unit * SHRINK)
+        x.total.store(divisor)
         mbarrier.arrive(bar.total, count=1)
         o = warpgroup_mma_wait(0, deps=(o,))
         mbarrier.arrive(bar.left_empty.index(stage), count=1)
 
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
-        total_o = gl.convert_layout(total, o_row)
+        total_o = gl.convert_layout(divisor, o_row)
         _store_columns(
             o, total_o, x.q_left, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, LEFT, R, ONE_QUERY
         )
@@ -193,7 +209,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
 def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr):  # fmt: skip
     """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUARTER, 16]
@@ -206,13 +222,14 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
         lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
         p = p_q + row.to(gl.int64) * stride_qb
-        for k in gl.static_range(2):
-            x.q_right.index(k).store(
-                _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, LEFT + k * QUARTER, QUARTER, R, ONE_QUERY)
-            )
+        first = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, LEFT, QUARTER, R, ONE_QUERY)
+        last = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, LEFT + QUARTER, QUARTER, R, ONE_QUERY)
         if BLOCK_P > 0:
             p = p_qpe + row.to(gl.int64) * stride_pb
-            x.q_pe.store(_queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, 0, BLOCK_P, P, ONE_QUERY))
+            rope = _queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, 0, BLOCK_P, P, ONE_QUERY)
+            x.q_pe.store(rope)
+        x.q_right.index(0).store(_shrunk(first, x.p.dtype, SHRINK))
+        x.q_right.index(1).store(_shrunk(last, x.p.dtype, SHRINK))
         fence_async_shared()
         mbarrier.arrive(bar.queries, count=1)
 
@@ -274,23 +291,22 @@ def _mla_decode_hopper_kernel(
     apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R],
     p_part_lse likewise. p_parts: [B, 2], the first part of a batch row and how many parts it has.
     """
-    _begin()
+    x, bar = _setup(p_q.dtype.element_ty, p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
+    _wait_for_earlier()
     share, overhead, row, position = _plan(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
-
-    x, bar = _setup(p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
     arrived = Parts(bar.first_full, bar.left_full, bar.last_full)
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False, 1.0)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY)),
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, 1.0)),
             (_fetch, (x, bar, arrived, d_c, d_pe, None, p_start, p_length, p_table, row, position, share, overhead, B,
                       T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE)),
         ],

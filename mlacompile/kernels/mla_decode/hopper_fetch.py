@@ -6,6 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
+from mlacompile.kernels.mla_decode.hopper_room import _here
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
 
@@ -93,6 +94,7 @@ def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row,
     todo = share
     while (row < B) & (todo > overhead):
         _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        todo = _here(todo - taken)  # one register of the 32 that the loop need not keep
         p_pages = p_table
         if PAGE > 0:
             p_pages += row.to(gl.int64) * stride_table
@@ -132,6 +134,5 @@ def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row,
             unit = ahead
             t += BLOCK
         g += n
-        todo -= taken
         row += 1
         position = 0

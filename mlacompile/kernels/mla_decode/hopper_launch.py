@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,23 +11,27 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.mla_decode import plan as planning
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
-from mlacompile.kernels.mla_decode.hopper_fp8 import _mla_decode_hopper_fp8_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
+from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
-from mlacompile.kernels.mla_decode.widen import WIDEN
+from mlacompile.kernels.mla_decode.supports import turned_reasons
+from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
 TILE_ROWS = 64
 BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
-FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 120
-IN_PLACE_RIGHT_REGISTERS, IN_PLACE_WIDEN_REGISTERS = 160, 64
+FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
+SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
+TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
+PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
-MERGE_ELEMENTS = 4096
-MERGE_PROGRAMS = 2048
+MERGE_SLOTS = 128  # partials of a row that are looked at together
+MERGE_PROGRAMS = 1024
 
 
 def mla_decode_hopper(
@@ -47,13 +51,14 @@ def mla_decode_hopper(
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
     # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    if descale is None or (plan is not None and plan.in_place):
-        c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
-        k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
-        descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
+    c_kv = c_kv if c_kv.data_ptr() % 16 == 0 else c_kv.clone()
+    k_pe = k_pe if k_pe is None or k_pe.data_ptr() % 16 == 0 else k_pe.clone()
+    descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
-        plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device))
+        shape = hopper_shape(tensors)
+        turned = descale is not None and shape.rows <= planning.TURNED_ROWS and not turned_reasons(c_kv, descale)
+        plan = replace(hopper_plan(shape, device_of(q_latent.device)), turned=turned)
     b, h, s, r = q_latent.shape
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
@@ -111,7 +116,7 @@ def hopper_launches(
     columns = Columns.of(r)
     tiles = -(-shape.rows // TILE_ROWS)
     slots = 2 * plan.parts if plan.parts > 1 else 1
-    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 1)
+    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 2)
     partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
@@ -128,10 +133,13 @@ def hopper_launches(
     }  # fmt: skip
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
-    elif plan.in_place:
-        kernel, more = _mla_decode_hopper_in_place_kernel, _in_place(c_kv, k_pe, descale, q_latent.dtype, arguments)
+    elif plan.turned:
+        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
+        more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
+        for name in ("LEFT", "QUARTER", "PANEL"):
+            del arguments[name]
     else:
-        kernel, more = _mla_decode_hopper_fp8_kernel, _addressed(c_kv, k_pe, descale, q_latent.dtype)
+        kernel, more = _mla_decode_hopper_in_place_kernel, _in_place(c_kv, k_pe, descale, q_latent.dtype, arguments)
     arguments |= more
     result = [Launch(kernel, (tiles, plan.parts, 1), arguments, {"num_warps": 4, "launch_pdl": True})]
     if plan.parts > 1:
@@ -145,22 +153,6 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     d_c, apart_c = _descriptor(c_kv, box_rows, arguments["PANEL"])
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
     return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
-
-
-def _addressed(c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """An FP8 cache as pointers see it: words of 32 bits, strides in pairs of them."""
-    words = c_kv.view(torch.int32)
-    rope = None if k_pe is None else k_pe.view(torch.int32)
-    pairs = {
-        f"pair_{name}{dim}": apart // 2
-        for name, x in (("c", words), ("k", rope))
-        for dim, apart in zip("bt", strides(name, "bt", x).values(), strict=True)
-    }
-    return {
-        "p_c": words, "p_pe": rope, "p_scale": descale, **pairs, **strides("f", "bt", descale),
-        "GROUPS": descale.shape[2], "G": next_power_of_2(descale.shape[2]), "CODE": WIDEN[c_kv.dtype, dtype, True],
-        "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
-    }  # fmt: skip
 
 
 def _in_place(
@@ -179,27 +171,49 @@ def _in_place(
         d_scale, apart_scale = _descriptor(descale, box_rows, FACTORS, swizzle=0)
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
-        "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, dtype, groups > 1],
-        "RIGHT_REGS": IN_PLACE_RIGHT_REGISTERS, "WIDEN_REGS": IN_PLACE_WIDEN_REGISTERS,
+        "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, groups > 1],
+        "HEADROOM": HEADROOM[c_kv.dtype] if groups > 1 else 1.0, "SHRINK": SHRINK if dtype == torch.bfloat16 else 1.0,
+        "RIGHT_REGS": FP8_RIGHT_REGISTERS, "WIDEN_REGS": FP8_WIDEN_REGISTERS,
+    }  # fmt: skip
+
+
+def _turned(
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
+    box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
+    d_c, apart_c = _descriptor(c_kv, box_rows, 128)
+    d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    line = descale.flatten()
+    columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
+    return {
+        "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
+        "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
+        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 3, "CODE": PACK[dtype], "COLS": columns,
+        "AHEAD": d_pe is not None, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip
 
 
 def _merge(
     partial: Tensor, partial_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor, plan: HopperPlan, shape: Shape
 ) -> Launch:
-    """Each program takes about 4096 elements of partials at once, which hides the latency of L2.
+    """Each thread has four to eight loads in flight, and all of a row's partials are on their way at once.
 
-    One row in many parts is cut along its columns; many rows, most of which are whole, get few programs each.
+    Few partials of a row are summed by one warp, a thread for each eight columns. Many are divided among threads and
+    warps, and the row along its columns. Many rows, most of which are whole, get few programs each.
     """
-    width = next_power_of_2(shape.rank)
-    slots = min(max(next_power_of_2(plan.parts // shape.batch + 1) // 2, 2), 64)  # about as many as a row has
-    block_c = min(width, max(MERGE_ELEMENTS // slots, 32))
-    rows = min(max(MERGE_ELEMENTS // (slots * block_c), 1), next_power_of_2(shape.rows))
+    width = max(next_power_of_2(shape.rank), 64)
+    slots = min(next_power_of_2(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
+    warps = 8 if slots > 64 else 4
+    across = warps if slots > 8 else 1
+    block_c = min(width, 512 if slots <= 4 else 256 if slots <= 16 else max(4096 // slots, 64))
+    rows = warps // across
     chunks = -(-shape.rank // block_c)
     groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))
     arguments = {
         "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts, "p_out": out, "p_lse": lse, "H": shape.heads,
-        "S": shape.queries, "n_rows_padded": partial.shape[1], "R": shape.rank, "ROWS": rows, "BLOCK_C": block_c,
-        "SLOTS": slots, "PDL": True,
+        "S": shape.queries, "n_rows_padded": partial.shape[1], "R": shape.rank, "ROWS": rows, "SLOTS": slots,
+        "BLOCK_C": block_c, "ACROSS": across,
     }  # fmt: skip
-    return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": 4, "launch_pdl": True})
+    return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": warps, "launch_pdl": True})

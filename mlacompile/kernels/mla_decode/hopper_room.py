@@ -86,17 +86,32 @@ def _barriers(N: gl.constexpr):
 
 
 @gluon.jit
-def _begin():
-    """Let the merge be launched while this kernel drains, and wait for what was launched before this kernel."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+def _here(x):
+    """x, but the compiler must not know: what follows from it is computed here, not kept in registers from before."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _wait_for_earlier():
+    """Wait for what was launched before this kernel. Until then only memory of the program's own may be touched."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _setup(dtype: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Shared memory and barriers of a program."""
+def _launch_later():
+    """Let the merge be launched while the last programs drain.
+
+    Not sooner: programs that are launched while most SMs are taken crowd on the few others, and stay there.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _setup(dtype: gl.constexpr, rope_dtype: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr,
+           PANEL: gl.constexpr, BLOCK_P: gl.constexpr):  # fmt: skip
+    """Shared memory and barriers of a program. Rotary keys and their queries may be of another 16 bits."""
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=2)
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     NARROW: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
@@ -105,10 +120,10 @@ def _setup(dtype: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL
     x = Tiles(
         gl.allocate_shared_memory(dtype, [ROWS, LEFT], wide),
         gl.allocate_shared_memory(dtype, [2, ROWS, QUARTER], wide),
-        gl.allocate_shared_memory(dtype, [ROWS, NARROW], narrow),
+        gl.allocate_shared_memory(rope_dtype, [ROWS, NARROW], narrow),
         gl.allocate_shared_memory(dtype, [2, BLOCK, LEFT], wide),
         gl.allocate_shared_memory(dtype, [4, BLOCK, QUARTER], wide),
-        gl.allocate_shared_memory(dtype, [2, BLOCK, NARROW], narrow),
+        gl.allocate_shared_memory(rope_dtype, [2, BLOCK, NARROW], narrow),
         gl.allocate_shared_memory(dtype, [ROWS, BLOCK], square),
         gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),

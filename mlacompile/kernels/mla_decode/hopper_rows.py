@@ -6,13 +6,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_room import ROWS
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here
 
-
-@gluon.jit
-def _here(x):
-    """x, but the compiler must not know: what follows from it is computed here, not kept in registers from before."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+SMALLEST = gl.constexpr(1e-30)
+STEADY = gl.constexpr(2.0**-20)
 
 
 @gluon.jit
@@ -44,6 +41,15 @@ def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr
 
 
 @gluon.jit
+def _shrunk(q, dtype: gl.constexpr, SHRINK: gl.constexpr):
+    """Queries as their tile holds them: bfloat16 loses nothing in float16 unless it is beyond 8e6 or below 1e-3."""
+    if q.dtype == dtype:
+        return q
+    else:
+        return (q.to(gl.float32) * SHRINK).to(dtype)
+
+
+@gluon.jit
 def _clear_dead(tile, t, lo, hi, WIDTH: gl.constexpr, PANEL: gl.constexpr):
     """Zero the rows of a [64, WIDTH] tile of values whose tokens nobody sees: 0 * NaN is NaN."""
     layout: gl.constexpr = _row_wise(PANEL)
@@ -65,29 +71,42 @@ def _rope_scores(q_pe, pe, s, s0, FACTORED: gl.constexpr):
 
 
 @gluon.jit
-def _computed(s, s_pe, factors, FACTORED: gl.constexpr, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+def _computed(s, s_pe, factor, FACTORED: gl.constexpr, BLOCK_P: gl.constexpr):
     """Waits for the scores of a block."""
     if FACTORED:
         if BLOCK_P > 0:
             s, s_pe = warpgroup_mma_wait(0, deps=(s, s_pe))
-            s = s * factors.load(gl.SliceLayout(0, layout))[None, :] + s_pe
+            s = s * factor[None, :] + s_pe
         else:
             s = warpgroup_mma_wait(0, deps=(s,))
-            s = s * factors.load(gl.SliceLayout(0, layout))[None, :]
+            s = s * factor[None, :]
     else:
         s = warpgroup_mma_wait(0, deps=(s,))
     return s
 
 
 @gluon.jit
-def _weights(e, factors, t, lo, hi, dtype: gl.constexpr, FACTORED: gl.constexpr, layout: gl.constexpr):
-    """P as it is multiplied with the values in shared memory."""
+def _factors(factors, unit, t, lo, hi, FACTORED: gl.constexpr, layout: gl.constexpr):
+    """The factors of a block's latents, and the unit in which P is to be held: the largest of them.
+
+    In units of its block P fits into float16. A unit is not much smaller than the one before, so that earlier output,
+    which changes units as well, does not overflow.
+    """
+    factor = 1.0
     if FACTORED:
         factor = factors.load(gl.SliceLayout(0, layout))
         if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be NaN
             o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
             factor = gl.where((o_t >= lo) & (o_t < hi), factor, 0.0)
-        e = e * factor[None, :]
+        unit = gl.maximum(gl.max(gl.abs(factor), 0), gl.maximum(unit * STEADY, SMALLEST))
+    return factor, unit
+
+
+@gluon.jit
+def _weights(e, factor, unit, dtype: gl.constexpr, FACTORED: gl.constexpr):
+    """P as it is multiplied with the values in shared memory."""
+    if FACTORED:
+        e = e * (factor * (1.0 / unit))[None, :]
     return e.to(dtype)
 
 
@@ -115,7 +134,9 @@ def _store_columns(o, total, through, p_out, p_part, whole, i_b, slot, i_tile, n
     through: shared memory of the same shape, free by now, that turns fragments of a product into whole rows.
     """
     share = 1.0 / gl.where(total == 0, 1.0, total)
-    through.store((o * share[:, None]).to(through.dtype))
+    dtype: gl.constexpr = p_out.dtype.element_ty
+    through = through._reinterpret(dtype, [ROWS, WIDTH], through.layout)
+    through.store((o * share[:, None]).to(dtype))
     layout: gl.constexpr = _row_wise(WIDTH)
     o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
     o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))

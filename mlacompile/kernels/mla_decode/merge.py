@@ -1,60 +1,76 @@
 """Combines what several programs of the Hopper kernel computed of one row: a softmax-weighted sum of their partials.
 
 The main kernel lists for every batch row the first part that worked on it and how many did. Most rows are usually whole
-and already written: their programs end at once.
+and already written: their programs end at once. A thread sums the same columns of several partials, so that little or
+nothing of a sum crosses threads: layouts that Triton chooses take several times the instructions.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-LN2 = tl.constexpr(0.6931471805599453)
+from mlacompile.kernels.mla_decode.hopper_room import _launch_later, _wait_for_earlier
+
+LN2 = gl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@gluon.jit
 def _mla_merge_kernel(
     p_part, p_part_lse, p_parts, p_out, p_lse, H, S, n_rows_padded,
-    R: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    R: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, BLOCK_C: gl.constexpr, ACROSS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (batch, groups of rows, column chunks). Partials: [slots, n_rows_padded, R], their log-sum-exps in base 2.
 
-    Of n parts, beginning with part i, the first lies in slot 2 * i + 1 and each other part j in slot 2 * j.
+    Of n parts, beginning with part i, the first lies in slot 2 * i + 1 and each other part j in slot 2 * j. ROWS and
+    SLOTS: so many are looked at together. ACROSS: warps that divide the slots among them; the others divide rows.
     """
-    i_b = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    first = tl.load(p_parts + 2 * i_b)
-    count = tl.load(p_parts + 2 * i_b + 1)
+    lanes: gl.constexpr = min(BLOCK_C // 8, 32)
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 8], [1, 32 // lanes, lanes], [num_warps // ACROSS, ACROSS, 1], [2, 1, 0]
+    )
+    by_slot: gl.constexpr = gl.SliceLayout(2, layout)
+    by_column: gl.constexpr = gl.SliceLayout(1, layout)
+    by_row: gl.constexpr = gl.SliceLayout(1, by_slot)
+    i_b = gl.program_id(0)
+    _launch_later()  # a kernel that waits, as ours does, may prepare itself meanwhile
+    _wait_for_earlier()
+    first = gl.load(p_parts + 2 * i_b)
+    count = gl.load(p_parts + 2 * i_b + 1)
     if count > 1:
-        o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-        for row in range(tl.program_id(1) * ROWS, H * S, tl.num_programs(1) * ROWS):
-            o_row = row + tl.arange(0, ROWS)
+        o_c = gl.program_id(2) * BLOCK_C + gl.arange(0, BLOCK_C, gl.SliceLayout(0, by_column))
+        o_slot = gl.arange(0, SLOTS, gl.SliceLayout(0, by_slot))
+        for row in range(gl.program_id(1) * ROWS, H * S, gl.num_programs(1) * ROWS):
+            o_row = row + gl.arange(0, ROWS, by_row)
             m_row = o_row < H * S
-            acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
-            peak = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
+            acc = gl.zeros((ROWS, BLOCK_C), gl.float32, by_column)
+            peak = gl.full((ROWS,), float("-inf"), gl.float32, by_row)
+            total = gl.zeros((ROWS,), gl.float32, by_row)
             for i in range(0, count, SLOTS):
-                o_part = i + tl.arange(0, SLOTS)
-                slot = 2 * (first + o_part) + (o_part == 0).to(tl.int32)
-                o_in = slot.to(tl.int64)[:, None] * n_rows_padded + o_row[None, :]
-                mask = (o_part < count)[:, None] & m_row[None, :]
-                lse = tl.load(p_part_lse + o_in, mask=mask, other=float("-inf"))
-                p = p_part + o_in[:, :, None] * R + o_c[None, None, :]
-                part = tl.load(p, mask=mask[:, :, None] & (o_c < R)[None, None, :], other=0.0).to(tl.float32)
-                higher = tl.maximum(peak, tl.max(lse, 0))
-                use = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
-                weight = tl.exp2(lse - use[None, :])
-                shrink = tl.exp2(peak - use)
-                acc = acc * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
-                total = total * shrink + tl.sum(weight, 0)
+                o_part = i + o_slot
+                slot = 2 * (first + o_part) + gl.where(o_part == 0, 1, 0)
+                o_in = slot.to(gl.int64)[None, :] * n_rows_padded + o_row[:, None]
+                mask = (o_part < count)[None, :] & m_row[:, None]
+                lse = gl.load(p_part_lse + o_in, mask=mask, other=float("-inf"))
+                p = p_part + gl.expand_dims(o_in * R, 2) + gl.expand_dims(o_c[None, :], 1)
+                m_c = gl.expand_dims((o_c < R)[None, :], 1)
+                part = gl.load(p, mask=gl.expand_dims(mask, 2) & m_c, other=0.0).to(gl.float32)
+                higher = gl.maximum(peak, gl.max(lse, 1))
+                use = gl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
+                weight = gl.exp2(lse - use[:, None])
+                shrink = gl.exp2(peak - use)
+                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, by_column))[:, None]
+                acc += gl.sum(part * gl.expand_dims(weight, 2), 1)
+                total = total * shrink + gl.sum(weight, 1)
                 peak = higher
-            out = acc / tl.where(total == 0, 1.0, total)[:, None]
-            o_out = (i_b.to(tl.int64) * H + o_row % H) * S + o_row // H
-            mask = m_row[:, None] & (o_c < R)[None, :]
-            tl.store(p_out + o_out[:, None] * R + o_c[None, :], out.to(p_out.dtype.element_ty), mask=mask)
-            if tl.program_id(2) == 0:
-                tl.store(p_lse + o_out, (peak + tl.log2(total)) * LN2, mask=m_row)
+            o_out = (i_b.to(gl.int64) * H + o_row % H) * S + o_row // H
+            share = 1.0 / gl.where(total == 0, 1.0, total)
+            by_out: gl.constexpr = gl.SliceLayout(1, by_column)
+            out = acc * gl.convert_layout(share, by_out)[:, None]
+            p_to = p_out + gl.convert_layout(o_out * R, by_out)[:, None] + o_c[None, :]
+            mask = gl.convert_layout(m_row, by_out)[:, None] & (o_c < R)[None, :]
+            gl.store(p_to, out.to(p_out.dtype.element_ty), mask=mask)
+            if gl.program_id(2) == 0:
+                gl.store(p_lse + o_out, (peak + gl.log2(total)) * LN2, mask=m_row)

@@ -134,21 +134,25 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
 
 
+#: Rows (query, head) up to which an FP8 cache is multiplied as it is, if it can be (docs/kernels.md).
+TURNED_ROWS = 0
+
+
 @dataclass(frozen=True)
 class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. in_place: of an FP8 cache, which of two kernels (the other one until this has run).
+    costs a program, in blocks. turned: of an FP8 cache, by ``hopper_turned.py``.
     """
 
     parts: int
     min_share: int = 2
     overhead: int = 2
-    in_place: bool = False
+    turned: bool = False
 
     def __str__(self) -> str:
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-in_place' * self.in_place}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

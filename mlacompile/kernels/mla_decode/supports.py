@@ -165,13 +165,13 @@ def hopper_shape_reasons(
         reasons.append(f"rope width is {rope}, the kernel takes at most {HOPPER_MAX_ROPE}")
     for name, x in (("c_kv", c_kv), ("k_pe", k_pe)):
         if x is not None:
-            found = _copy_reasons(x) if descale is None else _word_reasons(x)
-            reasons += [f"{name} {reason}" for reason in found]
+            reasons += [f"{name} {reason}" for reason in _copy_reasons(x)]
     if descale is not None:
+        reasons += [f"descale {reason}" for reason in _factor_reasons(descale)]
         if k_pe is not None and k_pe.dtype != q_latent.dtype:
             reasons.append(f"the rotary keys are {k_pe.dtype}, beside an FP8 latent the kernel needs {q_latent.dtype}")
-        if block_table is not None and c_kv.shape[1] < 64:
-            reasons.append(f"pages have {c_kv.shape[1]} tokens, of an FP8 cache the kernel needs 64 or more")
+        if block_table is not None and c_kv.shape[1] < 32:
+            reasons.append(f"pages have {c_kv.shape[1]} tokens, of an FP8 cache the kernel needs 32 or more")
     for name, x in (("q_latent", q_latent), ("q_pe", q_pe)):
         if x is not None and sum((n - 1) * abs(st) for n, st in zip(x.shape[1:], x.stride()[1:])) >= _INT32:
             reasons.append(f"one batch row of {name} spans 2^31 elements or more")
@@ -199,25 +199,13 @@ def _copy_reasons(x: Tensor) -> list[str]:
     return reasons
 
 
-def _word_reasons(x: Tensor) -> list[str]:
-    """Why a kernel cannot read a [units, tokens, D] cache in pairs of 32-bit words."""
+def turned_reasons(c_kv: Tensor, descale: Tensor) -> list[str]:
+    """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says."""
     reasons = []
-    size = x.element_size()
-    if x.shape[2] > 1 and x.stride(2) != 1:
-        reasons.append(f"has stride {x.stride(2)} in the last dimension, the kernel needs 1")
-    if any(n * size % 8 for n in (x.shape[2], x.stride(0), x.stride(1), x.storage_offset())):
-        reasons.append("has tokens that do not begin and end at multiples of 8 bytes")
-    if x.shape[1] * abs(x.stride(1)) * size // 4 >= _INT32:
-        reasons.append("has batch rows or pages that span 2^31 words or more")
-    return reasons
-
-
-def in_place_reasons(c_kv: Tensor, k_pe: Tensor | None, block_table: Tensor | None, descale: Tensor) -> list[str]:
-    """Why the kernel that widens in place cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says."""
-    reasons = [f"{name} {r}" for name, x in (("c_kv", c_kv), ("k_pe", k_pe)) if x is not None for r in _copy_reasons(x)]
-    reasons += [f"descale {reason}" for reason in _factor_reasons(descale)]
-    if block_table is not None and c_kv.shape[1] < 32:
-        reasons.append(f"pages have {c_kv.shape[1]} tokens, the kernel needs 32 or more")
+    if descale.shape[2] > 1:
+        reasons.append(f"there are {descale.shape[2]} factors a token, FP8 products take one")
+    if c_kv.dtype != torch.float8_e4m3fn:
+        reasons.append(f"the latents are {c_kv.dtype}, FP8 products take {torch.float8_e4m3fn}")
     return reasons
 
 
@@ -229,6 +217,8 @@ def _factor_reasons(descale: Tensor) -> list[str]:
     apart = descale.stride(1), descale.stride(0) if units > 1 else tokens
     if apart != (1, tokens) or descale.storage_offset() % 4 != 0 or units * tokens >= _INT32:
         return [f"does not lie in one line (strides {descale.stride()}), which the kernel needs of one factor a token"]
+    if units > 1 and tokens % 4 != 0:
+        return [f"has rows of {tokens} factors, and TMA copies from multiples of 16 bytes"]
     return []
 
 

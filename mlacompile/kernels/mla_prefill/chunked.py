@@ -4,11 +4,9 @@
              └ chunk ┘└ chunk ┘└ chunk ┘ │ └ square ┘
                every query sees all      │   causal                  merged by log-sum-exp
 
-Where it starts and ends is read on the host, once a call and for all rows together: a first prompt on a cache made
-for more
-is then a square of its own length, whatever the cache could hold. While a CUDA graph is being captured nothing can
-be read;
-then every chunk is computed, under a mask made on the device.
+Where it starts and ends the host has to know: it is told (``bounds``), or reads it, for all rows together. A first
+prompt on a cache made for more is then a square of its own length, whatever the cache could hold. While a CUDA graph is
+being captured nothing can be read; then every chunk is computed, under a mask made on the device.
 """
 
 from __future__ import annotations
@@ -23,11 +21,13 @@ import torch
 from torch import Tensor
 
 from mlacompile.kernels.mla_prefill.attend import attend
+from mlacompile.kernels.mla_prefill.windows import Window, read_bounds, windows_of
 from mlacompile.visible import visible_tokens
 
 #: out ``[B, H, S, V]`` and lse ``[B, H, S]``
 Part: TypeAlias = tuple[Tensor, Tensor]
 _EXPANDED_AT_ONCE = 1 << 30  # bytes of keys and values; longer chunks of fewer rows cost less to merge
+_WORD = torch.int64
 _MERGED_AT_ONCE = 64 << 20  # bytes of float32 copies that merging two results may need
 
 
@@ -97,17 +97,18 @@ def mla_prefill_chunked(
     pe_at: int,
     chunk: int,
     absorb_up_to: int = 0,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mla_prefill`` for inputs that ``chunked_reasons`` has nothing against."""
     call = _Call(q, c_kv, k_pe, w_uk, w_uv, scale, nope_at, pe_at, chunk)
     if q.shape[2] <= absorb_up_to:
         return _absorbed(call, mask, start, length, causal)
     sees = _Sees(mask, start, length, causal)
-    windows = _windows(sees, q, c_kv.shape[1]) or [_Window(0, c_kv.shape[1], True)]
+    windows = _windows(sees, q, c_kv.shape[1], bounds) or [Window(0, c_kv.shape[1], True)]
     groups = list(_alike(windows, q.shape[0], _rows_at_once(call)))
     if len(groups) == 1:
         return _joined(_rows(call, sees, groups[0][1]))
-    out = q.new_empty(*q.shape[:3], w_uv.shape[1])
+    out = _empty_by_token(call)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     for batch, window in groups:
         out[batch], lse[batch] = _joined(_rows(call.rows(batch), sees.rows(batch), window))
@@ -152,46 +153,19 @@ class _Sees:
         return None if visible is None else visible.expand(-1, -1, b - a), added
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Tokens that a batch row's queries see, first <= t < end, and whether some in between are hidden by a mask."""
-
-    first: int
-    end: int
-    hidden: bool
-
-
-def _windows(sees: _Sees, q: Tensor, tokens: int) -> list[_Window] | None:
-    """What each batch row sees, or None when that cannot be read now. One entry when all rows are alike."""
-    batch, mask, start, length = q.shape[0], sees.mask, sees.start, sees.length
-    if mask is None and start is None and length is None:
-        return [_Window(0, tokens, False)]
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    zeros = torch.zeros(batch, dtype=torch.int64, device=q.device)
-    firsts = zeros if start is None else start.long().clamp(0, tokens)
-    ends = zeros + tokens if length is None else length.long()
-    holes = zeros
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] == 1):
-        holes = holes + 1  # each query has a mask of its own
-    elif mask is not None:
-        index = torch.arange(tokens, device=q.device)
-        within = (index >= firsts[:, None]) & (index < ends[:, None])
-        seen = mask[:, 0] & within
-        first = torch.where(seen, index, tokens).amin(1)
-        inside = within & (index >= first[:, None])
-        holes = (inside & ~seen).sum(1)
-        firsts = torch.maximum(firsts, first)
-    read = torch.stack((firsts.expand(batch), ends.expand(batch), holes.expand(batch))).tolist()
-    found = []
-    for first, end, hole in zip(*read, strict=True):
-        # A causal row ends where its last query stands; beyond the cache nobody can be looked at.
-        fits = end <= tokens or not sees.causal
-        found.append(_Window(min(first, tokens), min(end, tokens), bool(hole) or not fits))
-    return found[:1] if len(set(found)) == 1 else found
+def _windows(sees: _Sees, q: Tensor, tokens: int, bounds: Tensor | None) -> list[Window] | None:
+    """What each batch row sees, or None when that cannot be known now. One entry when all rows are alike."""
+    batch = q.shape[0]
+    if sees.mask is None and sees.start is None and sees.length is None:
+        return [Window(0, tokens, False)]
+    if bounds is None:
+        bounds = read_bounds(sees.mask, sees.start, sees.length, batch=batch, tokens=tokens)
+    elif q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # what was read before may be another when the graph is replayed
+    return windows_of(bounds, tokens, causal=sees.causal)
 
 
-def _alike(windows: list[_Window], rows: int, most: int) -> Iterator[tuple[slice, _Window]]:
+def _alike(windows: list[Window], rows: int, most: int) -> Iterator[tuple[slice, Window]]:
     """Runs of at most so many batch rows that see the same; a single window is that of all rows."""
     windows = windows * rows if len(windows) == 1 else windows
     begin = 0
@@ -201,7 +175,7 @@ def _alike(windows: list[_Window], rows: int, most: int) -> Iterator[tuple[slice
             begin = i
 
 
-def _rows(call: _Call, sees: _Sees, window: _Window) -> Iterator[Part]:
+def _rows(call: _Call, sees: _Sees, window: Window) -> Iterator[Part]:
     """Batch rows that see the same window, block of queries after block."""
     if window.hidden:
         yield from _masked(call, sees, (window.first, window.end))
@@ -269,7 +243,7 @@ def _merged(call: _Call, spans: list[_Span]) -> Part:
 def _nothing(call: _Call) -> Part:
     """The result of queries that see nothing."""
     b, h, s, _ = call.q.shape
-    out = call.q.new_zeros(b, h, s, call.w_uv.shape[1])
+    out = _empty_by_token(call).zero_()
     lse_dtype = torch.promote_types(call.q.dtype, torch.float32)
     return out, call.q.new_full((b, h, s), -math.inf, dtype=lse_dtype)
 
@@ -280,7 +254,13 @@ def _joined(parts: Iterator[Part]) -> Part:
     if len(found) == 1:
         return found[0]
     out, lse = zip(*found, strict=True)
-    return torch.cat(out, 2), torch.cat(lse, 2)
+    return torch.cat([x.transpose(1, 2) for x in out], 1).transpose(1, 2), torch.cat(lse, 2)
+
+
+def _empty_by_token(call: _Call) -> Tensor:
+    """An output that lies in memory token by token, as the op returns it."""
+    b, h, s, _ = call.q.shape
+    return call.q.new_empty(b, s, h, call.w_uv.shape[1]).transpose(1, 2)
 
 
 def _merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
@@ -322,8 +302,20 @@ class _Buffers:
         torch.bmm(rows, call.w_uv.transpose(1, 2), out=v.transpose(0, 1))
         k, v = (x.view(batch, tokens, heads, -1) for x in (k, v))
         if rotary is not None:
-            k[..., call.pe_at : call.pe_at + rotary.shape[2]] = rotary.unsqueeze(2)
+            _copy_to_heads(k[..., call.pe_at : call.pe_at + rotary.shape[2]], rotary)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _copy_to_heads(k: Tensor, rotary: Tensor) -> None:
+    """``rotary [B, C, P]`` to every head of ``k [B, C, H, P]``; eight bytes at a time where they lie so."""
+    if _of_words(k) and _of_words(rotary):
+        k, rotary = k.view(_WORD), rotary.view(_WORD)
+    k.copy_(rotary.unsqueeze(2))
+
+
+def _of_words(x: Tensor) -> bool:
+    steps = (*x.stride()[:-1], x.shape[-1], x.storage_offset())
+    return x.stride(-1) == 1 and all(step * x.element_size() % _WORD.itemsize == 0 for step in steps)
 
 
 def _blocks(total: int, size: int) -> Iterator[slice]:

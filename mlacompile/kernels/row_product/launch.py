@@ -1,4 +1,4 @@
-"""Chooses tiles for ``row_product`` and launches it."""
+"""Chooses tiles for ``row_product`` and launches it; for FP8 weights by the kernel of ``fp8_linear``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mlacompile.kernels.fp8_linear.launch import RowTiles, rows_launch
 from mlacompile.kernels.mla_decode.supports import chains
 from mlacompile.kernels.row_product.portable import _row_product_kernel
 
@@ -56,6 +57,25 @@ def row_product_triton(
             x, weights[i : i + 2], out[i : i + 2], norm, added, eps, gate, tiles, early=early
         )
         _row_product_kernel[grid](**arguments, **options)
+    return out
+
+
+def row_product_fp8(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    descales: Sequence[Tensor],
+    norm: Tensor | None = None,
+    added: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: str = "",
+    tiles: RowTiles | None = None,
+) -> list[Tensor]:
+    """``row_product`` by the kernel for FP8 weights, for inputs that ``fp8_reasons`` has nothing against."""
+    out = [x.new_empty(1, w.shape[0]) for w in (weights[:1] if gate else weights)]
+    for i in range(0, len(weights), 2):
+        pair = weights[i : i + 2], descales[i : i + 2], out[i : i + 2]
+        rows_launch(x, None, *pair, tiles, norm=norm, added=added, eps=eps, gate=gate)()
     return out
 
 

@@ -1,0 +1,72 @@
+"""Shared memory and barriers of ``hopper_turned.py``."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# No "from __future__ import annotations": the fields of an aggregate are types, not strings.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
+
+PAIRS = gl.constexpr(128)  # pairs of columns that eight warps multiply at once
+
+
+@aggregate
+class TurnedTiles:
+    """Shared memory."""
+
+    q: gl.shared_memory_descriptor  # [2, 64, WIDTH] e4m3: the queries rounded, and what that leaves
+    q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
+    k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
+    pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
+    factors: gl.shared_memory_descriptor  # [STAGES, 64]
+    p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors
+    alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
+    row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
+    total: gl.shared_memory_descriptor  # [64], the softmax's denominators
+
+    @gluon.constexpr_function
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total):
+        self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
+        self.p, self.alpha, self.row_scale, self.total = p, alpha, row_scale, total
+
+
+@aggregate
+class TurnedSignals:
+    """Barriers: of each stage, of each of two blocks' P, and once a work item."""
+
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor  # by _values, who need the P that _scores publish when they are done with it
+    p_full: gl.shared_memory_descriptor
+    p_empty: gl.shared_memory_descriptor
+    queries: gl.shared_memory_descriptor
+    total: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, full, empty, p_full, p_empty, queries, total):
+        self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
+        self.queries, self.total = queries, total
+
+
+@gluon.jit
+def _turned_setup(dtype: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    bytes_: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    NARROW: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
+    narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * NARROW, element_bitwidth=16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    x = TurnedTiles(
+        gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, WIDTH], bytes_),
+        gl.allocate_shared_memory(dtype, [ROWS, NARROW], narrow),
+        gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK, NARROW], narrow),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], plain),
+        gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], square),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
+        gl.allocate_shared_memory(gl.float32, [ROWS], plain),
+        gl.allocate_shared_memory(gl.float32, [ROWS], plain),
+    )
+    bar = TurnedSignals(_barriers(STAGES), _barriers(STAGES), _barriers(2), _barriers(2), _barriers(1), _barriers(1))
+    fence_async_shared()
+    return x, bar

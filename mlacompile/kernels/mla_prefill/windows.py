@@ -1,0 +1,56 @@
+"""Between which tokens a batch row's queries look, as the host has to know it to expand no more than that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that a batch row's queries see, first <= t < end, and whether some in between are hidden by a mask."""
+
+    first: int
+    end: int
+    hidden: bool
+
+
+def read_bounds(mask: Tensor | None, start: Tensor | None, length: Tensor | None, *, batch: int, tokens: int) -> Tensor:
+    """What mask, start and length let each batch row see: (first, end, hidden) as int64 ``[3, B]`` on the CPU.
+
+    One of them is a tensor. Waits for its device, except while a CUDA graph is captured, when nothing can be read: then
+    all is -1.
+    """
+    device = next(x.device for x in (mask, start, length) if x is not None)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.full((3, batch), -1)
+    zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+    firsts = zeros if start is None else start.long().clamp(0, tokens)
+    ends = zeros + tokens if length is None else length.long()
+    holes = zeros
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] == 1):
+        holes = holes + 1  # each query has a mask of its own
+    elif mask is not None:
+        index = torch.arange(tokens, device=device)
+        within = (index >= firsts[:, None]) & (index < ends[:, None])
+        seen = mask[:, 0] & within
+        first = torch.where(seen, index, tokens).amin(1)
+        inside = within & (index >= first[:, None])
+        holes = (inside & ~seen).sum(1)
+        firsts = torch.maximum(firsts, first)
+    return torch.stack((firsts.expand(batch), ends.expand(batch), holes.expand(batch))).cpu()
+
+
+def windows_of(bounds: Tensor, tokens: int, *, causal: bool) -> list[Window] | None:
+    """What each batch row sees, from what ``read_bounds`` made, or None where it could not read. One entry when all
+    rows are alike."""
+    found = []
+    for first, end, hole in zip(*bounds.tolist(), strict=True):
+        if hole < 0:
+            return None
+        # A causal row ends where its last query stands; beyond the cache nobody can be looked at.
+        fits = end <= tokens or not causal
+        found.append(Window(min(first, tokens), min(end, tokens), bool(hole) or not fits))
+    return found[:1] if len(set(found)) == 1 else found

@@ -69,7 +69,7 @@ ABLATIONS = {
     "short windows": Ablation(
         "windows of 256 tokens, as TransMLA has them, and no keys beyond", {"reach": 0}, window=256
     ),
-    "half the text": Ablation("6 windows to fit to", windows=6),
+    "half the text": Ablation("8 windows to fit to", windows=8),
     "no reach": Ablation("no keys put beyond the window", {"reach": 0}),
     "no bias": Ablation("the mean of the values has to come from the latent", {"bias": False}),
 }

@@ -39,10 +39,8 @@ from mlacompile.errors import UnsupportedInputError
 #: Length of a window. Scores are fitted at the distances that occur, so windows are as long as texts usually are.
 WINDOW = 1024
 _SHORTEST_WINDOW = 256
-_CALIBRATION_WINDOWS = 12
+_CALIBRATION_WINDOWS = 16
 _VALIDATION_WINDOWS = 4
-#: Of the validation windows, what each layer chooses by: it has a few candidates, which differ by more than windows do.
-_CHOOSING_WINDOWS = 2
 _EVALUATION_WINDOWS = 12
 _FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
@@ -235,8 +233,7 @@ def compress(
     lanes, by number, are chosen if they are not given. ``recipe`` overrides fields of ``Recipe``.
     """
     blocks, layers = Blocks(source, device), Layers(source, device)
-    held = min(max(1, _CHOOSING_WINDOWS * WINDOW // calibration.validation.shape[1]), len(calibration.validation))
-    embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation[:held])))
+    embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation)))
     asked: dict[str, Any] = {
         "rope_dim": budget.rope_dim,
         "rank": budget.rank,
@@ -261,6 +258,7 @@ def compress(
             "frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting)
         )
     method = our_method(frequencies)
+    held = len(calibration.validation)
     compress_model(blocks, layers, embedded, how, method=method, held=held, shelf=shelf, progress=done)
     return OneByOne(len(layers), shelf.get), reports
 

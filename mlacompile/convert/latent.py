@@ -33,7 +33,7 @@ class Recipe:
     latent_lanes: float = 0.25  # share of the rank that keys are expected to take, as complex lanes, in choosing lanes
     refit: bool = True
     ridges: tuple[float, ...] = (1e-2, 1e-1, 1.0)  # of the refit, one or none is chosen by layer
-    queries: int = 96  # of each window
+    queries: int = 64  # of each window
     keys: int = 16  # of each query
     even: float = 0.125  # share of the keys that are drawn evenly
     reach: int = 0  # distance up to which keys are put by hand

@@ -30,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def _step(model: Any, batch: int, context: int, queries: int = 1) -> None:
-    cache = models.static_cache(model, batch, context, random=True)
+    cache = models.static_cache(model._orig_mod, batch, context, random=True)
     models.set_length(cache, context - queries)
     with torch.no_grad():
         model(input_ids=models.random_tokens(model.config, batch, queries, device="cpu"), past_key_values=cache)

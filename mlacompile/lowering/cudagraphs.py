@@ -8,6 +8,7 @@ or a prompt, every step would be a recording of its own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,3 +59,11 @@ def cudagraph_patches(
     if wanted is None:
         wanted = uses_cuda(example_inputs) and mode not in _WITHOUT
     return {"triton.cudagraphs": wanted and not varies(gm, example_inputs) and replayable(gm)}
+
+
+def forget_recordings() -> None:
+    """Drop all recorded graphs and their memory. ``torch._dynamo.reset()`` does so itself since torch 2.13, before that
+    for Inductor's own backend alone."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 from transformers import DynamicCache
 
+import mlacompile
 from mlacompile import compiler
 from mlacompile.lowering.cudagraphs import varies
 from mlacompile.testing import models
@@ -60,3 +61,10 @@ def test_a_cache_that_grows_varies(model: Any, seen: list[bool]) -> None:
         with torch.no_grad():
             model(input_ids=models.random_tokens(model.config, 1, 1, device="cpu"), past_key_values=cache)
     assert seen[-1]
+
+
+def test_a_reset_drops_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr("torch._inductor.cudagraph_trees.reset_cudagraph_trees", lambda: called.append(True))
+    mlacompile.backend.reset()
+    assert called == [True]

@@ -30,12 +30,14 @@ def varies(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
 
     Sizes of inputs whose address is static do not: such an input is a cache that the caller keeps, and has one size.
     """
-    symbols, fixed = set(), set()
+    symbols: set[Any] = set()
+    fixed: set[Any] = set()
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, torch.SymInt):
             symbols |= value.node.expr.free_symbols
         elif isinstance(value, torch.Tensor):
-            found = set().union(*(s.node.expr.free_symbols for s in value.shape if isinstance(s, torch.SymInt)))
+            sizes = [s.node.expr.free_symbols for s in value.shape if isinstance(s, torch.SymInt)]
+            found: set[Any] = set().union(*sizes)
             symbols |= found
             fixed |= found if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) else set()
     return not symbols <= fixed

@@ -33,14 +33,17 @@ def varies(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     symbols: set[Any] = set()
     fixed: set[Any] = set()
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, torch.SymInt):
-            symbols |= value.node.expr.free_symbols
-        elif isinstance(value, torch.Tensor):
-            sizes = [s.node.expr.free_symbols for s in value.shape if isinstance(s, torch.SymInt)]
-            found: set[Any] = set().union(*sizes)
-            symbols |= found
-            fixed |= found if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) else set()
+        symbols |= _symbols(value)
+        if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+            fixed |= _symbols(value)
     return not symbols <= fixed
+
+
+def _symbols(value: Any) -> set[Any]:
+    """The symbols in a size, or in those of a tensor."""
+    if isinstance(value, torch.Tensor):
+        return set().union(*map(_symbols, value.shape))
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
 
 
 def replayable(gm: GraphModule) -> bool:

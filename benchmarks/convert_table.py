@@ -48,11 +48,11 @@ def main() -> int:
 
 
 def take(result: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """``result`` with the runs of ``part``, which has to be of the same texts; each run says where it was made."""
-    for name in ("calibration", "evaluation"):
-        if result[name] != part[name]:
-            raise ValueError(f"got a part whose {name} is {part[name]}; expected {result[name]}")
-    rows = {name: row | {"environment": part["environment"]} for name, row in part["runs"].items()}
+    """``result`` with the runs of ``part``, evaluated on the same texts; each run says how it was made."""
+    if result["evaluation"] != part["evaluation"]:
+        raise ValueError(f"got a part evaluated on {part['evaluation']}; expected {result['evaluation']}")
+    how = {name: part[name] for name in ("environment", "calibration")}
+    rows = {name: row | how for name, row in part["runs"].items()}
     return result | {"runs": result["runs"] | rows}
 
 
@@ -78,7 +78,14 @@ def losses(result: dict[str, Any]) -> str:
                 says += f", fold {row['fold']}"
             cells = [_figure(row, text, name) for text in TEXTS for name in ("perplexity", "kl")]
             lines.append(f"| {budget} | {says} | {widths} | " + " | ".join(cells) + " |")
+    folds = [f"{b}: {_by_fold(runs[f'baseline {b}'])}" for b in BUDGETS if "by_fold" in runs.get(f"baseline {b}", {})]
+    if folds:
+        lines.append(f"\nTransMLA by fold, {TEXTS[0]}: {'; '.join(folds)}.")
     return "\n".join(lines)
+
+
+def _by_fold(row: dict[str, Any]) -> str:
+    return ", ".join(f"{fold} gives {perplexity:.2f}" for fold, perplexity in row["by_fold"].items())
 
 
 def healed() -> str:

@@ -77,6 +77,7 @@ class Row:
     ms_per_layer: float | None = None
     step: Timing | None = None
     host_ms: float | None = None  # what the host alone takes for a step, on CUDA: its work when nothing is queued
+    replays: int | None = None  # of CUDA graphs in a step
     first_call_s: float | None = None
     peak_gib: float | None = None
     weights_gib: float | None = None
@@ -230,6 +231,7 @@ def run_backend(row: Row, model: Any, cache: Any, tokens: Tensor, args: argparse
     row.ms_per_layer = row.step.median / LAYERS
     if args.device == "cuda":
         row.host_ms = host_time(lambda: decode(run, cache, tokens, row.context))
+        row.replays = graph_launches(lambda: decode(run, cache, tokens, row.context))
         row.peak_gib = torch.cuda.max_memory_reserved() / 2**30
     if row.backend.startswith("mlacompile"):
         import mlacompile
@@ -252,6 +254,15 @@ def host_time(step: Callable[[], Any], calls: int = 100) -> float:
         step()
         samples.append((time.perf_counter() - start) * 1e3)
     return statistics.median(samples)
+
+
+def graph_launches(step: Callable[[], Any]) -> int:
+    """How many CUDA graphs a step launches: without any, every kernel costs the host its launch."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.name == "cudaGraphLaunch" for event in profile.events())
 
 
 def decode(run: Any, cache: Any, tokens: Tensor, context: int) -> Tensor:
@@ -347,7 +358,7 @@ def _line(row: Row) -> str:
     memory += f" (weights {row.weights_gib:.2f}, cache {row.cache_gib:.3f})" if row.weights_gib is not None else ""
     absorbed = "" if row.absorbed is None else f", {row.absorbed} absorbed"
     times = f"{row.ms_per_layer:9.3f} ms/layer (p10 {row.step.p10:.2f}, p90 {row.step.p90:.2f} ms/step"
-    times += ")" if row.host_ms is None else f", host {row.host_ms:.2f})"
+    times += ")" if row.host_ms is None else f", host {row.host_ms:.2f}, {row.replays} graphs)"
     return f"{head} {times} {memory}  first call {row.first_call_s:5.1f} s, {errors}{absorbed}"
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/fp8_linear.py                             every kernel that can serve, over the table of shapes
     python benchmarks/fp8_linear.py --rows 1,16 --shapes 2112x7168,128*512x128
+    python benchmarks/fp8_linear.py --rows 128 --shapes 2112x7168 --also hopper:128x128x7,triton:128x128x8x4x7
 
 A shape is N x K, or heads*N x K with a weight for every head. Every call of a replay reads another copy of the weight,
 so that none is found in L2. Kernels get x as they want it: ``weight only`` in bf16, the others quantized beforehand;
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ COLD_BYTES = 256 << 20  # one replay reads at least this much, several times any
 CALLS = 20  # at least so many a replay, whose launch takes as long as a small call
 LIMIT = 1.1  # of chosen over the better of PEERS
 PEERS = ("bf16", "cublas")
+#: Of --also: how a kernel whose tiles can be named runs, module and function, and what its numbers make.
+TILED = {
+    "hopper": ("mlacompile.kernels.fp8_linear.hopper_launch", "fp8_linear_hopper", "HopperTiles"),
+    "triton": ("mlacompile.kernels.fp8_linear.launch", "fp8_linear_tiles", "Tiles"),
+}
 SHAPES = "24576x1536,7168x16384,2112x7168,32768x512,36864x7168,7168x18432,128*512x128,128*128x512"
 ROWS = "1,2,4,8,16,32,64,128,512,4096"
 
@@ -67,7 +74,19 @@ def turns(calls: list[Callable[[], Any]], count: int) -> list[Callable[[], Any]]
     return list(itertools.islice(itertools.cycle(calls), count))
 
 
-def measure(shape: Shape, rows: int, quantized_weight: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def with_tiles(text: str) -> registry.Kernel:
+    """A kernel with tiles of its own, from ``hopper:256x128x1`` or ``triton:128x64x4x5x4``, the fields of its tiles."""
+    name, _, numbers = text.partition(":")
+    module, function, kind = TILED[name]
+    source = importlib.import_module(module)
+    tiles = getattr(source, kind)(*map(int, numbers.split("x")))
+    run = functools.partial(getattr(source, function), tiles=tiles)
+    return registry.Kernel(text, "fp8_linear", registry.find("fp8_linear", name).supports, run)
+
+
+def measure(
+    shape: Shape, rows: int, quantized_weight: tuple[Tensor, Tensor], also: Sequence[registry.Kernel] = ()
+) -> dict[str, Any]:
     """One row of the table."""
     found: dict[str, Any] = {"rows": rows, "shape": str(shape), "us": {}, "errors": {}, "wrong": {}}
     copies = max(2, -(-COLD_BYTES // shape.elements))
@@ -83,7 +102,7 @@ def measure(shape: Shape, rows: int, quantized_weight: tuple[Tensor, Tensor]) ->
     wide = [w.to(torch.bfloat16) for w, _ in weights[: max(2, copies // 2)]]
     found["us"]["bf16"] = replayed_us(turns([_matmul(x, w) for w in wide], count))
     chosen = None
-    for kernel in registry.kernels("fp8_linear"):
+    for kernel in (*registry.kernels("fp8_linear"), *also):
         for quantized, product in products.items():
             if kernel.supports(*product.tensors, torch.bfloat16) or (kernel.name == "gluon" and quantized):
                 continue
@@ -139,11 +158,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=ROWS, help=f"of activations, with commas between (default {ROWS})")
     parser.add_argument("--shapes", default=SHAPES, help="N x K or heads*N x K, with commas between")
+    parser.add_argument("--also", help="kernels with tiles of their own, as hopper:256x128x1, with commas between")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     parser.add_argument("--commit", help="the commit to name in the results, where the tree has no git")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device here")
+    also = [with_tiles(text) for text in args.also.split(",")] if args.also else []
     about = environment() | ({"commit": args.commit} if args.commit else {})
     out = args.out / f"fp8_linear-{'-'.join(about['device'].lower().split())}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +176,7 @@ def main() -> None:
         for rows in map(int, args.rows.split(",")):
             if shape.heads and rows > 128:
                 continue
-            results.append(measure(shape, rows, weight))
+            results.append(measure(shape, rows, weight, also))
             print(_line(results[-1]), flush=True)
             out.write_text(json.dumps({"environment": about, "results": results, "quantizing": fused}, indent=1) + "\n")
     for rows in (64, 4096):

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from mlacompile.errors import OptionsError
 from mlacompile.logs import dump_graph, log
+from mlacompile.lowering.cudagraphs import forget_recordings
 from mlacompile.lowering.derived import with_derived
 from mlacompile.lowering.inductor import compile_rest
 from mlacompile.lowering.place import place
@@ -73,7 +74,12 @@ def backend(
     return compiled
 
 
-backend.reset = JOURNAL.clear  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+def _reset() -> None:
+    JOURNAL.clear()
+    forget_recordings()
+
+
+backend.reset = _reset  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
 
 
 def compile_graph(

@@ -50,8 +50,8 @@ _ENOUGH_TOKENS = 3 << 19
 _HEALED = {"cuda": (16, 1024), "cpu": (2, 512)}
 #: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
 _REACH = 4
-#: Windows that are enough to choose frequencies by, which many layers vote on.
-_SCOUTED_WINDOWS = 4
+#: Windows, and queries of each, that are enough to choose frequencies by, which many layers vote on.
+_SCOUTED_WINDOWS, _SCOUTED_QUERIES = 4, 128
 #: Cache widths that vLLM has kernels for, and the only ones it is worth compressing to for it.
 _ENGINE = {"kv_lora_rank": 512, "rope_dim": 64}
 
@@ -253,7 +253,7 @@ def compress(
         frequencies = engine_frequencies(source.model, budget.rope_dim)
     elif frequencies is None:
         few = max(1, _SCOUTED_WINDOWS * WINDOW // embedded.shape[1])
-        scouting = replace(how, queries=2 * how.queries)
+        scouting = replace(how, queries=_SCOUTED_QUERIES)
         frequencies = shelf.remember(
             "frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting)
         )

@@ -1,12 +1,14 @@
 """CUDA graphs: the whole decode step replayed, cache mutation included.
 
 Inductor's CUDA graph trees record the step. They allow a mutated input when its address is static, which is what
-``mark_static_address`` of a static cache says; the functional stage keeps these marks. Graphs with symbolic shapes
-are not recorded: every length would be a recording of its own.
+``mark_static_address`` of a static cache says; the functional stage keeps these marks. A graph whose sizes are symbolic
+is recorded once for each size that it meets, if the sizes are those of such a cache: with others, of a cache that grows
+or a prompt, every step would be a recording of its own.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +25,25 @@ def uses_cuda(example_inputs: Sequence[Any]) -> bool:
     return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
 
 
-def is_dynamic(example_inputs: Sequence[Any]) -> bool:
-    """Whether any size is symbolic."""
-    return any(
-        isinstance(x, torch.SymInt)
-        or (isinstance(x, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in x.shape))
-        for x in example_inputs
-    )
+def varies(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether calls of a graph may differ in size without end: every size would be a recording of its own.
+
+    Sizes of inputs whose address is static do not: such an input is a cache that the caller keeps, and has one size.
+    """
+    symbols: set[Any] = set()
+    fixed: set[Any] = set()
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        symbols |= _symbols(value)
+        if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+            fixed |= _symbols(value)
+    return not symbols <= fixed
+
+
+def _symbols(value: Any) -> set[Any]:
+    """The symbols in a size, or in those of a tensor."""
+    if isinstance(value, torch.Tensor):
+        return set().union(*map(_symbols, value.shape))
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
 
 
 def replayable(gm: GraphModule) -> bool:
@@ -49,4 +63,12 @@ def cudagraph_patches(
     wanted = options.cudagraphs
     if wanted is None:
         wanted = uses_cuda(example_inputs) and mode not in _WITHOUT
-    return {"triton.cudagraphs": wanted and not is_dynamic(example_inputs) and replayable(gm)}
+    return {"triton.cudagraphs": wanted and not varies(gm, example_inputs) and replayable(gm)}
+
+
+def forget_recordings() -> None:
+    """Drop all recorded graphs and their memory. ``torch._dynamo.reset()`` does so itself since torch 2.13, before that
+    for Inductor's own backend alone."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()

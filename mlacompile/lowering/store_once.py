@@ -4,10 +4,6 @@
 
 A sine takes dozens of instructions: a pointwise kernel that repeats it for 128 heads is bound by them, not by memory.
 Stored, it is also computed once for all layers.
-
-    cat(q_nope, rotate(q_pe))                      one kernel, which goes through all of ``rotate`` for q_nope too
-
-For the same reason what takes many ops is stored before it is joined with what is only moved.
 """
 
 from __future__ import annotations
@@ -33,7 +29,6 @@ _MOVES = _VIEWS | {aten.clone.default, aten._to_copy.default, aten.cat.default, 
 #: Values fewer than this are computed in no time, and a kernel of their own would only add its launch.
 SPREAD_OVER = 1 << 20
 _GROWS = 4
-_MANY_OPS = 4
 
 
 def store_before_spreading(gm: GraphModule) -> int:
@@ -53,8 +48,6 @@ def store_before_spreading(gm: GraphModule) -> int:
         bases |= dict.fromkeys(map(_base, spread))
         if len(spread) < len(behind):
             slow.add(node)
-        if node.target is aten.cat.default:
-            bases |= dict.fromkeys(_computed_parts(node))
     for base in bases:
         users = list(base.users)
         stored = Emitter(base.next)(torch.ops.mlacompile.stored.default, base)
@@ -76,29 +69,8 @@ def _teach_inductor() -> None:
         return x
 
 
-def _computed_parts(joined: Node) -> list[Node]:
-    """What of a large concatenation takes many ops, where another part takes none."""
-    given: Any = joined.args[0]
-    parts = [_base(part) for part in given]
-    if elements(joined.meta["val"]) < SPREAD_OVER or all(map(_is_pointwise, parts)):
-        return []
-    return [part for part in parts if _ops_behind(part) >= _MANY_OPS]
-
-
 def _is_pointwise(node: Node) -> bool:
     return node.target in _MOVES or torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
-def _ops_behind(node: Node) -> int:
-    """How many ops Inductor fuses to compute a value, views not counted."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        one = stack.pop()
-        if one not in seen and _is_pointwise(one):
-            seen.add(one)
-            stack += one.all_input_nodes
-    return sum(one.target not in _VIEWS for one in seen)
 
 
 def _is_spread(small: Node, large: Node) -> bool:

@@ -37,15 +37,15 @@ def tidy(gm: GraphModule) -> int:
         if same is not None and node not in returned:
             node.replace_all_uses_with(same)
             taken += 1
-    if taken:  # strides may be others now, and what was a view of the one may need a copy of the other
-        for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
     for node in gm.graph.find_nodes(op="call_function", target=aten.bmm.default):
         if node.args[0].meta["val"].shape[2] == 1:
             node.replace_all_uses_with(Emitter(node)(aten.mul.Tensor, *node.args))
             taken += 1
     for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
         taken += _scattered(node)
+    if taken:  # strides may be others now, and what was a view of the one may need a copy of the other
+        for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
     return taken
 
 
@@ -106,6 +106,8 @@ def _scattered(joined: Node) -> bool:
     parts: Any = joined.args[0]
     value = joined.meta["val"]
     dim = _dimension(joined.args[1:], value.dim())
+    if any(part.meta["val"].dim() != value.dim() for part in parts):
+        return False  # torch lets an empty vector be joined with anything
     sizes = [part.meta["val"].shape[dim] for part in parts]
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
         return False

@@ -21,7 +21,7 @@ from mlacompile.passes.cone import Cone, HeadedLeaf, Latent, WalkError, dynamic_
 from mlacompile.passes.maps import Plain, Probe
 from mlacompile.passes.precision import working_dtype
 from mlacompile.passes.probe import probe
-from mlacompile.passes.pull import upstream
+from mlacompile.passes.pull import RESHAPES, upstream
 from mlacompile.passes.source import GRAPH_BREAK, behind_graph_break, describe, source_of
 from mlacompile.passes.written import expanded_cache
 
@@ -243,10 +243,13 @@ def mask_without_heads(mask: Node) -> Node | None:
     """The mask as a node that is the same for all heads, or None when it may differ from head to head."""
     shape = shape_of(mask)
     while shape is not None and len(shape) >= 3 and shape[-3] != 1:  # three dimensions are [heads, queries, tokens]
-        if mask.target is not aten.expand.default:
+        source: Any = mask.args[0] if mask.args else None
+        before = shape_of(source) if isinstance(source, Node) else None
+        # A reshape that puts ones in front does what broadcasting would.
+        leading = mask.target in RESHAPES and before is not None and shape == (1,) * (len(shape) - len(before)) + before
+        if mask.target is not aten.expand.default and not leading:
             return None
-        mask = mask.args[0]  # type: ignore[assignment]
-        shape = shape_of(mask)
+        mask, shape = source, before
     return mask
 
 

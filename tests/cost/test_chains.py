@@ -70,6 +70,14 @@ def test_the_table_of_the_documentation_is_what_the_model_says(monkeypatch: pyte
         assert (rank < merges_below(v, hidden)) is name.startswith("SmolLM2"), name
 
 
+def test_measured_tables_of_the_documentation_are_made_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import cost_tables
+
+    text = cost_tables.DOCS.read_text()
+    assert cost_tables.write(text) == text, "python benchmarks/cost_tables.py --write"
+
+
 def test_a_chain_needs_two_widths() -> None:
     with pytest.raises(ValueError, match="at least two"):
         best_order((3,), rows=1, itemsize=2, dtype="bfloat16", hardware=H200)

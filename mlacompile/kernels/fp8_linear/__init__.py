@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from mlacompile.kernels.fp8_linear.supports import blas_reasons, rows_reasons, rows_slower, tiles_reasons, tiles_slower
+from mlacompile.kernels.fp8_linear.supports import (
+    blas_reasons,
+    hopper_reasons,
+    hopper_slower,
+    rows_reasons,
+    rows_slower,
+    tiles_reasons,
+    tiles_slower,
+)
 from mlacompile.kernels.registry import Kernel
 
 
@@ -22,6 +30,12 @@ def _tiles(*args: Any) -> Tensor:
     return fp8_linear_tiles(*args)
 
 
+def _hopper(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.hopper_launch import fp8_linear_hopper
+
+    return fp8_linear_hopper(*args)
+
+
 def _blas(*args: Any) -> Tensor:
     from mlacompile.kernels.fp8_linear.blas import fp8_linear_blas
 
@@ -31,5 +45,6 @@ def _blas(*args: Any) -> Tensor:
 KERNELS = (
     Kernel("gluon", "fp8_linear", rows_reasons, _rows, rows_slower),
     Kernel("triton", "fp8_linear", tiles_reasons, _tiles, tiles_slower),
+    Kernel("hopper", "fp8_linear", hopper_reasons, _hopper, hopper_slower),
     Kernel("cublas", "fp8_linear", blas_reasons, _blas),
 )

@@ -168,11 +168,11 @@ def tiles_launches(
     tiles: Tiles | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of the kernel for any number of rows, and of the sum if K is divided."""
-    from mlacompile.kernels.fp8_linear.tiles import _fp8_sum_kernel, _fp8_tiles_kernel
+    from mlacompile.kernels.fp8_linear.tiles import _fp8_tiles_kernel
 
     m, (n, k) = x.shape[-2], weight.shape[-2:]
     heads = weight.shape[0] if weight.dim() == 3 else 1
-    tiles = tiles or choose_tiles(m, n, k, heads, _sms(x.device))
+    tiles = tiles or choose_tiles(m, n, k, heads, sms_of(x.device))
     groups = -(-k // SCALE_GROUP)
     part = -(-groups // tiles.parts) * SCALE_GROUP
     parts = -(-k // part)
@@ -189,13 +189,20 @@ def tiles_launches(
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
     launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]
-    if split:
-        pdl = not interpreted() and _chains(x.device)
-        size = m * n
-        more = {"p_part": target, "p_out": out, "SIZE": size, "PARTS": parts, "BLOCK": SUM_BLOCK, "PDL": pdl}
-        options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
-        launches.append(Launch(_fp8_sum_kernel, (-(-size // SUM_BLOCK),), more, options))
-    return launches
+    return [*launches, sum_launch(target, out)] if split else launches
+
+
+def sum_launch(partial: Tensor, out: Tensor) -> Launch:
+    """The launch that adds parts ``[parts, m, n]`` in float32 up to out."""
+    from mlacompile.kernels.fp8_linear.tiles import _fp8_sum_kernel
+
+    pdl = not interpreted() and _chains(out.device)
+    arguments = {
+        "p_part": partial, "p_out": out, "SIZE": out.numel(), "PARTS": partial.shape[0], "BLOCK": SUM_BLOCK,
+        "PDL": pdl,
+    }  # fmt: skip
+    options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
+    return Launch(_fp8_sum_kernel, (-(-out.numel() // SUM_BLOCK),), arguments, options)
 
 
 def _three_strides(t: Tensor | None) -> list[int]:
@@ -214,7 +221,7 @@ def _device_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _sms(device: torch.device) -> int:
+def sms_of(device: torch.device) -> int:
     """Streaming multiprocessors; those of a Hopper GPU where there is none to ask."""
     if device.type != "cuda":
         return 132

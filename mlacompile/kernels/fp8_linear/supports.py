@@ -14,6 +14,8 @@ MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes long
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
 NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …
 MANY_ROWS = 4096  # … unless rows of x make up for it
+#: Rows of x from which the Hopper kernel is chosen: none, until its parity is tested on a GPU (docs/kernels.md).
+HOPPER_ROWS: int | None = None
 
 
 def rows_reasons(
@@ -38,6 +40,26 @@ def tiles_reasons(
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.storage_offset() * tensor.itemsize % 16:
             reasons.append(f"{name} begins between two pieces of 16 bytes, which TMA cannot address")
+    return reasons
+
+
+def hopper_reasons(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why the Hopper kernel for many rows cannot run on these inputs; empty when it can."""
+    reasons = tiles_reasons(x, x_descale, weight, weight_descale, dtype)
+    if interpreted():
+        reasons.append("Gluon cannot be interpreted")
+    if x.device.type == "cuda" and torch.cuda.is_available() and _capability(x.device) != (9, 0):
+        reasons.append("the kernel is written for compute capability 9.0")
+    if x_descale is None:
+        reasons.append("x is not quantized")
+    if x.dim() != 2:
+        reasons.append("there is a weight for every head")
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"the result is {dtype}, the kernel stores 16 bits")
+    if weight.shape[-2] % 8:
+        reasons.append(f"rows of {weight.shape[-2]} results are not a multiple of 16 bytes long, which TMA needs")
     return reasons
 
 
@@ -81,6 +103,15 @@ def tiles_slower(
     if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
         return []
     return [f"cuBLASLt is faster with {m} rows by a weight of {n}"]
+
+
+def hopper_slower(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why another kernel is preferred where it can serve."""
+    if HOPPER_ROWS is None:
+        return ["the kernel has not yet been measured"]
+    return [] if x.shape[-2] >= HOPPER_ROWS else [f"tiles are faster with {x.shape[-2]} rows"]
 
 
 def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:

@@ -1,0 +1,198 @@
+"""The Hopper kernel of ``fp8_linear`` without a GPU: what it compiles to, how it divides its work, what it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mlacompile.kernels import registry
+from mlacompile.kernels.fp8_linear import supports
+from mlacompile.testing.scaled import E4M3, make_product
+from tests.kernels import gluon_in_python
+
+pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
+
+from mlacompile.kernels.fp8_linear import hopper
+from mlacompile.kernels.fp8_linear.hopper_launch import (
+    SMEM,
+    TILES,
+    HopperTiles,
+    choose_hopper_tiles,
+    cycles,
+    hopper_launches,
+)
+from mlacompile.testing.sass import compile_for, table
+
+#: (m, n, k, dtype, tiles): every tile, one and several parts of K, large and small sizes, both dtypes.
+VARIANTS = [
+    (4096, 24576, 1536, torch.bfloat16, HopperTiles(256, 128)),
+    (4096, 2112, 7168, torch.float16, HopperTiles(256, 128, 3)),
+    (128, 7168, 16384, torch.bfloat16, HopperTiles(128, 128, 2)),
+    (1000, 24576, 1536, torch.float16, HopperTiles(128, 128)),
+    (128, 2112, 7168, torch.bfloat16, HopperTiles(128, 64, 4)),
+    (1, 136, 16, torch.bfloat16, HopperTiles(128, 64)),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "dtype", "tiles"), VARIANTS, ids=str)
+def test_what_it_compiles_to(
+    m: int, n: int, k: int, dtype: torch.dtype, tiles: HopperTiles, record_property: Callable[[str, object], None]
+) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, x_descale = meta(m, k, dtype=E4M3), meta(m, -(-k // 128))
+    weight, descale = meta(n, k, dtype=E4M3), meta(-(-n // 128), -(-k // 128))
+    launches = hopper_launches(x, x_descale, weight, descale, meta(m, n, dtype=dtype), tiles)
+    assert len(launches) == 1 + (tiles.parts > 1)
+    launch = launches[0]
+    built = compile_for(launch.kernel, launch.arguments, launch.options, name=f"fp8_hopper {tiles} {m}x{n}x{k}")
+    record_property("compiled", table([built]))
+    products = tiles.block_m // 64 * 4  # 64 rows by 32 columns of a block, of both groups of warps
+    assert built.counts["QGMMA"] == 2 * products, "each in the loop over blocks and after it"
+    assert built.counts["FFMA"] == 2 * tiles.block_m * tiles.block_n // 128, "each sum is multiplied and added once"
+    assert built.counts["UTMALDG"] == 2, "x and the weight should come by TMA"
+    assert built.counts["LDGSTS"] == built.counts["HGMMA"] == built.counts["HMMA"] == 0
+    assert built.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert built.local_memory == built.spill_bytes == 0
+    assert built.registers <= 168, "12 warps share the registers until the partitions take theirs"
+    assert built.smem <= SMEM
+
+
+def python_item(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int, k: int, tiles: HopperTiles
+) -> list[tuple[int, int, int, int, int]]:
+    """What ``_item`` makes of every item, as plain Python."""
+    monkeypatch.setattr(hopper, "gl", SimpleNamespace(minimum=min))
+    blocks = -(-k // 128)
+    work = SimpleNamespace(
+        tiles_m=-(-m // tiles.block_m), tiles_n=-(-n // tiles.block_n), blocks=blocks,
+        blocks_a_part=-(-blocks // tiles.parts),
+    )  # fmt: skip
+    items = work.tiles_m * work.tiles_n * tiles.parts
+    return [hopper._item.fn(work, i, tiles.band) for i in range(items)]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tiles"),
+    [
+        (4096, 24576, 1536, HopperTiles(256, 128)),
+        (5000, 2112, 784, HopperTiles(256, 128)),
+        (3000, 1000, 7168, HopperTiles(128, 64, 4)),
+        (1, 8, 16, HopperTiles(128, 128)),
+    ],
+)
+def test_every_block_of_every_tile_is_taken_once(
+    m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: Counter[tuple[int, int, int]] = Counter()
+    parts = set()
+    for i_m, i_n, part, first, end in python_item(monkeypatch, m, n, k, tiles):
+        assert first < end, "a program would wait for a block that nobody fetches"
+        taken.update((i_m, i_n, block) for block in range(first, end))
+        parts.add((i_m, i_n, part))
+    assert set(taken.values()) == {1}
+    assert len(taken) == -(-m // tiles.block_m) * -(-n // tiles.block_n) * -(-k // 128)
+    assert len(parts) * -(-k // 128) == len(taken) * tiles.parts
+
+
+def test_what_runs_at_once_reads_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = HopperTiles(256, 128)
+    items = python_item(monkeypatch, 8192, 24576, 1536, tiles)[1320:1452]
+    rows = [256 * len({i_m for i_m, *_ in items}), 128 * len({i_n for _, i_n, *_ in items})]
+    assert sum(rows) < 2.2 * (132 * 256 * 128) ** 0.5, "a square reads twice its side"
+
+
+def test_tiles_fit_and_fill_the_gpu() -> None:
+    for tile in TILES:
+        held = tile.stages * (tile.block_m + tile.block_n) * 128 + 2 * 64 * tile.block_n * 2
+        assert SMEM - 2048 - (tile.block_m + tile.block_n) * 128 < held <= SMEM - 2048
+    assert HopperTiles(256, 128).stages == 4
+    assert choose_hopper_tiles(4096, 7168, 16384, 132) == HopperTiles(256, 128)
+    assert choose_hopper_tiles(128, 24576, 1536, 132) == HopperTiles(128, 128), "no rows are wasted"
+    assert choose_hopper_tiles(128, 2112, 7168, 132).parts > 3, "17 tiles would leave most of it idle"
+    assert choose_hopper_tiles(128, 136, 100, 132).parts == 1, "there is one block only"
+    assert cycles(HopperTiles(256, 128), 8192, 8192, 8192, 132) < cycles(HopperTiles(128, 128), 8192, 8192, 8192, 132)
+
+
+def test_it_says_why_not() -> None:
+    def reasons(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, **kinds: object) -> str:
+        return "; ".join(supports.hopper_reasons(*make_product(m, n, k, **kinds).tensors, dtype))  # type: ignore[arg-type]
+
+    assert reasons(4, 128, 128, quantized=True).count(";") == 0, "only that there is no GPU here"
+    assert "CUDA device" in reasons(4, 128, 128, quantized=True)
+    assert "not quantized" in reasons(4, 128, 128)
+    assert "every head" in reasons(4, 128, 128, heads=2, quantized=True)
+    assert "float32" in reasons(4, 128, 128, torch.float32, quantized=True)
+    assert "rows of 300 results" in reasons(4, 300, 128, quantized=True)
+    assert "16 bytes" in reasons(4, 128, 200, quantized=True)
+
+
+def test_it_is_not_chosen_before_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = make_product(256, 4096, 128, quantized=True).tensors
+    hopper_kernel = registry.find("fp8_linear", "hopper")
+    assert hopper_kernel.slower(*tensors, torch.bfloat16) == ["the kernel has not yet been measured"]
+    order = [kernel.name for kernel in registry.kernels("fp8_linear")]
+    assert order.index("triton") < order.index("hopper"), "whatever it takes, the first that can serves before it"
+    monkeypatch.setattr(supports, "HOPPER_ROWS", 128)
+    assert not hopper_kernel.slower(*tensors, torch.bfloat16)
+    assert "4 rows" in hopper_kernel.slower(tensors[0][:4], *tensors[1:], torch.bfloat16)[0]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tiles"),
+    [
+        (300, 200, 784, HopperTiles(256, 128)),
+        (700, 136, 144, HopperTiles(256, 128)),
+        (300, 200, 784, HopperTiles(128, 64, 2)),
+        (130, 264, 1552, HopperTiles(128, 128)),
+        (1, 8, 1040, HopperTiles(256, 128, 3)),
+    ],
+)
+def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own text, its partitions as threads: rows, scales, barriers, stages and edges."""
+    programs = 2
+    gluon_in_python.install(monkeypatch, hopper, programs)
+    random = np.random.default_rng(0)
+    x, weight = (random.integers(-4, 5, (rows, k)).astype(float) for rows in (m, n))
+    x_descale, descale = random.random((m, -(-k // 128))), random.random((-(-n // 128), -(-k // 128)))
+    wide = np.repeat(np.repeat(descale, 128, 0), 128, 1)[:n, :k]
+    want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ (weight * wide).T
+    out, partial = np.full((m, n), np.nan), np.full(tiles.parts * m * n, np.nan)
+    blocks = -(-k // 128)
+    work = SimpleNamespace(
+        tiles_m=-(-m // tiles.block_m), tiles_n=-(-n // tiles.block_n), blocks=blocks,
+        blocks_a_part=-(-blocks // tiles.parts),
+        items=-(-m // tiles.block_m) * -(-n // tiles.block_n) * tiles.parts,
+    )  # fmt: skip
+    block_m, block_n, stages = tiles.block_m, tiles.block_n, 3
+    for program in range(programs):
+        room = SimpleNamespace(
+            x=gluon_in_python.Memory(np.full((stages, block_m, 128), np.nan)),
+            w=gluon_in_python.Memory(np.full((stages, block_n, 128), np.nan)),
+            out=gluon_in_python.Memory(np.full((2, 64, block_n), np.nan)),
+            full=gluon_in_python.Barriers(gluon_in_python.Barrier(1) for _ in range(stages)),
+            empty=gluon_in_python.Barriers(gluon_in_python.Barrier(2) for _ in range(stages)),
+        )
+        shared = (
+            room, work, gluon_in_python.Descriptor(out), gluon_in_python.Pointer(partial) if tiles.parts > 1 else None,
+            gluon_in_python.Pointer(x_descale.ravel()), gluon_in_python.Pointer(descale.ravel()), m, n, blocks, 1,
+            blocks,
+        )  # fmt: skip
+        sizes = (block_m, block_n, stages, tiles.band)
+        both = (gluon_in_python.Descriptor(x), gluon_in_python.Descriptor(weight))
+        gluon_in_python.run(
+            program,
+            [
+                lambda: hopper._multiply.fn(*shared, 0, *sizes),  # noqa: B023
+                lambda: hopper._multiply.fn(*shared, 1, *sizes),  # noqa: B023
+                lambda: hopper._fetch.fn(room, work, *both, *sizes),  # noqa: B023
+            ],
+        )
+    got = partial.reshape(tiles.parts, m, n).sum(0) if tiles.parts > 1 else out
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-9)

@@ -122,7 +122,8 @@ def _values(sources: list[Any], sizes: dict[int, int]) -> dict[int, Node]:
         seen.add(node)
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype.is_floating_point and value.dtype.itemsize > 1:
-            which = sizes.get(value.numel())
+            size = value.numel()
+            which = sizes.get(size) if isinstance(size, int) else None
             if which is not None:
                 if found.setdefault(which, same_values(node)) is not same_values(node):
                     return {}

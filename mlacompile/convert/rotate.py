@@ -32,6 +32,10 @@ class Lanes:
         return torch.view_as_real(halves_to_complex(keys).flatten(1).to(self.mix.dtype) @ self.mix.T).flatten(1)
 
 
+#: Squared length, of a lane of length 1, below which it adds nothing to the lanes before it.
+_INSIDE = 1e-4
+
+
 class Pursuit:
     """One layer's search for lanes. ``gains`` says what each frequency would bring, ``take`` adds the lane."""
 
@@ -84,9 +88,11 @@ class Pursuit:
         seen = torch.einsum("m,ha->hma", lane, self.overlap[:, :, index])
         known = torch.einsum("m,hbm->hb", lane.conj(), self._basis[..., index]).conj()
         seen = seen - torch.einsum("hb,hbma->hma", known, self._basis)
-        length = torch.einsum("m,hm->h", lane.conj(), seen[..., index]).real.clamp_min(1e-5).sqrt()
-        unit = seen / length[:, None, None]
-        onto = torch.einsum("m,hrm->hr", lane.conj(), self.residual[..., index]) / length[:, None]
+        square = torch.einsum("m,hm->h", lane.conj(), seen[..., index]).real
+        # What is left of a lane that lies among the others is rounding, which must not be made as long as a lane.
+        shrink = torch.where(square > _INSIDE, square.clamp_min(_INSIDE).rsqrt(), 0.0)
+        unit = seen * shrink[:, None, None]
+        onto = torch.einsum("m,hrm->hr", lane.conj(), self.residual[..., index]) * shrink[:, None]
         self.residual = self.residual - onto[..., None, None] * unit[:, None]
         self._basis = torch.cat((self._basis, unit[:, None]), dim=1)
         self.chosen.append((lane, index))

@@ -18,6 +18,7 @@ _FAMILIES = {
     "mla_decode": "mlacompile.kernels.mla_decode",
     "mla_prefill": "mlacompile.kernels.mla_prefill",
     "row_product": "mlacompile.kernels.row_product",
+    "write_latents": "mlacompile.kernels.write_latents",
     "fp8_linear": "mlacompile.kernels.fp8_linear",
 }
 

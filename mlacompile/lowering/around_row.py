@@ -29,7 +29,8 @@ _CAST = aten._to_copy.default
 
 @dataclass(frozen=True)
 class Norm:
-    """The row is x / sqrt(mean(x²) + eps) · weight; ``x`` and ``weight`` hold K elements in some shape."""
+    """Rows are x / sqrt(mean(x²) + eps) · weight; ``weight`` holds K elements, and ``x`` as many for every row, in some
+    shape."""
 
     x: Node
     weight: Node
@@ -45,36 +46,36 @@ class After:
     added: Node | None = None
 
 
-def norm_before(row: Node) -> Norm | None:
-    """The RMS norm that a row ``[1, K]`` of 16-bit floats comes out of, or None."""
-    value: Tensor = row.meta["val"]
-    width = value.shape[-1]
-    factors = list(_factors(row, width))
+def norm_before(rows: Node) -> Norm | None:
+    """The RMS norm that rows ``[…, K]`` of floats come out of, or None."""
+    value: Tensor = rows.meta["val"]
+    width, size = value.shape[-1], _numel(rows)
+    factors = [] if size is None else list(_factors(rows, size))
     roots = [f for f in factors if f.target is aten.rsqrt.default]
     if len(factors) != 3 or len(roots) != 1:
         return None
-    mean_of = _mean_of_square(roots[0])
+    mean_of = _mean_of_square(roots[0], width)
     rest = [f for f in factors if f is not roots[0]]
     if mean_of is None or mean_of[0] not in rest:
         return None
     x, eps = mean_of
     (weight,) = (f for f in rest if f is not x) if rest[0] is not rest[1] else (x,)
-    fits = _numel(x) == width and weight.meta["val"].shape[-1] == _numel(weight) == width
+    fits = _numel(x) == size and weight.meta["val"].shape[-1] == _numel(weight) == width
     return Norm(x, weight, eps) if fits and x.meta["val"].dtype == value.dtype else None
 
 
-def _factors(node: Node, width: int) -> Iterator[Node]:
-    """What is multiplied to make a node, casts and views between the factors aside."""
+def _factors(node: Node, size: int) -> Iterator[Node]:
+    """What is multiplied to make a node of so many elements, casts and views between the factors aside."""
     node = through_views(node)
-    if node.target is aten.mul.Tensor and all(isinstance(a, Node) for a in node.args) and _numel(node) == width:
+    if node.target is aten.mul.Tensor and all(isinstance(a, Node) for a in node.args) and _numel(node) == size:
         for factor in node.args:
-            yield from _factors(factor, width)  # type: ignore[arg-type]
+            yield from _factors(factor, size)  # type: ignore[arg-type]
     else:
         yield node
 
 
-def _mean_of_square(root: Node) -> tuple[Node, float] | None:
-    """x and eps of 1 / sqrt(mean(x²) + eps) over the last dimension."""
+def _mean_of_square(root: Node, width: int) -> tuple[Node, float] | None:
+    """x and eps of 1 / sqrt(mean(x²) + eps) over a last dimension of ``width``."""
     total: Any = root.args[0]
     if total.target not in (aten.add.Tensor, aten.add.Scalar) or not isinstance(total.args[1], (int, float)):
         return None
@@ -83,7 +84,8 @@ def _mean_of_square(root: Node) -> tuple[Node, float] | None:
         return None
     square: Any = mean.args[0]
     rank, dims = square.meta["val"].dim(), mean.args[1]
-    if [d % rank for d in dims] != [rank - 1] or square.meta["val"].dtype.itemsize < 4:  # type: ignore[union-attr]
+    wide = square.meta["val"].dtype.itemsize >= 4 and square.meta["val"].shape[-1] == width
+    if [d % rank for d in dims] != [rank - 1] or not wide:  # type: ignore[union-attr]
         return None
     if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:
         return through_views(square.args[0]), float(total.args[1])

@@ -6,13 +6,18 @@ from collections.abc import Collection
 
 from torch.fx import GraphModule, Node
 
+from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.read_early import read_early
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
+from mlacompile.lowering.share_bounds import share_bounds
 from mlacompile.lowering.single_row import place_head_products, place_row_products
 from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
+
+#: Whether steps store what they cache by ``write_latents``. Its kernel has not run on a GPU yet: it is not chosen.
+WRITES = False
 
 
 def place(
@@ -27,6 +32,11 @@ def place(
         For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
     """
     tidy(gm)  # first: it changes the layout of what a kernel is asked whether it takes it
+    if WRITES:
+        share_bounds(gm)
+        if wanted == "auto" and (layers := place_cache_writes(gm)):
+            gm.graph.eliminate_dead_code()
+            notes.append(f"{layers} layers norm, rotate and store what a step caches in one launch each")
     chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
     inline_references(gm)

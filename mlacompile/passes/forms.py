@@ -28,6 +28,9 @@ from mlacompile.passes.visibility import Visibility, understand
 
 Rewrite = Callable[[MLASite, Options], Node]
 
+#: So many tokens are a step of decoding, with speculation or without.
+DECODES = 8
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -95,10 +98,13 @@ def choose_form(site: MLASite, options: Options) -> Choice:
     several = f"{queries} query token{'s' * (queries != 1)}"
     several = several if isinstance(queries, int) else f"a varying number of queries ({queries})"
     choice = Choice("absorbed", "absorbed", "", absorb, seen.describe(), costs=costs, hardware=hardware.name)
-    if options.form == "expanded" or (options.form == "auto" and at.queries > limit):
+    decodes = isinstance(queries, int) and queries <= DECODES
+    if options.form == "expanded" or (options.form == "auto" and at.queries > limit and not decodes):
         choice = replace(expanded, costs=dear, hardware=hardware.name)
     if options.form != "auto":
         return replace(choice, why=f"form={options.form!r} was asked for")
+    if decodes and at.queries > limit:
+        return replace(choice, why=f"{several} are a step of decoding, whose cache is never expanded")
     if isinstance(queries, int) or seen.whole or _why_not_in_chunks(site) is not None:
         return replace(choice, why=f"{several}: attention on the latent is {cheap}")
     return replace(

@@ -53,3 +53,11 @@ def test_the_same_seed_chooses_the_same() -> None:
         lanes_at(Pursuit(sample_pairs(layer, x, seed=3), layer.inv_freq), [0, 1], latent=2) for _ in range(2)
     )
     assert torch.equal(first.mix, second.mix)
+
+
+def test_more_lanes_than_there_are_directions_change_nothing() -> None:
+    layer, x = random_layer(), random_input()
+    pursuit = Pursuit(sample_pairs(layer, x), layer.inv_freq)
+    pursuit.take_latent(40)  # keys have 9 directions
+    assert pursuit.residual[..., -1].abs().max() < 1e-2 * pursuit.target_gram.abs().max()
+    assert pursuit.residual.abs().max() <= 1.01 * pursuit.target_gram.abs().max()

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 import mlacompile.ops.visible_bounds  # noqa: F401  (registers the op)
 from mlacompile.lowering.store_once import elements
 from mlacompile.passes.emit import Emitter
+from mlacompile.passes.hoist import behind
 
 _FEW = 1 << 16  # values: what has more is better computed by the graph itself
 PREFILL, BOUNDS = torch.ops.mlacompile.mla_prefill.default, torch.ops.mlacompile.visible_bounds.default
@@ -46,7 +47,7 @@ def _reading(prefill: Node) -> Node | None:
 def _to_the_start(graph: Graph, reads: list[Node]) -> None:
     """Move nodes, with all they are computed from, before everything else; of equal ones one is left."""
     needed: set[Node] = set()
-    stack = [node for node in reads if not any(_draws(n) for n in _behind(node))]
+    stack = [node for node in reads if not any(_draws(n) for n in behind(node))]
     while stack:
         node = stack.pop()
         if node not in needed:
@@ -77,7 +78,7 @@ class Before:
 def take_out(gm: GraphModule) -> Before | None:
     """Take the readings out of a graph, in place, where they are made of small values; None: there are none."""
     graph, inputs = gm.graph, list(gm.graph.find_nodes(op="placeholder"))
-    needs = {node: _behind(node) for node in graph.find_nodes(op="call_function", target=BOUNDS)}
+    needs = {node: behind(node) for node in graph.find_nodes(op="call_function", target=BOUNDS)}
     reads = [node for node, needed in needs.items() if all(map(_is_small, needed))]
     if not reads:
         return None
@@ -116,17 +117,6 @@ def _is_small(node: Node) -> bool:
     if node.op not in ("placeholder", "call_function") or _draws(node):
         return False
     return node.op == "placeholder" or not isinstance(value, torch.Tensor) or elements(value) <= _FEW
-
-
-def _behind(node: Node) -> set[Node]:
-    found: set[Node] = set()
-    stack = [node]
-    while stack:
-        one = stack.pop()
-        if one not in found:
-            found.add(one)
-            stack += one.all_input_nodes
-    return found
 
 
 def _draws(node: Node) -> bool:

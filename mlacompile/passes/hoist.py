@@ -89,12 +89,12 @@ def _wanted(node: Node, tracked: set[Node]) -> bool:
         return True
     if HOISTED_IF_TRACKED not in node.meta:
         return False
-    leaves = {n for n in _behind(node) if n.op != "call_function"}
+    leaves = {n for n in behind(node) if n.op != "call_function"}
     return bool(leaves) and leaves <= tracked
 
 
-def _behind(call: Node) -> set[Node]:
-    """The call and all it is computed from."""
+def behind(call: Node) -> set[Node]:
+    """A node and all it is computed from."""
     needed: set[Node] = set()
     stack = [call]
     while stack:
@@ -107,7 +107,7 @@ def _behind(call: Node) -> set[Node]:
 
 def _part(call: Node, inputs: Sequence[Node]) -> Hoisted:
     """The call and all it is computed from, as a graph of its own."""
-    needed = _behind(call)
+    needed = behind(call)
     order = [n for n in call.graph.nodes if n in needed]
     part = Graph()
     copies: dict[Node, Node] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.mla_decode.supports import interpreted
+from mlacompile.kernels.mla_decode.supports import chains
 
 SUM_BLOCK = 1024
 
@@ -196,7 +196,7 @@ def sum_launch(partial: Tensor, out: Tensor) -> Launch:
     """The launch that adds parts ``[parts, m, n]`` in float32 up to out."""
     from mlacompile.kernels.fp8_linear.tiles import _fp8_sum_kernel
 
-    pdl = not interpreted() and _chains(out.device)
+    pdl = chains(out.device)
     arguments = {
         "p_part": partial, "p_out": out, "SIZE": out.numel(), "PARTS": partial.shape[0], "BLOCK": SUM_BLOCK,
         "PDL": pdl,
@@ -226,8 +226,3 @@ def sms_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return _device_sms(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _chains(device: torch.device) -> bool:
-    """Whether a launch can begin while the one before it ends."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

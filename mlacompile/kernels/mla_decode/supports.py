@@ -31,6 +31,10 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def device_reasons(device: torch.device) -> list[str]:
     if not _triton_installed():
         return ["triton is not installed (pip install triton)"]
@@ -40,13 +44,16 @@ def device_reasons(device: torch.device) -> list[str]:
         return [f"inputs are on {device}, the kernel needs a CUDA device (or TRITON_INTERPRET=1)"]
     if not torch.cuda.is_available():
         return ["no CUDA device is available"]
-    major, minor = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    major, minor = _capability_of(device)
     return [] if major >= 8 else [f"compute capability {major}.{minor}, the kernel needs 8.0 or newer"]
 
 
 def chains(device: torch.device) -> bool:
-    """Whether kernels can be launched while the one before still runs: programmatic dependent launch, Hopper and on."""
-    return not interpreted() and device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+    """Whether kernels can be launched while the one before still runs: programmatic dependent launch, Hopper and on.
+    Meta tensors stand for such a device: kernels are compiled for it without a GPU."""
+    if interpreted() or device.type not in ("cuda", "meta"):
+        return False
+    return device.type == "meta" or _capability_of(device) >= (9, 0)
 
 
 def portable_reasons(
@@ -98,7 +105,7 @@ def _fp8_reasons(c_kv: Tensor, k_pe: Tensor | None, device: torch.device) -> lis
     e4m3 = any(x is not None and x.dtype == torch.float8_e4m3fn for x in (c_kv, k_pe))
     if not e4m3 or device.type != "cuda" or not torch.cuda.is_available():
         return []
-    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    capability = _capability_of(device)
     return ["e4m3 needs compute capability 8.9"] if capability < (8, 9) else []
 
 
@@ -114,7 +121,7 @@ def hopper_device_reasons(device: torch.device) -> list[str]:
         return reasons
     if not _gluon_installed():
         return ["this triton has no Gluon for Hopper (pip install 'triton>=3.6')"]
-    major, minor = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    major, minor = _capability_of(device)
     return [] if major == 9 else [f"compute capability {major}.{minor}, the kernel needs 9.0"]
 
 

@@ -82,8 +82,8 @@ def write_latents(
     rotation: Tensor | None,
     slots: Tensor,
     c_cache: Tensor,
-    k_cache: Tensor | None = None,
-    descale: Tensor | None = None,
+    k_cache: Tensor | None,  # no defaults: PyTorch 2.11 counts written tensors among the arguments that were passed
+    descale: Tensor | None,
     *,
     stored: torch.dtype,
     rope_stored: torch.dtype,
@@ -132,7 +132,7 @@ def write_latents(
 @write_latents.register_fake
 def _(
     latent: Tensor, k_pe: Tensor | None, q_pe: Tensor | None, norm: Tensor | None, rotation: Tensor | None,
-    slots: Tensor, c_cache: Tensor, k_cache: Tensor | None = None, descale: Tensor | None = None,
+    slots: Tensor, c_cache: Tensor, k_cache: Tensor | None, descale: Tensor | None,
     *, stored: torch.dtype, rope_stored: torch.dtype, eps: float = 0.0, pairs: str = "", group: int = 0,
     scale_at: int = 0, rope_at: int = 0, impl: str = "auto",
 ) -> Tensor:  # fmt: skip

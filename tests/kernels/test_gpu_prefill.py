@@ -11,7 +11,9 @@ import torch
 from mlacompile.kernels.mla_prefill import attend as attend_module
 from mlacompile.kernels.mla_prefill.attend import attend
 from mlacompile.kernels.mla_prefill.chunked import mla_prefill_chunked
+from mlacompile.kernels.mla_prefill.windows import Window, windows_of
 from mlacompile.ops import mla_prefill_reference
+from mlacompile.ops.visible_bounds import visible_bounds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,3 +121,17 @@ def test_memory_stays_below_twice_the_cache_and_one_expanded_chunk() -> None:
     peak = torch.cuda.max_memory_allocated() - before
     cache, expanded = 2 * 16384 * 576, 2 * 2048 * 32 * 320
     assert peak < 2 * (cache + expanded)
+
+
+def test_bounds_are_sent_and_not_waited_for() -> None:
+    length = torch.zeros(2, dtype=torch.int32, device="cuda")
+    arguments = (None, None, length, 2, 900)
+    visible_bounds(*arguments)  # the allocator of pinned memory and cuBLAS wait for the device when they are first used
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(1 << 30)  # about half a second
+    length.fill_(700)
+    bounds = visible_bounds(*arguments)
+    done.record()
+    assert not done.query()
+    assert windows_of(bounds, 900, causal=True) == [Window(0, 700, False)]

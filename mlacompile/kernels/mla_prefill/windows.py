@@ -1,4 +1,10 @@
-"""Between which tokens a batch row's queries look, as the host has to know it to expand no more than that."""
+"""Between which tokens a batch row's queries look, as the host has to know it to expand no more than that.
+
+    read_bounds     device ─► host, on the way        asked for before a layer's projections
+    windows_of      waits until it is there           long since, when its attention is to be launched
+
+Waiting at once would let the device run dry: it has nothing to do until the host has the answer and launches again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+#: When what ``read_bounds`` sent to the host will have arrived there.
+_ARRIVALS = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -20,8 +30,8 @@ class Window:
 def read_bounds(mask: Tensor | None, start: Tensor | None, length: Tensor | None, *, batch: int, tokens: int) -> Tensor:
     """What mask, start and length let each batch row see: (first, end, hidden) as int64 ``[3, B]`` on the CPU.
 
-    One of them is a tensor. Waits for its device, except while a CUDA graph is captured, when nothing can be read: then
-    all is -1.
+    One of them is a tensor. Of a GPU it is sent on its way and not waited for: only ``windows_of`` may look at it. While
+    a CUDA graph is captured nothing can be read: then all is -1.
     """
     device = next(x.device for x in (mask, start, length) if x is not None)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -40,14 +50,34 @@ def read_bounds(mask: Tensor | None, start: Tensor | None, length: Tensor | None
         inside = within & (index >= first[:, None])
         holes = (inside & ~seen).sum(1)
         firsts = torch.maximum(firsts, first)
-    return torch.stack((firsts.expand(batch), ends.expand(batch), holes.expand(batch))).cpu()
+    return _sent(torch.stack((firsts.expand(batch), ends.expand(batch), holes.expand(batch))))
+
+
+def _sent(values: Tensor) -> Tensor:
+    """Values on the CPU, or on their way to it."""
+    if not values.is_cuda:
+        return values.cpu()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    _ARRIVALS[host] = torch.cuda.current_stream(values.device).record_event()
+    return host
+
+
+def _arrived(host: Tensor) -> Tensor:
+    """What was sent, when all of it is there."""
+    arrival = _ARRIVALS.get(host)
+    if arrival is not None:
+        arrival.synchronize()
+    elif torch.cuda.is_available() and host.is_pinned():  # another tensor with that memory
+        torch.cuda.synchronize()
+    return host
 
 
 def windows_of(bounds: Tensor, tokens: int, *, causal: bool) -> list[Window] | None:
     """What each batch row sees, from what ``read_bounds`` made, or None where it could not read. One entry when all
     rows are alike."""
     found = []
-    for first, end, hole in zip(*bounds.tolist(), strict=True):
+    for first, end, hole in zip(*_arrived(bounds).tolist(), strict=True):
         if hole < 0:
             return None
         # A causal row ends where its last query stands; beyond the cache nobody can be looked at.

@@ -4,7 +4,7 @@
     clone(x), contiguous, of a contiguous x     →  x
     clone(permute(clone(x)))                    →  clone(permute(x))
     bmm(a [B, M, 1], b [B, 1, N])               →  a · b, elementwise: rotary angles are such an outer product
-    cat([x[..., :n], y]), y as long as the rest  →  slice_scatter(x, y), which can be done where x lies
+    cat([x[..., :n], y]), y as long as the rest  →  as_strided_scatter(x, y), which is done where x lies
 
 Inductor would run a kernel for each of the first three wherever an op that it does not fuse reads or writes there, a
 library's matrix product for the fourth, and a pass over memory of its own for the last: so queries keep most of what
@@ -102,14 +102,17 @@ def _part(node: Node) -> Node | None:
 
 
 def _scattered(joined: Node) -> bool:
-    """Write into a value what a concatenation of most of it with something else says."""
+    """Write into a value what a concatenation of most of it with something else says.
+
+    By strides into what an op made, and not along a dimension of the view: that alone Inductor always does in place.
+    """
     parts: Any = joined.args[0]
     value = joined.meta["val"]
     dim = _dimension(joined.args[1:], value.dim())
     if any(part.meta["val"].dim() != value.dim() for part in parts):
         return False  # torch lets an empty vector be joined with anything
     sizes = [part.meta["val"].shape[dim] for part in parts]
-    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in value.shape):
         return False
     most = int(sizes[1] > sizes[0])
     kept, new = parts[most], parts[1 - most]
@@ -119,10 +122,17 @@ def _scattered(joined: Node) -> bool:
         return False
     source, start = whole
     alike = source.meta["val"].shape == value.shape and source.meta["val"].dtype == new.meta["val"].dtype == value.dtype
-    if not alike or start != most * sizes[0] or not _is_made(source):
+    if not alike or start != most * sizes[0]:
         return False
-    begin = sizes[0] * (1 - most)
-    joined.replace_all_uses_with(emit(aten.slice_scatter.default, source, new, dim, begin, begin + sizes[1 - most]))
+    made, views = _made(source)
+    laid = _laid(made, views)
+    if laid is None:
+        return False
+    into = laid.narrow(dim, sizes[0] * (1 - most), sizes[1 - most])
+    out = emit(aten.as_strided_scatter.default, made, new, list(into.shape), list(into.stride()), into.storage_offset())
+    for view in views:
+        out = emit(view.target, out, *view.args[1:])
+    joined.replace_all_uses_with(out)
     return True
 
 
@@ -162,8 +172,26 @@ _VIEWS = {
 }
 
 
-def _is_made(node: Node) -> bool:
-    """Whether a value, seen through views, is what an op of the graph made, and not an input."""
+def _made(node: Node) -> tuple[Node, list[Node]]:
+    """What is not a view itself, and the views of it that lead to a node, in order."""
+    views: list[Node] = []
     while node.target in _VIEWS:
+        views.append(node)
         node = node.args[0]  # type: ignore[assignment]
-    return node.op == "call_function"
+    return node, views[::-1]
+
+
+def _laid(made: Node, views: list[Node]) -> Tensor | None:
+    """How views lie in the memory of what an op of the graph wrote, without data; None if it may not be written, or a
+    view is none."""
+    value = made.meta["val"]
+    if made.op != "call_function" or not isinstance(value, Tensor) or not value.is_contiguous():
+        return None
+    laid = torch.empty(value.shape, device="meta")
+    for view in views:
+        moves = view.target in (aten.permute.default, aten.transpose.int)
+        try:
+            laid = view.target(laid, *view.args[1:]) if moves else laid.view(view.meta["val"].shape)  # type: ignore[operator]
+        except RuntimeError:  # a reshape that copies
+            return None
+    return laid

@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.lowering.tidy import tidy
+from mlacompile.ops import mla_prefill
 
-CAT, SCATTER = torch.ops.aten.cat.default, torch.ops.aten.slice_scatter.default
+CAT, SCATTER = torch.ops.aten.cat.default, torch.ops.aten.as_strided_scatter.default
 
 
 def _traced(function: object, *shapes: tuple[int, ...]) -> GraphModule:
@@ -111,20 +112,22 @@ def test_columns_are_turned_where_they_lie(function: Callable[[Tensor, Tensor], 
 
 
 def test_inductor_does_it_in_place() -> None:
-    def queries(x: Tensor, w: Tensor, angle: Tensor, keys: Tensor) -> Tensor:
-        q = (x @ w).view(1, 64, 3, 12).transpose(1, 2)
+    def attention(x: Tensor, w: Tensor, angle: Tensor, c_kv: Tensor, w_uk: Tensor) -> Tensor:
+        q = (x @ w).view(2, 5, 3, 12).transpose(1, 2)
         q = torch.cat([q[..., :8], _rotated(q[..., 8:], angle)], -1)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, keys)[0]
+        settings = {"scale": 1.0, "causal": True, "nope_at": 0, "pe_at": 0, "chunk": 8}
+        return mla_prefill(q, c_kv, None, w_uk, w_uk, None, None, None, **settings)[0]
 
-    inputs = torch.randn(64, 16), torch.randn(16, 36), torch.randn(64, 2), torch.randn(1, 3, 64, 12)
-    gm = _traced(queries, *(x.shape for x in inputs))
+    shapes = (10, 16), (16, 36), (5, 2), (2, 5, 8), (3, 12, 8)
+    gm, inputs = _traced(attention, *shapes), [torch.randn(shape) for shape in shapes]
     want = gm(*inputs)
     tidy(gm)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     got, (code,) = run_and_get_code(torch.compile(gm), *inputs)
     torch.testing.assert_close(got, want)
-    assert "(2304, 12, 36, 1), 0); del buf0  # reuse" in code  # the memory of the product is that of the queries
+    # the memory of the product is that of the queries
+    assert "mla_prefill.default(reinterpret_tensor(buf0, (2, 3, 5, 12), (180, 12, 36, 1), 0)" in code
 
 
 @pytest.mark.parametrize(

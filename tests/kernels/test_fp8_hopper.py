@@ -133,15 +133,17 @@ def test_it_says_why_not() -> None:
     assert "16 bytes" in reasons(4, 128, 200, quantized=True)
 
 
-def test_it_is_not_chosen_before_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = make_product(256, 4096, 128, quantized=True).tensors
-    hopper_kernel = registry.find("fp8_linear", "hopper")
-    assert hopper_kernel.slower(*tensors, torch.bfloat16) == ["the kernel has not yet been measured"]
-    order = [kernel.name for kernel in registry.kernels("fp8_linear")]
-    assert order.index("triton") < order.index("hopper"), "whatever it takes, the first that can serves before it"
-    monkeypatch.setattr(supports, "HOPPER_ROWS", 128)
-    assert not hopper_kernel.slower(*tensors, torch.bfloat16)
-    assert "4 rows" in hopper_kernel.slower(tensors[0][:4], *tensors[1:], torch.bfloat16)[0]
+def test_it_stands_between_tiles_and_cublas() -> None:
+    def passed_over(m: int, k: int) -> list[str]:
+        tensors = make_product(m, 4096, k, quantized=True).tensors
+        return [kernel.name for kernel in kernels if kernel.slower(*tensors, torch.bfloat16)]
+
+    kernels = registry.kernels("fp8_linear")
+    order = [kernel.name for kernel in kernels]
+    assert order.index("triton") < order.index("hopper") < order.index("cublas")
+    assert "triton" not in passed_over(64, 128)
+    assert passed_over(128, 8192) == passed_over(512, 128) == ["gluon", "triton"]
+    assert passed_over(512, 8192) == ["gluon", "triton", "hopper"]
 
 
 @pytest.mark.parametrize(

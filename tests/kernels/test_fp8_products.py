@@ -106,7 +106,7 @@ def test_what_is_slower_says_so() -> None:
     x = torch.empty(4096, 512, device="meta")
     assert "decided on the device" in str(slower_in_fp8(x, x))
     assert "on cpu" in str(slower_in_fp8(torch.empty(1, 512), torch.empty(512, 512)))
-    assert "cuBLASLt is faster with 4096 rows" in tiles_slower(x, None, x, x, torch.bfloat16)[0]
+    assert "many rows are faster with 4096 rows" in tiles_slower(x, None, x, x, torch.bfloat16)[0]
 
 
 CASES = [

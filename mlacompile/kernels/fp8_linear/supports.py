@@ -14,8 +14,8 @@ MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes long
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
 NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …
 MANY_ROWS = 4096  # … unless rows of x make up for it
-#: Rows of x from which the Hopper kernel is chosen: none, until its parity is tested on a GPU (docs/kernels.md).
-HOPPER_ROWS: int | None = None
+FEW_ROWS = 256  # of x: with more, by sums of …
+DEEP = 4096  # … more products than this, cuBLASLt is faster than the Hopper kernel
 
 
 def rows_reasons(
@@ -98,20 +98,19 @@ def rows_slower(
 def tiles_slower(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
-    """Why cuBLASLt is faster where it can serve (measured, docs/kernels.md)."""
+    """Why kernels for more rows are faster where they can serve (measured, docs/kernels.md)."""
     m, n = x.shape[-2], weight.shape[-2]
     if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
         return []
-    return [f"cuBLASLt is faster with {m} rows by a weight of {n}"]
+    return [f"kernels for many rows are faster with {m} rows by a weight of {n}"]
 
 
 def hopper_slower(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
-    """Why another kernel is preferred where it can serve."""
-    if HOPPER_ROWS is None:
-        return ["the kernel has not yet been measured"]
-    return [] if x.shape[-2] >= HOPPER_ROWS else [f"tiles are faster with {x.shape[-2]} rows"]
+    """Why cuBLASLt is faster where it can serve (measured, docs/kernels.md)."""
+    m, k = x.shape[-2], weight.shape[-1]
+    return [f"cuBLASLt is faster with {m} rows by sums of {k}"] if m > FEW_ROWS and k > DEEP else []
 
 
 def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:

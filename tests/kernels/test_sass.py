@@ -105,11 +105,12 @@ def build_hopper(
     page: int,
     dtype: torch.dtype,
     cached: str = "16 bits",
-    turned: bool = False,
+    **changes: Any,
 ) -> list[Compiled]:
     """The Hopper kernel and its merge, with lengths, as they would be launched.
 
     cached: "16 bits" in one fused cache, "per token" or "per block": FP8 in several arrays or in one run of bytes.
+    changes: of the plan.
     """
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -137,7 +138,7 @@ def build_hopper(
     tensors = (q_latent, q_pe, c_kv, k_pe if rope else None, None, length, table, descale)
     assert not hopper_shape_reasons(*tensors[:4], None, table, descale, 0.1)  # type: ignore[arg-type]
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
-    plan = replace(hopper_plan(hopper_shape(tensors), Device()), turned=turned)
+    plan = replace(hopper_plan(hopper_shape(tensors), Device()), **changes)
     built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)
     kind = f"h{heads}s{queries}r{rank}p{rope}page{page} {str(dtype).removeprefix('torch.')}"
     return [compile_for(x.kernel, x.arguments, x.options, name=f"{x.kernel.__name__[5:-7]} {kind}") for x in built]
@@ -205,17 +206,23 @@ TURNED_VARIANTS = [
     (20, 1, 256, 32, 32, torch.bfloat16),
     (7, 1, 128, 0, 0, torch.bfloat16),
 ]
+#: What the plan may say of the queries.
+QUERIES: dict[str, dict[str, Any]] = {"two parts": {}, "one part": {"query_parts": 1}, "stacked": {"stacked": True}}
 
 
+@pytest.mark.parametrize("queries_as", QUERIES)
 @pytest.mark.parametrize("variant", TURNED_VARIANTS, ids=str)
-def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record) -> None:
-    main, _ = build_hopper(*variant, cached="per token", turned=True)
+def test_fp8_products(
+    variant: tuple[int, int, int, int, int, torch.dtype], queries_as: str, record_property: Record
+) -> None:
+    main, _ = build_hopper(*variant, cached="per token", turned=True, **QUERIES[queries_as])
     record_property("compiled", table([main]))
     heads, queries, rank, rope, page, _ = variant
     width = 256 if rank <= 256 else 512
     copies = -(-64 // page) if 0 < page < 64 else 1
     assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
-    assert main.counts["QGMMA"] == 2 * 2 * width // 32, "keys as they are, twice: before the loop and in it"
+    parts = 1 if queries_as == "one part" or (queries_as == "stacked" and heads * queries <= 32) else 2
+    assert main.counts["QGMMA"] == 2 * parts * width // 32, "keys as they are: before the loop and in it"
     assert main.counts["HGMMA"] >= 4 * width // 128, "a product for 16 tokens of 64 even or odd columns"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"

@@ -21,6 +21,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_turned_room,
     hopper_turned_rows,
     hopper_turned_scores,
+    hopper_turned_values,
 )
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
@@ -29,7 +30,7 @@ from tests.kernels import turned_in_python
 
 MODULES = [
     hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_room, hopper_turned_rows,
-    hopper_turned_scores,
+    hopper_turned_scores, hopper_turned_values,
 ]  # fmt: skip
 
 
@@ -65,8 +66,8 @@ def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan)
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
-PLANS = {"two": {}, "one": {"query_parts": 1}, "stacked": {"stacked": True}}
-ERRORS = {"two": 3e-3, "one": 6e-2, "stacked": 3e-3}
+PLANS = {"two": {}, "one": {"query_parts": 1}, "stacked": {"stacked": True}, "narrow": {"narrow": True}}
+ERRORS = {"two": 3e-3, "one": 6e-2, "stacked": 3e-3, "narrow": 2e-2}
 CASES = [
     (replace(CASE, **RAGGED), 64, 3),
     (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),

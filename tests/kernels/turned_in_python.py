@@ -61,6 +61,12 @@ class Tensor(np.ndarray):  # type: ignore[type-arg]
     def __imul__(self, other: Any) -> Tensor:  # type: ignore[override,misc]
         return made(self * other)
 
+    def permute(self, order: tuple[int, ...]) -> Tensor:
+        return made(self.transpose(order))
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self[..., 0], self[..., 1]
+
     def __getitem__(self, at: Any) -> Any:
         return made(np.asarray(super().__getitem__(at)))
 
@@ -227,6 +233,7 @@ class Language:
     zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))
     full = staticmethod(lambda shape, value, dtype, layout=None: made(np.full(shape, value, STORAGE[str(dtype)])))
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
+    join = staticmethod(lambda x, y: made(np.stack([x, y], -1)))
     num_warps, static_range = staticmethod(lambda: 4), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)

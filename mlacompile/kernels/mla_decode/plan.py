@@ -144,7 +144,7 @@ class HopperPlan:
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
     costs a program, in blocks. turned: of an FP8 cache, by ``hopper_turned.py``, with so many ``query_parts`` in FP8:
-    of two, the second is what the first leaves. stacked: both are rows of one tile, where 32 rows are all.
+    of two, the second is what the first leaves. stacked: both are rows of one tile, where 32 rows are all. narrow: so is P.
     """
 
     parts: int
@@ -153,9 +153,10 @@ class HopperPlan:
     turned: bool = False
     query_parts: int = 2
     stacked: bool = False
+    narrow: bool = False
 
     def __str__(self) -> str:
-        turned = f"-turned{self.query_parts}{'-stacked' * self.stacked}" if self.turned else ""
+        turned = f"-turned{self.query_parts}{'-stacked' * self.stacked}{'-narrow' * self.narrow}" if self.turned else ""
         return f"x{self.parts}-min{self.min_share}-over{self.overhead}{turned}"
 
 

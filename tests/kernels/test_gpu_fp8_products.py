@@ -100,6 +100,19 @@ def test_stacked_queries_are_as_exact(case: LatentCase, page: int) -> None:
     check(said, *turned(paged(stored, page) if page else stored, stacked=True))
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("case", "page"), CASES, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
+def test_weights_in_fp8(case: LatentCase, page: int, stacked: bool) -> None:
+    """Weights have a roundoff of 2^-4, but the largest of a row and block is exact."""
+    stored, said = quantized(make_inputs(case, device="cuda"))
+    out, lse = turned(paged(stored, page) if page else stored, narrow=True, stacked=stacked)
+    want = exact(said, unit=2**-22, operand_unit=2**-4, key_unit=SUM_UNIT)
+    assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
+    assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
+    if want.out.norm() > 0:
+        assert (out.double() - want.out).norm() / want.out.norm() <= 2e-2
+
+
 @pytest.mark.parametrize(("case", "page"), CASES, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
 def test_queries_in_one_part(case: LatentCase, page: int) -> None:
     """e4m3 has a roundoff of 2^-4; random scores and outputs are off by a few hundredths (docs/kernels.md)."""

@@ -86,9 +86,9 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr,
-    VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
+    PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    AHEAD: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr,
+    CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, [rows].
 

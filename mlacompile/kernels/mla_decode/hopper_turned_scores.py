@@ -114,26 +114,25 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
 
 
 @gluon.jit
-def _narrow_factors(x, stage, t, lo, hi, layout: gl.constexpr):
+def _narrow_factors(x, stage, t, lo, hi, STACKED: gl.constexpr):
     """The logarithms and the reciprocals of a block's factors, one of each by a thread, in the columns of scores."""
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_t = t + gl.arange(0, BLOCK, flat)
     factors = gl.where((o_t >= lo) & (o_t < hi), x.factors.index(stage).load(flat), 1.0)
     factors = gl.where(factors < LEAST_FACTOR, LEAST_FACTOR, factors)
-    columns: gl.constexpr = gl.SliceLayout(0, layout)
+    columns: gl.constexpr = gl.SliceLayout(0, _softmax_layout(STACKED))
     return gl.convert_layout(gl.log2(factors), columns), gl.convert_layout(1.0 / factors, columns)
 
 
 @gluon.jit
-def _publish_narrow(x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr,
-                    STACKED: gl.constexpr):  # fmt: skip
+def _publish_narrow(x, bar, s, m, most, total, row_scale, logarithms, reciprocals, b, t, lo, hi, sure, limit,
+                    CAUSAL: gl.constexpr, STACKED: gl.constexpr):  # fmt: skip
     """The same for P in e4m3: it counts from the largest of its row and block, which is then exact.
 
     m: the logarithm of P's unit, most: of the largest so far. A block of small weights has small units, but not so
     small that earlier output, which is held in them as well, would overflow.
     """
     layout: gl.constexpr = _softmax_layout(STACKED)
-    logarithms, reciprocals = _narrow_factors(x, stage, t, lo, hi, layout)
     s = _together(s, STACKED) * row_scale[:, None] + logarithms[None, :]
     s = _masked(s, t, lo, hi, sure, limit, CAUSAL, layout)
     here = gl.max(s, 1)
@@ -152,13 +151,19 @@ def _publish_narrow(x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, s
 
 
 @gluon.jit
-def _publish_either(x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr,
-                    STACKED: gl.constexpr, NARROW: gl.constexpr):  # fmt: skip
+def _finish(x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, sure, limit, WAIT: gl.constexpr,
+            PENDING: gl.constexpr, CAUSAL: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr):  # fmt: skip
+    """Waits, if so, for the scores of block b, begun before PENDING other products, and publishes their softmax."""
     if NARROW:
+        logarithms, reciprocals = _narrow_factors(x, stage, t, lo, hi, STACKED)  # while the products run
+        if WAIT:
+            s = warpgroup_mma_wait(PENDING, deps=(s,))
         m, most, total = _publish_narrow(
-            x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL, STACKED
+            x, bar, s, m, most, total, row_scale, logarithms, reciprocals, b, t, lo, hi, sure, limit, CAUSAL, STACKED
         )
     else:
+        if WAIT:
+            s = warpgroup_mma_wait(PENDING, deps=(s,))
         m, total = _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
     return m, most, total
 
@@ -205,13 +210,10 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, ahead, s0, PARTS)
-                if BLOCK_P > 0:
-                    s = warpgroup_mma_wait(PARTS, deps=(s,))
-            elif BLOCK_P > 0:
-                s = warpgroup_mma_wait(0, deps=(s,))
-            m, most, total = _publish_either(
-                x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED, NARROW
-            )
+            m, most, total = _finish(
+                x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, BLOCK_P > 0,
+                PARTS if AHEAD else 0, CAUSAL, STACKED, NARROW,
+            )  # fmt: skip
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, ahead, s0, PARTS)
@@ -221,11 +223,10 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
         s = _with_rope(x, s_next, stage, BLOCK_P, layout)
-        if BLOCK_P > 0:
-            s = warpgroup_mma_wait(0, deps=(s,))
-        m, most, total = _publish_either(
-            x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED, NARROW
-        )
+        m, most, total = _finish(
+            x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, BLOCK_P > 0, 0, CAUSAL, STACKED,
+            NARROW,
+        )  # fmt: skip
         x.total.slice(0, N, dim=0).store(total)
         mbarrier.arrive(bar.total, count=1)
         g += 1

@@ -193,7 +193,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
                 for i in gl.static_range(HALVES):
                     _clear_dead_words(words.index(HALVES * stage + i), t, lo, hi)
             if NARROW:
-                even0, odd0, even1, odd1 = _narrow_block(x, bar, words, g, stage, buffer, even0, odd0, even1, odd1, HALVES)
+                even0, odd0, even1, odd1 = _narrow_block(
+                    x, bar, words, g, stage, buffer, even0, odd0, even1, odd1, HALVES
+                )
             else:
                 even0, odd0, even1, odd1 = _wide_block(
                     x, bar, words, weights, g, stage, buffer, even0, odd0, even1, odd1, HALVES

@@ -144,7 +144,8 @@ class HopperPlan:
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
     costs a program, in blocks. turned: of an FP8 cache, by ``hopper_turned.py``, with so many ``query_parts`` in FP8:
-    of two, the second is what the first leaves. stacked: both are rows of one tile, where 32 rows are all. narrow: so is P.
+    of two, the second is what the first leaves. stacked: both are rows of one tile, where 32 rows are all. narrow: P
+    is in FP8, too.
     """
 
     parts: int

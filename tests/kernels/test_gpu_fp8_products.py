@@ -92,12 +92,13 @@ def test_parity(case: LatentCase, page: int) -> None:
     check(said, *turned(paged(stored, page) if page else stored))
 
 
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize(("case", "page"), CASES, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
-def test_stacked_queries_are_as_exact(case: LatentCase, page: int) -> None:
+def test_stacked_queries_are_as_exact(case: LatentCase, page: int, held: bool) -> None:
     if case.heads * case.queries > 32:
         pytest.skip("fills more than half a tile")
     stored, said = quantized(make_inputs(case, device="cuda"))
-    check(said, *turned(paged(stored, page) if page else stored, stacked=True))
+    check(said, *turned(paged(stored, page) if page else stored, stacked=True, held=held))
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -213,6 +213,8 @@ OPERANDS: dict[str, dict[str, Any]] = {
     "stacked": {"stacked": True},
     "narrow": {"narrow": True},
     "stacked, narrow": {"stacked": True, "narrow": True},
+    "stacked, held": {"stacked": True, "held": True},
+    "stacked, held, narrow": {"stacked": True, "held": True, "narrow": True},
 }
 
 

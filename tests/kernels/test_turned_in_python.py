@@ -66,8 +66,14 @@ def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan)
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
-PLANS = {"two": {}, "one": {"query_parts": 1}, "stacked": {"stacked": True}, "narrow": {"narrow": True}}
-ERRORS = {"two": 3e-3, "one": 6e-2, "stacked": 3e-3, "narrow": 2e-2}
+PLANS = {
+    "two": {},
+    "one": {"query_parts": 1},
+    "stacked": {"stacked": True},
+    "narrow": {"narrow": True},
+    "held": {"stacked": True, "held": True},
+}
+ERRORS = {"two": 3e-3, "one": 6e-2, "stacked": 3e-3, "narrow": 2e-2, "held": 3e-3}
 CASES = [
     (replace(CASE, **RAGGED), 64, 3),
     (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),

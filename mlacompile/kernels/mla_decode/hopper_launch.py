@@ -197,8 +197,8 @@ def _turned(
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
         "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
-        "WIDTH": 256 if arguments["R"] <= 256 else 512, "PARTS": parts, "STACKED": stacked, "NARROW": plan.narrow,
-        "STAGES": 5 - parts, "CODE": PACK[dtype], "COLS": columns,
+        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 5 - parts, "CODE": PACK[dtype], "COLS": columns,
+        "PARTS": parts, "STACKED": stacked, "NARROW": plan.narrow, "HELD": plan.held and parts == 1 and columns <= 32,
         "AHEAD": d_pe is not None, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] + 8 * (plan.narrow and columns > 32),
     }  # fmt: skip
 

@@ -86,14 +86,15 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr,
-    CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
+    PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr, HELD: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr,
+    MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, [rows].
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64. PARTS: of a
     query in FP8. STACKED: two parts, as rows of one tile, if there are 32 rows at most. NARROW: P is e4m3.
+    HELD: one part of the queries, or both stacked, stays in registers.
     """
     x, bar = _turned_setup(p_q.dtype.element_ty, PARTS, NARROW, WIDTH, BLOCK_P, STAGES)
     i_tile = gl.program_id(0)
@@ -105,8 +106,8 @@ def _mla_decode_hopper_turned_kernel(
     gl.warp_specialize(
         [
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, scale_log2, H, S, T, PARTS, STACKED, NARROW, BLOCK_P, STAGES, AHEAD, CAUSAL,
-                       ONE_QUERY)),
+                       i_tile, n_tiles, scale_log2, H, S, T, PARTS, STACKED, NARROW, HELD, BLOCK_P, STAGES, AHEAD,
+                       CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, PARTS, STACKED, WIDTH, NARROW, BLOCK_P, COLS, STAGES, CODE,

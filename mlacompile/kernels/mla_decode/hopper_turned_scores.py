@@ -67,9 +67,30 @@ def _rows_of(i_tile, H, N: gl.constexpr, ONE_QUERY: gl.constexpr, layout: gl.con
 
 
 @gluon.jit
-def _key_scores(x, stage, s0, PARTS: gl.constexpr):
+def _queries_of(x, first_layout: gl.constexpr, BLOCK_P: gl.constexpr, HELD: gl.constexpr):
+    """Queries and their rotary parts as left operands of products: in shared memory, or HELD in registers."""
+    if HELD:
+        q = x.q.index(0).load(gl.DotOperandLayout(0, first_layout, 4))
+        if BLOCK_P > 0:
+            return q, x.q_pe.load(gl.DotOperandLayout(0, _products(), 2))
+        else:
+            return q, q
+    else:
+        return x.q, x.q_pe
+
+
+@gluon.jit
+def _key_scores(x, q, stage, s0, PARTS: gl.constexpr, HELD: gl.constexpr):
     """Begins the scores of a stage's latents, the small part of the queries first: it is added up more precisely."""
     keys = x.k.index(stage).permute((1, 0))
+    if HELD:
+        return warpgroup_mma(q, keys, s0, use_acc=False, is_async=True)
+    else:
+        return _parts_scores(x, keys, stage, s0, PARTS)
+
+
+@gluon.jit
+def _parts_scores(x, keys, stage, s0, PARTS: gl.constexpr):
     zero = _here(stage) >> 8  # or the addresses of all parts of the queries would be kept in registers
     if PARTS == 1:
         return warpgroup_mma(x.q.index(zero), keys, s0, use_acc=False, is_async=True)
@@ -79,13 +100,13 @@ def _key_scores(x, stage, s0, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _with_rope(x, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
     """Waits for the scores of a stage's latents, multiplies them with the factors, begins to add the rotary ones."""
     s = warpgroup_mma_wait(0, deps=(s,))
     factors = x.factors.index(stage).load(gl.SliceLayout(0, s.type.layout))
     s = gl.convert_layout(s * factors[None, :], layout)
     if BLOCK_P > 0:
-        s = warpgroup_mma(x.q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
     return s
 
 
@@ -171,7 +192,7 @@ def _finish(x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, sure, lim
 @gluon.jit
 def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
             n_tiles, scale_log2, H, S, T, PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr,
-            BLOCK_P: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr,
+            HELD: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr,
             ONE_QUERY: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block. AHEAD: the scores of a block are begun before the softmax of the one before.
 
@@ -200,29 +221,30 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         total = gl.full((N,), 0.0, gl.float32, by_row)
 
         mbarrier.wait(bar.queries, item & 1)
+        q, q_pe = _queries_of(x, first_layout, BLOCK_P, HELD)
         row_scale = _row_scale(x, STACKED) * scale_log2
         stage = g % STAGES
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
-        s_next = _key_scores(x, stage, s0, PARTS)
+        s_next = _key_scores(x, q, stage, s0, PARTS, HELD)
         for _ in range(n - 1):
-            s = _with_rope(x, s_next, stage, BLOCK_P, layout)
+            s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
             ahead = (g + 1) % STAGES
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, ahead, s0, PARTS)
+                s_next = _key_scores(x, q, ahead, s0, PARTS, HELD)
             m, most, total = _finish(
                 x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, BLOCK_P > 0,
                 PARTS if AHEAD else 0, CAUSAL, STACKED, NARROW,
             )  # fmt: skip
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, ahead, s0, PARTS)
+                s_next = _key_scores(x, q, ahead, s0, PARTS, HELD)
             stage = ahead
             t += BLOCK
             g += 1
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
-        s = _with_rope(x, s_next, stage, BLOCK_P, layout)
+        s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
         m, most, total = _finish(
             x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, BLOCK_P > 0, 0, CAUSAL, STACKED,
             NARROW,

@@ -240,7 +240,7 @@ def test_fp8_products(
     spilled = 0 if heads * queries <= 32 else 24 if narrow else 4 if queries > 1 else 0
     assert main.local_in_loops[0] <= spilled, "limits of rows spill, no more"
     assert main.local_in_loops[1] == 0
-    if heads * queries <= 32:
-        assert main.local_memory == 0
+    if heads * queries <= 32:  # with queries held beside factors one register spills, outside the loops
+        assert main.local_memory <= (2 if stacked and narrow and "held" in operands else 0)
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM

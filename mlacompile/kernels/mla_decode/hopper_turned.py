@@ -10,13 +10,15 @@ through registers:
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
 Both are multiplied with the same keys and add to one sum; up to 32 rows may be stacked, both parts in one tile, at the
-price of one. Rows are scaled by powers of two into the range of FP8, the
-rotary part with them, which is exact, and scores are scaled back where they become exponents.
+price of one, and then held in registers. Rows are scaled by powers of two into the range of FP8, the rotary part with
+them, which is exact, and scores are scaled back where they become exponents.
 
 A transposing load of 16-bit words brings pairs of neighbouring columns into the fragments of a left operand. Split
 into even and odd columns and converted to float16, which holds every e4m3 value, they are left operands of two products
 whose right operand, P^T, has as few columns as there are rows (query, head). P holds the factors of the tokens and is
 kept in the range of float16 by counting the largest factor of a block among the scores.
+
+P may be e4m3, too (NARROW): then values are not converted, only sorted, and each block has a sum of its own.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

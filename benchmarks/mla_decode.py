@@ -3,6 +3,7 @@
     python benchmarks/mla_decode.py --out results.json                      every kernel, over the table of shapes
     python benchmarks/mla_decode.py --kernels "triton;gluon" --rows 128x128x8192,16x1x8192
     python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33,min_share=4"
+    python benchmarks/mla_decode.py --kernels "gluon-fp8-paged@turned=1;gluon-fp8-paged@turned=1,stacked=1"
 
 A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to
 about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order,
@@ -42,6 +43,7 @@ SCALE = 192**-0.5
 COLD_BYTES = 256 << 20  # one replay reads at least this much, several times any L2
 CALLS = 10  # at least so many a replay, whose launch takes as long as a small call
 LIMIT = 3e-3  # of the relative error
+ROUGH_LIMIT = 2e-2  # of products whose queries or weights are in FP8
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,10 @@ class Contender:
     def token_bytes(self) -> int:
         return {"bf16": 1152, "fp8": 644, "656": 656}[self.kind]
 
+    @property
+    def limit(self) -> float:
+        return ROUGH_LIMIT if "query_parts=1" in self.name or "narrow=1" in self.name else LIMIT
+
     def plan(self, row: Row, call: Call) -> Any:
         kernel, _, changes = self.name.partition("@")
         device = device_of(torch.device("cuda", torch.cuda.current_device()))
@@ -317,7 +323,7 @@ def main() -> None:
         print(line(record, floor), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps({"environment": info, "records": records}, indent=1))
-    wrong = [r for r in records if not r["error"] <= LIMIT]
+    wrong = [r for r in records if not r["error"] <= Contender(r["name"]).limit]
     if wrong:
         sys.exit("wrong: " + "; ".join(line(r, r["floor_us"]) for r in wrong))
 

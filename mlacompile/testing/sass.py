@@ -128,7 +128,7 @@ def _local_in_loops(sass: str) -> tuple[int, int]:
     totals = [0, 0]
     for begin, end in innermost:
         body = " ".join(code[begin : end + 1])
-        totals["HGMMA" not in body] += len(re.findall(r"\b(?:LDL|STL)\b", body))
+        totals["GMMA" not in body] += len(re.findall(r"\b(?:LDL|STL)\b", body))
     return totals[0], totals[1]
 
 

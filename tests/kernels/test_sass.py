@@ -105,11 +105,12 @@ def build_hopper(
     page: int,
     dtype: torch.dtype,
     cached: str = "16 bits",
-    turned: bool = False,
+    **changes: Any,
 ) -> list[Compiled]:
     """The Hopper kernel and its merge, with lengths, as they would be launched.
 
     cached: "16 bits" in one fused cache, "per token" or "per block": FP8 in several arrays or in one run of bytes.
+    changes: of the plan.
     """
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -137,7 +138,7 @@ def build_hopper(
     tensors = (q_latent, q_pe, c_kv, k_pe if rope else None, None, length, table, descale)
     assert not hopper_shape_reasons(*tensors[:4], None, table, descale, 0.1)  # type: ignore[arg-type]
     out, lse = meta(batch, heads, queries, rank), meta(batch, heads, queries, dtype=torch.float32)
-    plan = replace(hopper_plan(hopper_shape(tensors), Device()), turned=turned)
+    plan = replace(hopper_plan(hopper_shape(tensors), Device()), **changes)
     built = hopper_launches(tensors, out, lse, plan, scale=0.1, causal=True)
     kind = f"h{heads}s{queries}r{rank}p{rope}page{page} {str(dtype).removeprefix('torch.')}"
     return [compile_for(x.kernel, x.arguments, x.options, name=f"{x.kernel.__name__[5:-7]} {kind}") for x in built]
@@ -205,23 +206,41 @@ TURNED_VARIANTS = [
     (20, 1, 256, 32, 32, torch.bfloat16),
     (7, 1, 128, 0, 0, torch.bfloat16),
 ]
+#: What the plan may say of the operands.
+OPERANDS: dict[str, dict[str, Any]] = {
+    "two parts": {},
+    "one part": {"query_parts": 1},
+    "stacked": {"stacked": True},
+    "narrow": {"narrow": True},
+    "stacked, narrow": {"stacked": True, "narrow": True},
+    "stacked, held": {"stacked": True, "held": True},
+    "stacked, held, narrow": {"stacked": True, "held": True, "narrow": True},
+}
 
 
+@pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("variant", TURNED_VARIANTS, ids=str)
-def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record) -> None:
-    main, _ = build_hopper(*variant, cached="per token", turned=True)
+def test_fp8_products(
+    variant: tuple[int, int, int, int, int, torch.dtype], operands: str, record_property: Record
+) -> None:
+    main, _ = build_hopper(*variant, cached="per token", turned=True, **OPERANDS[operands])
     record_property("compiled", table([main]))
     heads, queries, rank, rope, page, _ = variant
     width = 256 if rank <= 256 else 512
     copies = -(-64 // page) if 0 < page < 64 else 1
     assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
-    assert main.counts["QGMMA"] == 2 * 2 * width // 32, "keys as they are, twice: before the loop and in it"
-    assert main.counts["HGMMA"] >= 4 * width // 128, "a product for 16 tokens of 64 even or odd columns"
+    stacked, narrow = "stacked" in operands and heads * queries <= 32, "narrow" in operands
+    keys = 2 * (1 if operands == "one part" or stacked else 2) * width // 32  # before the loop and in it
+    values = (width // 64) * (2 if heads * queries > 32 else 1) if narrow else 0  # 32 rows, 32 tokens, 64 columns
+    assert main.counts["QGMMA"] == keys + values, "keys as they are"
+    wide = 2 * rope // 16 + (0 if narrow else 4 * width // 128)
+    assert main.counts["HGMMA"] >= wide, "a product for 16 tokens of 64 even or odd columns"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
-    assert main.local_in_loops[0] <= (4 if heads * queries > 32 and queries > 1 else 0), "limits of rows spill, no more"
+    spilled = 0 if heads * queries <= 32 else 24 if narrow else 4 if queries > 1 else 0
+    assert main.local_in_loops[0] <= spilled, "limits of rows spill, no more"
     assert main.local_in_loops[1] == 0
-    if heads * queries <= 32:
-        assert main.local_memory == 0
+    if heads * queries <= 32:  # with queries held beside factors one register spills, outside the loops
+        assert main.local_memory <= (2 if stacked and narrow and "held" in operands else 0)
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM

@@ -9,290 +9,30 @@ through registers:
     _values   eight warps: the output, turned: O^T = V^T * P^T, four sums of 128 pairs of columns by rows
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
-Both are multiplied with the same keys and add to one sum. Rows are scaled by powers of two into the range of FP8, the
-rotary part with them, which is exact, and scores are scaled back where they become exponents.
+Both are multiplied with the same keys and add to one sum; up to 32 rows may be stacked, both parts in one tile, at the
+price of one, and then held in registers. Rows are scaled by powers of two into the range of FP8, the rotary part with
+them, which is exact, and scores are scaled back where they become exponents.
 
 A transposing load of 16-bit words brings pairs of neighbouring columns into the fragments of a left operand. Split
 into even and odd columns and converted to float16, which holds every e4m3 value, they are left operands of two products
 whose right operand, P^T, has as few columns as there are rows (query, head). P holds the factors of the tokens and is
 kept in the range of float16 by counting the largest factor of a block among the scores.
+
+P may be e4m3, too (NARROW): then values are not converted, only sorted, and each block has a sum of its own.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # No "from __future__ import annotations": the fields of an aggregate are types, not strings.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, _wait_for_earlier
-from mlacompile.kernels.mla_decode.hopper_rows import _rows, _slot, _softmax
-from mlacompile.kernels.mla_decode.hopper_turned_room import PAIRS, _turned_setup
-from mlacompile.kernels.mla_decode.hopper_turned_rows import _part_of_queries, _store_queries, _store_rows, _turn_back
-
-HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
-STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
-LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
-
-# Four e4m3 values, (even, odd) of one token and (even, odd) of the next, to float16: even of both, odd of both.
-SPLIT = gl.constexpr(
-    "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
-    "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
-)
-
-
-@gluon.jit
-def _key_scores(x, stage, s0):
-    """Begins the scores of a stage's latents, the small part of the queries first: it is added up more precisely."""
-    keys = x.k.index(stage).permute((1, 0))
-    zero = _here(stage) >> 8  # or the addresses of all parts of the queries would be kept in registers
-    s = warpgroup_mma(x.q.index(zero + 1), keys, s0, use_acc=False, is_async=True)
-    return warpgroup_mma(x.q.index(zero), keys, s, is_async=True)
-
-
-@gluon.jit
-def _with_rope(x, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
-    """Waits for the scores of a stage's latents, multiplies them with the factors, begins to add the rotary ones."""
-    s = warpgroup_mma_wait(0, deps=(s,))
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, s.type.layout))
-    s = gl.convert_layout(s * factors[None, :], layout)
-    if BLOCK_P > 0:
-        s = warpgroup_mma(x.q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr,
-             layout: gl.constexpr):  # fmt: skip
-    """Softmax of block b: stores P and alpha for ``_values``, and returns the running maximum and sum."""
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, layout))
-    if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be anything
-        o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-        factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    largest = gl.maximum(gl.max(gl.abs(factors), 0), LEAST_FACTOR)
-    shift = ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + HEADROOM)).to(gl.float32)
-    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
-    m = m + shift
-    e = gl.exp2(s * row_scale[:, None] - m[:, None])
-    buffer = b & 1
-    mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
-    x.alpha.index(buffer).store(alpha)
-    x.p.index(buffer).store((e * factors[None, :]).to(gl.float16))
-    fence_async_shared()
-    mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    return m, total * alpha + gl.sum(e, 1)
-
-
-@gluon.jit
-def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-            n_tiles, scale_log2, H, S, T, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-            CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Scores and softmax of every block. AHEAD: the scores of a block are begun before the softmax of the one before.
-
-    That keeps the tensor cores busy. Without rotary keys ptxas sees a conflict in it, and would wait for every product.
-    """
-    first_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32]
-    )
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
-    by_row: gl.constexpr = gl.SliceLayout(1, layout)
-    s0 = gl.zeros((ROWS, BLOCK), gl.float32, first_layout)
-    g = 0
-    item = 0
-    todo = share
-    while (row < B) & (todo > overhead):
-        lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        sure = hi
-        limit = gl.full((ROWS,), 0, gl.int32, by_row)
-        if CAUSAL:
-            _r_row, _r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row)
-            limit = gl.minimum(end - S + r_s + 1, T)
-            sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
-        m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
-        total = gl.full((ROWS,), 0.0, gl.float32, by_row)
-
-        mbarrier.wait(bar.queries, item & 1)
-        row_scale = x.row_scale.load(by_row) * scale_log2
-        stage = g % STAGES
-        mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
-        s_next = _key_scores(x, stage, s0)
-        for _ in range(n - 1):
-            s = _with_rope(x, s_next, stage, BLOCK_P, layout)
-            ahead = (g + 1) % STAGES
-            if AHEAD:
-                mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, ahead, s0)
-                if BLOCK_P > 0:
-                    s = warpgroup_mma_wait(2, deps=(s,))
-            elif BLOCK_P > 0:
-                s = warpgroup_mma_wait(0, deps=(s,))
-            m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, layout)
-            if not AHEAD:
-                mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, ahead, s0)
-            stage = ahead
-            t += BLOCK
-            g += 1
-        if (row + 1 >= B) | (todo - taken <= overhead):
-            _launch_later()
-        s = _with_rope(x, s_next, stage, BLOCK_P, layout)
-        if BLOCK_P > 0:
-            s = warpgroup_mma_wait(0, deps=(s,))
-        m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, layout)
-        x.total.store(total)
-        mbarrier.arrive(bar.total, count=1)
-        g += 1
-
-        r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row)
-        lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
-        if (skip == 0) & (rest == 0):
-            o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
-            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
-        else:
-            gl.store(p_part_lse + _slot(part, skip) * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
-        if (skip == 0) & (i_tile == 0):
-            gl.store(p_parts + 2 * row, part)
-            gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
-        item += 1
-        todo -= taken
-        row += 1
-        position = 0
-
-
-@gluon.jit
-def _add_products(even, odd, p, i, to_even, to_odd):
-    """Adds the products of STEP tokens of values and P."""
-    right = p.slice(i * STEP, STEP, dim=1).permute((1, 0))
-    to_even = warpgroup_mma(even, right, to_even, is_async=True)
-    return to_even, warpgroup_mma(odd, right, to_odd, is_async=True)
-
-
-@gluon.jit
-def _columns_of(tile, i, layout: gl.constexpr):
-    """128 pairs of columns by STEP tokens: even columns and odd columns as left operands in float16."""
-    pairs = tile.slice(i * STEP, STEP, dim=0).permute((1, 0)).load(layout)
-    return gl.inline_asm_elementwise(SPLIT, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
-
-
-@gluon.jit
-def _clear_dead_words(words, t, lo, hi):
-    """Zero the rows of a [64, 128] tile of words whose tokens nobody sees: 0 * NaN is NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
-    live = (o_t >= lo) & (o_t < hi)
-    for i in gl.static_range(PAIRS // 64):
-        panel = words.slice(i * 64, 64, dim=1)
-        panel.store(gl.where(live[:, None], panel.load(layout), 0))
-    fence_async_shared()
-
-
-@gluon.jit
-def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
-            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
-            R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-            STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """The output, and at the beginning of each item its queries."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, COLS, 16])
-    by_row: gl.constexpr = gl.SliceLayout(0, layout)
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    HALVES: gl.constexpr = WIDTH // (2 * PAIRS)
-    SOME: gl.constexpr = min(COLS, 32)  # rows of queries that are converted at once
-    words = x.k._reinterpret(
-        gl.int16,
-        [STAGES * HALVES, BLOCK, PAIRS],
-        gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2),
-    )
-    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    weights = x.p._reinterpret(gl.float16, [2 * ROWS // COLS, COLS, BLOCK], square)
-    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    g = 0
-    item = 0
-    todo = share
-    while (row < B) & (todo > overhead):
-        lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
-        p = p_q + row.to(gl.int64) * stride_qb
-        q0 = _part_of_queries(p, i_tile, 0, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, ONE_QUERY)
-        pe0 = q0
-        q1 = q0
-        pe1 = q0
-        if COLS > SOME:  # else what the other rows hold reaches none of these
-            q1 = _part_of_queries(p, i_tile, SOME, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, ONE_QUERY)
-        if BLOCK_P > 0:
-            p = p_qpe + row.to(gl.int64) * stride_pb
-            pe0 = _part_of_queries(p, i_tile, 0, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, ONE_QUERY)
-            if COLS > SOME:
-                pe1 = _part_of_queries(
-                    p, i_tile, SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, ONE_QUERY
-                )
-        _store_queries(x, q0, pe0, 0, BLOCK_P)
-        if COLS > SOME:
-            _store_queries(x, q1, pe1, SOME, BLOCK_P)
-        fence_async_shared()
-        mbarrier.arrive(bar.queries, count=1)
-
-        even0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
-        odd0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
-        even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
-        odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
-        for _ in range(n):
-            stage = g % STAGES
-            buffer = g & 1
-            mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
-            if (t < lo) | (t + BLOCK > hi):
-                for i in gl.static_range(HALVES):
-                    _clear_dead_words(words.index(HALVES * stage + i), t, lo, hi)
-            tile = words.index(HALVES * stage)
-            v_even, v_odd = _columns_of(tile, 0, a_layout)
-            mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-            alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(by_row)[None, :]
-            even0 *= alpha
-            odd0 *= alpha
-            if HALVES > 1:
-                even1 *= alpha
-                odd1 *= alpha
-            b_p = weights.index(buffer * (ROWS // COLS))
-            even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
-            for i in gl.static_range(1, BLOCK // STEP):
-                v_even, v_odd = _columns_of(tile, i, a_layout)
-                even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
-                even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
-            if HALVES > 1:
-                tile = words.index(HALVES * stage + 1)
-                for i in gl.static_range(BLOCK // STEP):
-                    v_even, v_odd = _columns_of(tile, i, a_layout)
-                    even1, odd1 = _add_products(v_even, v_odd, b_p, i, even1, odd1)
-                    even1, odd1 = warpgroup_mma_wait(2, deps=(even1, odd1))
-            mbarrier.arrive(bar.empty.index(stage), count=1)
-            even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
-            mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-            t += BLOCK
-            g += 1
-
-        mbarrier.wait(bar.total, item & 1)
-        total = x.total.slice(0, COLS, dim=0).load(by_row)
-        total = 1.0 / gl.where(total == 0, 1.0, total)
-        whole = (skip == 0) & (rest == 0)
-        slot = _slot(part, skip)
-        # All scores of the item are computed, so its queries are no longer needed.
-        through = x.q._reinterpret(gl.int32, [ROWS, WIDTH // 2], wide).slice(0, COLS, dim=0)
-        _turn_back(even0, odd0, total, through.slice(0, PAIRS, dim=1), CODE)
-        if HALVES > 1:
-            _turn_back(even1, odd1, total, through.slice(PAIRS, PAIRS, dim=1), CODE)
-        _store_rows(
-            through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, WIDTH // 2, R // 2, COLS, ONE_QUERY
-        )
-        item += 1
-        todo -= taken
-        row += 1
-        position = 0
+from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_turned_room import _turned_setup
+from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
+from mlacompile.kernels.mla_decode.hopper_turned_values import _values
 
 
 @gluon.jit
@@ -348,14 +88,17 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    PAGE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-    CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
+    PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr, HELD: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr,
+    MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, [rows].
 
-    p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
+    p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64. PARTS: of a
+    query in FP8. STACKED: two parts, as rows of one tile, if there are 32 rows at most. NARROW: P is e4m3.
+    HELD: one part of the queries, or both stacked, stays in registers.
     """
-    x, bar = _turned_setup(p_q.dtype.element_ty, WIDTH, BLOCK_P, STAGES)
+    x, bar = _turned_setup(p_q.dtype.element_ty, PARTS, NARROW, WIDTH, BLOCK_P, STAGES)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
@@ -365,10 +108,12 @@ def _mla_decode_hopper_turned_kernel(
     gl.warp_specialize(
         [
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, AHEAD, CAUSAL, ONE_QUERY)),
+                       i_tile, n_tiles, scale_log2, H, S, T, PARTS, STACKED, NARROW, HELD, BLOCK_P, STAGES, AHEAD,
+                       CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY)),
+                       stride_ps, stride_pr, R, P, PARTS, STACKED, WIDTH, NARROW, BLOCK_P, COLS, STAGES, CODE,
+                       ONE_QUERY)),
             (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
                              T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
                              STAGES)),

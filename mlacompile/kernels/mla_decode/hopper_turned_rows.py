@@ -1,4 +1,4 @@
-"""Queries in two FP8 parts, and turned output back in rows: what ``hopper_turned.py`` does once a work item."""
+"""Queries in FP8 parts, and turned output back in rows: what ``hopper_turned.py`` does once a work item."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -21,10 +21,13 @@ def _two_to(k):
 
 @gluon.jit
 def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl.constexpr, WIDTH: gl.constexpr,
-                     D: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Rows [first, first + N) of a tile's queries, a warp a row; zeros beyond the last row."""
+                     D: gl.constexpr, STACKED: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Rows [first, first + N) of a tile's queries, a warp a row; zeros beyond the last. STACKED: every row twice."""
     layout: gl.constexpr = gl.BlockedLayout([1, max(WIDTH // 32, 1)], [1, 32], [gl.num_warps(), 1], [1, 0])
-    o_row = i_tile * ROWS + first + gl.arange(0, N, gl.SliceLayout(1, layout))
+    o_row = first + gl.arange(0, N, gl.SliceLayout(1, layout))
+    if STACKED:  # eight rows, and the same again
+        o_row = o_row // 16 * 8 + o_row % 8
+    o_row += i_tile * ROWS
     if ONE_QUERY:
         o_h = o_row
         o_s = o_row * 0
@@ -37,8 +40,11 @@ def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl
 
 
 @gluon.jit
-def _store_queries(x, q, pe, first, BLOCK_P: gl.constexpr):
-    """Some of a tile's queries as two FP8 parts, and the powers of two that their rows were divided by."""
+def _store_queries(x, q, pe, first, PARTS: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Some of a tile's queries in FP8 parts, and the powers of two that their rows were divided by.
+
+    STACKED: eight rows rounded, then what that leaves of them, whose rotary part is none.
+    """
     by_row: gl.constexpr = gl.SliceLayout(1, q.type.layout)
     q = q.to(gl.float32)
     amax = gl.max(gl.abs(q), 1)
@@ -49,15 +55,51 @@ def _store_queries(x, q, pe, first, BLOCK_P: gl.constexpr):
     down = _two_to(-k)
     q = q * down[:, None]
     high = q.to(gl.float8e4nv)
+    if STACKED:
+        is_rest = gl.arange(0, q.shape[0], by_row) % 16 >= 8
+        high = gl.where(is_rest[:, None], q - high.to(gl.float32), q).to(gl.float8e4nv)
     x.q.index(0).slice(first, q.shape[0], dim=0).store(high)
-    x.q.index(1).slice(first, q.shape[0], dim=0).store((q - high.to(gl.float32)).to(gl.float8e4nv))
+    if PARTS == 2:
+        x.q.index(1).slice(first, q.shape[0], dim=0).store((q - high.to(gl.float32)).to(gl.float8e4nv))
     if BLOCK_P > 0:
         by_pe_row: gl.constexpr = gl.SliceLayout(1, pe.type.layout)
+        if STACKED:
+            down = gl.where(gl.arange(0, q.shape[0], by_row) % 16 >= 8, 0.0, down)
         pe = pe * gl.convert_layout(down, by_pe_row)[:, None]
         x.q_pe.slice(first, q.shape[0], dim=0).store(pe.to(x.q_pe.dtype))
     # A conversion to FP8 ends at its largest value: rows that are not finite say so here.
     up = gl.where(amax < float("inf"), _two_to(k), float("nan"))
     x.row_scale.slice(first, q.shape[0], dim=0).store(up)
+
+
+@gluon.jit
+def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                     stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, PARTS: gl.constexpr,
+                     STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, N: gl.constexpr,
+                     ONE_QUERY: gl.constexpr):  # fmt: skip
+    """The N rows of a tile of queries that can be any: all are on their way before the first is stored."""
+    SOME: gl.constexpr = min(N, 32)  # rows that are converted at once
+    p = p_q + i_b.to(gl.int64) * stride_qb
+    q0 = _part_of_queries(p, i_tile, 0, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY)
+    pe0 = q0
+    q1 = q0
+    pe1 = q0
+    if N > SOME:
+        q1 = _part_of_queries(
+            p, i_tile, SOME, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY
+        )
+    if BLOCK_P > 0:
+        p = p_qpe + i_b.to(gl.int64) * stride_pb
+        pe0 = _part_of_queries(
+            p, i_tile, 0, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
+        )
+        if N > SOME:
+            pe1 = _part_of_queries(
+                p, i_tile, SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
+            )
+    _store_queries(x, q0, pe0, 0, PARTS, STACKED, BLOCK_P)
+    if N > SOME:
+        _store_queries(x, q1, pe1, SOME, PARTS, STACKED, BLOCK_P)
 
 
 @gluon.jit
@@ -70,13 +112,13 @@ def _turn_back(even, odd, share, through, CODE: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, W: gl.constexpr, D: gl.constexpr,
-                COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Write rows of D words, of W in shared memory, to the result if the item is a whole row, else to its slot."""
+def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, first, W: gl.constexpr,
+                D: gl.constexpr, COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Write rows of D words to the result if the item is a whole row, else to its slot: W from ``first`` on."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps() * 128 // W, W // 128], [1, 0])
     for i in gl.static_range(COLS // 16):
         o_row = _here(i_tile) * ROWS + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
-        o_c = gl.arange(0, W, gl.SliceLayout(0, layout))
+        o_c = first + gl.arange(0, W, gl.SliceLayout(0, layout))
         mask = (o_row < H * S)[:, None] & (o_c < D)[None, :]
         o_to = o_row
         p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * D

@@ -1,0 +1,93 @@
+"""``hopper_turned.py`` run as Python: blocks, barriers, buffers and what its products are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernel is written in Gluon, which Triton brings")
+
+from mlacompile.kernels.mla_decode import (
+    hopper_fetch,
+    hopper_plan,
+    hopper_room,
+    hopper_rows,
+    hopper_turned,
+    hopper_turned_room,
+    hopper_turned_rows,
+    hopper_turned_scores,
+    hopper_turned_values,
+)
+from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
+from mlacompile.kernels.mla_decode.plan import HopperPlan
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized
+from tests.kernels import turned_in_python
+
+MODULES = [
+    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_room, hopper_turned_rows,
+    hopper_turned_scores, hopper_turned_values,
+]  # fmt: skip
+
+
+def merged(out: Tensor, lse: Tensor, arguments: dict[str, Any], rank: int) -> None:
+    """What the merge does: rows that several programs worked on."""
+    _, h, s, _ = out.shape
+    part_lse = arguments["p_part_lse"]
+    part = arguments["p_part"].view(torch.float16).view(*part_lse.shape, rank)
+    for row, (first, count) in enumerate(arguments["p_parts"].tolist()):
+        if count == 1:
+            continue
+        slots = [2 * first + 1, *(2 * (first + i) for i in range(1, count))]
+        each, sizes = part[slots, : h * s].float(), part_lse[slots, : h * s].double() / math.log2(math.e)
+        whole = torch.logsumexp(sizes, 0)
+        weights = torch.exp(sizes - whole).nan_to_num(0)[..., None]
+        out[row] = (each * weights).sum(0).view(s, h, -1).transpose(0, 1)
+        lse[row] = whole.view(s, h).T
+
+
+def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan) -> tuple[Tensor, Tensor]:
+    q_latent, q_pe, c_kv, k_pe, _, start, length, table, descale = inputs.tensors
+    assert q_latent is not None
+    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
+    out = torch.full(q_latent.shape, math.nan, dtype=q_latent.dtype)
+    lse = torch.full(q_latent.shape[:3], math.nan)
+    main = hopper_launches(tensors, out, lse, plan, **inputs.keywords)[0]
+    turned_in_python.install(monkeypatch, MODULES, main.grid)
+    turned_in_python.run(main.kernel, main.grid, main.arguments)
+    if plan.parts > 1:
+        merged(out, lse, main.arguments, q_latent.shape[3])
+    return out, lse
+
+
+CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
+RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
+PLANS = {
+    "two": {},
+    "one": {"query_parts": 1},
+    "stacked": {"stacked": True},
+    "narrow": {"narrow": True},
+    "held": {"stacked": True, "held": True},
+}
+ERRORS = {"two": 3e-3, "one": 6e-2, "stacked": 3e-3, "narrow": 2e-2, "held": 3e-3}
+CASES = [
+    (replace(CASE, **RAGGED), 64, 3),
+    (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),
+    (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 32, 1),
+    (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2),
+]
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
+def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, kind: str) -> None:
+    stored, said = quantized(make_inputs(case))
+    want = exact(said)
+    plan = HopperPlan(parts, turned=True, **PLANS[kind])
+    out, lse = run(monkeypatch, paged(stored, page) if page else stored, plan)
+    assert (out.double() - want.out).norm() / want.out.norm() < ERRORS[kind]
+    assert torch.allclose(lse.double(), want.lse, atol=0.1 if kind == "one" else 2e-3, rtol=1e-4)

@@ -1,0 +1,337 @@
+"""Just enough of Gluon in plain Python to run ``hopper_turned.py``: its three partitions as threads.
+
+As in ``gluon_in_python.py`` a product is computed from shared memory as late as it may be: when it is waited for. Tiles
+of shared memory lie in panels as on a GPU, so that looking at them as another type finds the same bytes. Layouts of
+registers do not exist here; that conversions between them move nothing is for the compiler to say.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.experimental.gluon import language as real
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tests.kernels.gluon_in_python import Barrier, Barriers
+
+Numbers = np.ndarray[Any, Any]
+STORAGE = {
+    "fp8e4nv": np.uint8, "fp16": np.float16, "fp32": np.float32, "int16": np.int16, "int32": np.int32,
+    "int64": np.int64, "uint32": np.uint32,
+}  # fmt: skip
+TYPES = (real.float16, real.float32, real.int32, real.int64)
+_here = threading.local()
+
+
+def from_e4m3(x: Numbers) -> Numbers:
+    return torch.from_numpy(np.ascontiguousarray(x)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def to_e4m3(x: Numbers) -> Numbers:
+    """Rounded, and ended at the largest value, as the GPU does."""
+    kept = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).clamp(-448, 448)
+    return kept.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+class Tensor(np.ndarray):  # type: ignore[type-arg]
+    """A tensor in registers; values of FP8 as float32."""
+
+    type = SimpleNamespace(layout=None)
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Tensor:
+        storage = STORAGE[str(dtype)]
+        if bitcast:
+            return made(np.asarray(self).view(storage))
+        if str(dtype) == "fp8e4nv":
+            return made(from_e4m3(to_e4m3(self)))
+        return made(np.asarray(self).astype(storage))
+
+    def __iadd__(self, other: Any) -> Tensor:  # type: ignore[override,misc]
+        return made(self + other)  # what others hold stays as it is
+
+    def __isub__(self, other: Any) -> Tensor:  # type: ignore[override,misc]
+        return made(self - other)
+
+    def __imul__(self, other: Any) -> Tensor:  # type: ignore[override,misc]
+        return made(self * other)
+
+    def permute(self, order: tuple[int, ...]) -> Tensor:
+        return made(self.transpose(order))
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self[..., 0], self[..., 1]
+
+    def __getitem__(self, at: Any) -> Any:
+        return made(np.asarray(super().__getitem__(at)))
+
+
+def made(x: Any) -> Tensor:
+    return np.asarray(x).view(Tensor)
+
+
+class Pointer:
+    def __init__(self, array: Numbers, offset: Any = 0) -> None:
+        self.array, self.offset = array, offset
+        self.dtype = SimpleNamespace(element_ty=next(x for x in TYPES if STORAGE[str(x)] == array.dtype))
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.array, self.offset + offset)
+
+
+class Memory:
+    """A view of shared memory: where each of its elements lies, counted in elements, in one array of bytes."""
+
+    def __init__(self, raw: Numbers, dtype: Any, at: Numbers) -> None:
+        self.raw, self.dtype, self.at = raw, dtype, at
+        self.shape = at.shape
+
+    @classmethod
+    def seen(cls, raw: Numbers, first: int, dtype: Any, shape: list[int], layout: Any) -> Memory:
+        """Bytes from ``first`` on as tiles of that shape, panel after panel."""
+        size = np.dtype(STORAGE[str(dtype)]).itemsize
+        at = np.arange(int(np.prod(shape))) + first // size
+        assert first % size == 0
+        assert (at.max() + 1) * size <= raw.size, "looks beyond its shared memory"
+        if len(shape) > 2 - (layout is None) and hasattr(layout, "swizzle_byte_width") and layout.swizzle_byte_width:
+            *many, rows, columns = shape
+            wide = min(layout.swizzle_byte_width // size, columns)
+            at = at.reshape(*many, columns // wide, rows, wide).swapaxes(-3, -2)
+        return cls(raw, dtype, at.reshape(shape))
+
+    def index(self, i: int) -> Memory:
+        return Memory(self.raw, self.dtype, self.at[int(i)])
+
+    def slice(self, start: int, length: int, dim: int) -> Memory:
+        return Memory(self.raw, self.dtype, self.at.take(range(int(start), int(start) + length), axis=dim))
+
+    def permute(self, order: tuple[int, ...]) -> Memory:
+        return Memory(self.raw, self.dtype, self.at.transpose(order))
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Memory:
+        size = np.dtype(STORAGE[str(self.dtype)]).itemsize
+        assert self.at.size == self.at.max() + 1 - self.at.min(), "has gaps"
+        return Memory.seen(self.raw, int(self.at.min()) * size, dtype, shape, layout)
+
+    def load(self, layout: Any = None) -> Tensor:
+        found = self.raw.view(STORAGE[str(self.dtype)])[self.at]
+        return made(from_e4m3(found) if str(self.dtype) == "fp8e4nv" else found)
+
+    def store(self, value: Any) -> None:
+        assert np.shape(value) == self.shape
+        value = to_e4m3(value) if str(self.dtype) == "fp8e4nv" else np.asarray(value)
+        self.raw.view(STORAGE[str(self.dtype)])[self.at] = value
+
+
+def _allocate(dtype: Any, shape: list[int], layout: Any) -> Memory:
+    size = np.dtype(STORAGE[str(dtype)]).itemsize
+    raw = np.full(int(np.prod(shape)) * size, 255, np.uint8)  # NaN in all types
+    return Memory.seen(raw, 0, dtype, shape, layout)
+
+
+class Product:
+    """An asynchronous product."""
+
+    type = Tensor.type
+
+    def __init__(self, left: Any, right: Memory, acc: Any, use_acc: bool) -> None:
+        self.left, self.right, self.acc, self.use_acc = left, right, acc, use_acc
+        self.value: Tensor | None = None
+
+    def compute(self) -> None:
+        left = self.left.load() if isinstance(self.left, Memory) else self.left
+        value = np.asarray(left, np.float64) @ np.asarray(self.right.load(), np.float64)
+        if self.use_acc:
+            value = value + np.asarray(self.acc.value if isinstance(self.acc, Product) else self.acc)
+        self.value = made(value.astype(np.float32))
+
+
+def _products() -> list[Product]:
+    """What this thread has begun and not waited for."""
+    if not hasattr(_here, "products"):
+        _here.products = []
+    return _here.products  # type: ignore[no-any-return]
+
+
+def _begin(left: Any, right: Memory, acc: Any, *, use_acc: bool = True, is_async: bool) -> Product:
+    product = Product(left, right, acc, use_acc)
+    _products().append(product)
+    return product
+
+
+def _wait(pendings: int, deps: tuple[Any, ...]) -> Any:
+    begun = _products()
+    while len(begun) > pendings:
+        begun.pop(0).compute()
+    known = [x.value if isinstance(x, Product) and x.value is not None else x for x in deps]
+    return known[0] if len(known) == 1 else known
+
+
+def _load(p: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+    at = np.asarray(p.offset)
+    if mask is None:
+        return made(p.array[at])
+    return made(np.where(mask, p.array[np.where(mask, at, 0)], np.asarray(other, p.array.dtype)))
+
+
+def _store(p: Pointer, value: Any, mask: Any = None) -> None:
+    at = np.asarray(p.offset)
+    if mask is None:
+        p.array[at] = value
+    else:
+        shape = np.broadcast_shapes(at.shape, np.shape(mask))
+        mask = np.broadcast_to(mask, shape)
+        p.array[np.broadcast_to(at, shape)[mask]] = np.broadcast_to(value, shape)[mask]
+
+
+def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
+    if "e4m3x2" in code:  # pairs of FP8 values to float16
+        pairs = np.asarray(args[0])
+        return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))
+    if "prmt" in code:  # pairs of FP8 values as they are
+        return _pairs_apart(args[0])
+    if "cvt.rn.f16x2.f32" in code:  # two numbers to one word
+        low, high = (np.asarray(x).astype(np.float16).view(np.uint16).astype(np.uint32) for x in args)
+        return made((low | high << 16).view(np.int32))
+    if "griddepcontrol" in code:
+        return None
+    assert "mov.b32" in code
+    return args[0]
+
+
+def _pairs_apart(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    even, odd = (from_e4m3(((np.asarray(pairs) >> shift) & 255).astype(np.uint8)) for shift in (0, 8))
+    return made(even), made(odd)
+
+
+def _scalar_or(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *args: made(function(*args))
+
+
+class Language:
+    """What the kernel calls ``gl``; names of types and layouts are the real ones."""
+
+    def __init__(self, grid: tuple[int, int, int]) -> None:
+        self.grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real, name)
+
+    minimum, maximum = staticmethod(_scalar_or(np.minimum)), staticmethod(_scalar_or(np.fmax))
+    abs, where = staticmethod(_scalar_or(np.abs)), staticmethod(_scalar_or(np.where))
+    exp2, log2 = staticmethod(_scalar_or(np.exp2)), staticmethod(_scalar_or(np.log2))
+    sum = staticmethod(lambda x, axis: made(np.sum(x, axis)))
+    max = staticmethod(lambda x, axis: made(np.fmax.reduce(x, axis)))
+    min = staticmethod(lambda x, axis: made(np.min(x, axis)))
+    associative_scan = staticmethod(lambda x, axis, combine: made(np.cumsum(x, axis)))
+    arange = staticmethod(lambda begin, end, layout=None: made(np.arange(begin, end)))
+    zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))
+    full = staticmethod(lambda shape, value, dtype, layout=None: made(np.full(shape, value, STORAGE[str(dtype)])))
+    convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
+    join = staticmethod(lambda x, y: made(np.stack([x, y], -1)))
+    num_warps, static_range = staticmethod(lambda: 4), range
+    load, store = staticmethod(_load), staticmethod(_store)
+    allocate_shared_memory = staticmethod(_allocate)
+    inline_asm_elementwise = staticmethod(_assembly)
+    program_id = staticmethod(lambda axis: made(_here.program[axis]))
+    warp_specialize = staticmethod(lambda *args: _specialize(*args))
+
+    def num_programs(self, axis: int) -> Tensor:
+        return made(self.grid[axis])
+
+
+class Descriptor:
+    """A matrix, or a line, of which boxes are copied: zeros beyond its edges."""
+
+    def __init__(self, described: TensorDescriptor) -> None:
+        base, strides = described.base, [int(x) for x in described.strides]
+        self.dtype = {1: real.float8e4nv, 2: real.float16, 4: real.float32}[base.element_size()]
+        raw = base.view(torch.uint8) if base.element_size() == 1 else base
+        self.array = raw.as_strided([int(x) for x in described.shape], strides).numpy()
+        self.block_type = SimpleNamespace(shape=[int(x) for x in described.block_shape])
+        self.layout = described.layout
+
+    def load(self, at: list[Any], barrier: Barrier, to: Memory) -> None:
+        found = self.array[tuple(slice(int(i), int(i) + n) for i, n in zip(at, to.shape, strict=True))]
+        whole = np.zeros(to.shape, self.array.dtype)
+        whole[tuple(slice(n) for n in found.shape)] = found
+        to.raw.view(whole.dtype)[to.at] = whole
+        barrier.change(0, -whole.nbytes)
+
+
+def _barriers(count: int) -> Any:
+    made_ = Barriers(Barrier(1) for _ in range(count))
+    return made_ if count > 1 else made_[0]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tuple[int, int, int]) -> None:
+    """Let the functions of the kernel's modules run as Python."""
+    replaced = {
+        "gl": Language(grid), "warpgroup_mma": _begin, "warpgroup_mma_wait": _wait, "fence_async_shared": lambda: None,
+        "mbarrier": SimpleNamespace(
+            wait=lambda barrier, parity: barrier.wait(int(parity)),
+            expect=lambda barrier, size: barrier.change(1, size),
+            arrive=lambda barrier, count: barrier.change(count, 0),
+        ),
+        "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to), "_barriers": _barriers,
+        "_here": lambda x: x, "_launch_later": lambda: None,
+        "TurnedTiles": lambda *args: SimpleNamespace(**dict(zip(TILES, args, strict=True))),
+        "TurnedSignals": lambda *args: SimpleNamespace(**dict(zip(SIGNALS, args, strict=True))),
+    }  # fmt: skip
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if name in replaced:
+                monkeypatch.setattr(module, name, replaced[name])
+            elif isinstance(value, real.constexpr):
+                monkeypatch.setattr(module, name, value.value)
+            elif callable(getattr(value, "fn", None)):
+                monkeypatch.setattr(module, name, value.fn)
+            elif hasattr(value, "__wrapped__") and name.startswith("_"):
+                monkeypatch.setattr(module, name, value.__wrapped__)
+
+
+TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total")
+SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total")
+
+
+def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
+    """Every program of a launch, one after the other: its partitions at once."""
+
+    def argument(x: Any) -> Any:
+        if isinstance(x, TensorDescriptor):
+            return Descriptor(x)
+        if isinstance(x, torch.Tensor):
+            whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+            return Pointer(whole.numpy(), x.storage_offset())
+        return made(x) if type(x) is int else x
+
+    made_once = {name: argument(x) for name, x in arguments.items()}
+    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name in arguments}
+    for _here.program in np.ndindex(*grid):
+        with np.errstate(all="ignore"):
+            kernel.fn(**{**made_once, **constants}, num_warps=4)
+
+
+def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
+    failed: list[BaseException] = []
+
+    def guarded(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        try:
+            with np.errstate(all="ignore"):
+                function(*args)
+            assert not _products(), "ends before its products are waited for"
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=partition, daemon=True) for partition in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]

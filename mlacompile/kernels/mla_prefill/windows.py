@@ -30,8 +30,8 @@ class Window:
 def read_bounds(mask: Tensor | None, start: Tensor | None, length: Tensor | None, *, batch: int, tokens: int) -> Tensor:
     """What mask, start and length let each batch row see: (first, end, hidden) as int64 ``[3, B]`` on the CPU.
 
-    One of them is a tensor. Of a GPU it is sent on its way and not waited for: only ``windows_of`` may look at it. While
-    a CUDA graph is captured nothing can be read: then all is -1.
+    One of them is a tensor. Of a GPU it is sent on its way and not waited for: only ``windows_of`` may look at it.
+    While a CUDA graph is captured nothing can be read: then all is -1.
     """
     device = next(x.device for x in (mask, start, length) if x is not None)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -16,7 +16,8 @@ from mlacompile.lowering.single_row import place_head_products, place_row_produc
 from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
 
-#: Whether steps store what they cache by ``write_latents``. Its kernel has not run on a GPU yet: it is not chosen.
+#: Whether steps store what they cache by ``write_latents``: measured, hardly faster as long as what follows it has to
+#: wait for it (docs/kernels.md).
 WRITES = False
 
 

@@ -105,11 +105,19 @@ def ours(
     folder.mkdir(parents=True, exist_ok=True)
     frequencies = None if ablation.frequencies is None else ablation.frequencies(source, budget)
     began = time.monotonic()
-    layers, reports = compress(
-        source, budget, calibration, Shelf(folder), frequencies=frequencies, advance=_tell, **ablation.recipe
+    fitted = compress(
+        source,
+        budget,
+        calibration,
+        Shelf(folder),
+        frequencies=frequencies,
+        dtype=torch.bfloat16,
+        advance=_tell,
+        **ablation.recipe,
     )
     seconds = time.monotonic() - began
-    return layers, {"says": ablation.says, "seconds": seconds, "by_layer": [vars(report) for report in reports]}
+    row = {"says": ablation.says, "seconds": seconds, "by_layer": [vars(report) for report in fitted.reports]}
+    return fitted.layers, row
 
 
 def _tell(done: int, total: int) -> None:

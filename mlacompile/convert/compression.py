@@ -214,6 +214,16 @@ def refuse(model: GQAModel, what: str = "compress") -> None:
         )
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Compressed layers, what each of them misses, and the losses of source and result on the validation windows."""
+
+    layers: Sequence[MLALayer]
+    reports: list[LayerReport]
+    before: Score
+    after: Score
+
+
 def compress(
     source: Source,
     budget: Budget,
@@ -224,10 +234,11 @@ def compress(
     seed: int = 0,
     device: str | torch.device = "cpu",
     frequencies: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
     advance: Callable[[int, int], None] = lambda done, total: None,
     **recipe: Any,
-) -> tuple[Sequence[MLALayer], list[LayerReport]]:
-    """Every layer in latent form, within ``budget``, and what each of them misses. One layer is in memory at a time.
+) -> Fitted:
+    """Every layer in latent form, within ``budget``, rounded to ``dtype``. One layer is in memory at a time.
 
     Layers are put on ``shelf``, and taken from it if an earlier run has put them there. ``frequencies`` of the rotary
     lanes, by number, are chosen if they are not given. ``recipe`` overrides fields of ``Recipe``.
@@ -259,8 +270,19 @@ def compress(
         )
     method = our_method(frequencies)
     held = len(calibration.validation)
-    compress_model(blocks, layers, embedded, how, method=method, held=held, shelf=shelf, progress=done)
-    return OneByOne(len(layers), shelf.get), reports
+    walk = compress_model(
+        blocks,
+        layers,
+        embedded,
+        how,
+        method=method,
+        held=held,
+        shelf=shelf,
+        stored=lambda layer: rounded(layer, dtype, device),
+        progress=done,
+    )
+    before, after = _scores(blocks, calibration.validation, [walk.original, walk.compressed])
+    return Fitted(OneByOne(len(layers), shelf.get), reports, before, after)
 
 
 def heal(
@@ -332,6 +354,11 @@ def evaluate(
         layers: list[GQALayer | MLALayer] = [attention[i], *(rounded(form[i], dtype, device) for form in forms)]
         streams = [advance_stream(block, stream, layer) for stream, layer in zip(streams, layers)]
         advance(i + 1, len(attention))
+    return _scores(blocks, windows, streams)
+
+
+def _scores(blocks: Blocks, windows: Tensor, streams: list[Tensor]) -> list[Score]:
+    """Of what leaves the last layer for ``windows [W, T]``, the original's first and then others, ``[W, T, M]``."""
     tallies = [Tally() for _ in streams]
     for ids, *logits in zip(windows, *(blocks.logits(stream) for stream in streams)):
         for n, (tally, got) in enumerate(zip(tallies, logits)):

@@ -139,14 +139,24 @@ def convert(
             say(f"{len(writer.finished)} shards were finished by an earlier run, and are taken up.")
         made = None
         if fit is not None:
-            made = _make(opened, fit, writer.scratch, target=target, seed=seed, device=device, say=say, advance=advance)
+            made = _make(
+                opened,
+                fit,
+                writer.scratch,
+                target=target,
+                dtype=decided.dtype,
+                seed=seed,
+                device=device,
+                say=say,
+                advance=advance,
+            )
             decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=made.layers)
-            texts.insert(0, compression.Evaluation(_VALIDATION, fit.calibration.validation))
         notes = report.notes(decided, compressed=fit is not None)
         for note in notes:
             say(note)
         layers = lifted(opened) if made is None else made.layers
-        losses = [_measure(opened, layers, text, decided.dtype, device, advance) for text in texts]
+        losses = [] if made is None else [made.loss]
+        losses += [_measure(opened, layers, text, decided.dtype, device, advance) for text in texts]
         _write(decided, writer, max_shard_bytes, lambda done, total: advance(done, total, "writing"))
         found = None
         if check_result:
@@ -208,10 +218,11 @@ class _Fit:
 
 @dataclass(frozen=True)
 class _Made:
-    """Compressed layers, what each of them misses, and how healing went."""
+    """Compressed layers, what each of them misses, what all of them lose on validation text, and how healing went."""
 
     layers: Sequence[MLALayer]
     reports: list[LayerReport]
+    loss: report.Loss
     healing: Progress | None = None
 
 
@@ -254,6 +265,7 @@ def _make(
     scratch: Path,
     *,
     target: str,
+    dtype: torch.dtype,
     seed: int,
     device: str | torch.device,
     say: Callable[[str], None],
@@ -262,7 +274,7 @@ def _make(
     shelf = Shelf(scratch)
     if 0 in shelf:
         say("Layers that an earlier run has compressed are taken up.")
-    layers, reports = compression.compress(
+    fitted = compression.compress(
         source,
         fit.budget,
         fit.calibration,
@@ -270,13 +282,14 @@ def _make(
         target=target,
         seed=seed,
         device=device,
+        dtype=dtype,
         advance=lambda done, total: advance(done, total, "compressing"),
     )
     if not fit.heal:
-        return _Made(layers, reports)
+        return _Made(fitted.layers, fitted.reports, report.Loss(_VALIDATION, fitted.before, fitted.after))
     layers, healing = compression.heal(
         source,
-        layers,
+        fitted.layers,
         fit.calibration,
         scratch,
         minutes=fit.heal.minutes or None,
@@ -286,7 +299,8 @@ def _make(
         advance=lambda done, total: advance(done, total, "healing"),
     )
     say(f"Healed in {healing.step} steps: KL divergence {healing.first:.4f} -> {healing.best:.4f} nats.")
-    return _Made(layers, reports, healing)
+    validation = compression.Evaluation(_VALIDATION, fit.calibration.validation)
+    return _Made(layers, fitted.reports, _measure(source, layers, validation, dtype, device, advance), healing)
 
 
 def _measure(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlacompile.convert.attend import GroupedAttention
+from mlacompile.convert.attend import GroupedAttention, LatentAttention
 from mlacompile.convert.compression import (
     Budget,
     Calibration,
@@ -31,6 +31,7 @@ from mlacompile.convert.compression import (
     evaluate,
     read_ids,
 )
+from mlacompile.convert.effort import EFFORTS, Effort
 from mlacompile.convert.evaluate import spread_windows
 from mlacompile.convert.form import MLALayer
 from mlacompile.convert.latent import Tap, step
@@ -42,7 +43,6 @@ from mlacompile.testing.timing import environment
 
 #: Cache saved, and the latent and rotary widths that TransMLA is known with at it. Ours divides the same sum itself.
 BUDGETS = {"50 %": Budget(128, 64), "68.75 %": Budget(88, 32), "87.5 %": Budget(16, 32)}
-FOLDS = {64: (1, 2, 4), 32: (2, 4, 8)}
 #: TransMLA's own calibration.
 BASELINE_WINDOWS, BASELINE_LENGTH = 128, 256
 
@@ -75,13 +75,14 @@ ABLATIONS = {
 }
 
 
-def second_moments(source: Source, windows: Tensor) -> list[Tensor]:
-    """E[x xᵀ] of the input of every attention layer, float64."""
+def second_moments(source: Source, windows: Tensor, form: Sequence[MLALayer] | None = None) -> list[Tensor]:
+    """E[x xᵀ] of the input of every attention layer, float64; in the original, or with the attention of ``form``."""
     blocks, layers = Blocks(source), Layers(source)
     stream, moments = blocks.embed(windows), []
     with torch.inference_mode():
         for i, layer in enumerate(layers):
-            block, tap = blocks[i], Tap(GroupedAttention(layer))
+            attention = GroupedAttention(layer) if form is None else LatentAttention(form[i])
+            block, tap = blocks[i], Tap(attention)
             total, ahead = torch.zeros(stream.shape[-1], stream.shape[-1], dtype=torch.float64), []
             for part in stream.split(8):
                 ahead.append(step(block, part, tap))
@@ -93,7 +94,7 @@ def second_moments(source: Source, windows: Tensor) -> list[Tensor]:
 
 
 def ours(
-    source: Source, budget: Budget, calibration: Calibration, folder: Path, ablation: Ablation
+    source: Source, budget: Budget, calibration: Calibration, folder: Path, ablation: Ablation, effort: Effort
 ) -> tuple[Sequence[MLALayer], dict[str, Any]]:
     if ablation.window is not None:
         cut = ablation.window
@@ -104,7 +105,7 @@ def ours(
         calibration = replace(calibration, windows=calibration.windows[:: len(calibration.windows) // ablation.windows])
     folder.mkdir(parents=True, exist_ok=True)
     frequencies = None if ablation.frequencies is None else ablation.frequencies(source, budget)
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     fitted = compress(
         source,
         budget,
@@ -112,11 +113,12 @@ def ours(
         Shelf(folder),
         frequencies=frequencies,
         dtype=torch.bfloat16,
+        effort=effort,
         advance=_tell,
         **ablation.recipe,
     )
-    seconds = time.monotonic() - began
-    row = {"says": ablation.says, "seconds": seconds, "by_layer": [vars(report) for report in fitted.reports]}
+    took = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - worked}
+    row = {"says": ablation.says} | took | {"by_layer": [vars(report) for report in fitted.reports]}
     return fitted.layers, row
 
 
@@ -131,12 +133,12 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
-    known = [f"{kind} {name}" for name in BUDGETS for kind in ("baseline", "ours")] + list(ABLATIONS)
+    known = [f"{kind} {name}" for name in BUDGETS for kind in ("baseline", "fast", "ours")] + list(ABLATIONS)
     parser.add_argument("--runs", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
     asked = parser.parse_args()
 
     source = open_source(asked.model)
-    calibration = Calibration.read(source, asked.calibrate)
+    calibration = Calibration.read(source, asked.calibrate, EFFORTS["full"])
     texts = [Evaluation.read(source, file) for file in asked.evaluate]
     result: dict[str, Any] = json.loads(asked.result.read_text()) if asked.result.exists() else {"runs": {}}
     result |= {
@@ -150,6 +152,7 @@ def main() -> None:
         "evaluation": {text.name: list(text.windows.shape) for text in texts},
     }
     moments: list[Tensor] = []
+    cut = torch.empty(0)  # windows of the baseline's calibration
     rows: dict[str, dict[str, Any]] = {}
     forms: list[Sequence[MLALayer]] = []
     for name in asked.runs:
@@ -159,14 +162,18 @@ def main() -> None:
             if not moments:
                 ids = read_ids(source, asked.calibrate, option="--calibrate", at_least=1)
                 fitted = ids[: len(ids) - len(ids) // 10]
-                moments = second_moments(source, spread_windows(fitted, length=BASELINE_LENGTH, count=BASELINE_WINDOWS))
-            layers, rows[name] = baseline(source, BUDGETS[rest], moments, calibration)
+                cut = spread_windows(fitted, length=BASELINE_LENGTH, count=BASELINE_WINDOWS)
+                moments = second_moments(source, cut)
+            layers, rows[name] = baseline(source, BUDGETS[rest], moments, cut, calibration.validation)
         else:
-            saved = rest if kind == "ours" else "50 %"
+            saved = rest if kind in ("ours", "fast") else "50 %"
             budget = Budget.parse(source.model, kv_budget=1 - float(saved.split()[0]) / 100)
             assert budget is not None
             ablation = ABLATIONS.get(name, Ablation("everything on"))
-            layers, rows[name] = ours(source, budget, calibration, asked.work / name, ablation)
+            effort = EFFORTS["fast" if kind == "fast" else "full"]
+            read = Calibration.read(source, asked.calibrate, effort)
+            layers, rows[name] = ours(source, budget, read, asked.work / name, ablation, effort)
+            rows[name]["fitted"] = list(read.windows.shape)
         forms.append(layers)
         rows[name] |= {"rope_dim": layers[0].w_kr.shape[0], "rank": layers[0].w_dkv.shape[0]}
     for text in texts:
@@ -183,21 +190,31 @@ def main() -> None:
 
 
 def baseline(
-    source: Source, budget: Budget, moments: list[Tensor], calibration: Calibration
+    source: Source, budget: Budget, moments: list[Tensor], windows: Tensor, validation: Tensor
 ) -> tuple[Sequence[MLALayer], dict[str, Any]]:
-    """TransMLA with the fold that is best on the validation windows."""
-    layers = Layers(source)
-    made = {
+    """TransMLA on second moments of ``windows``, the original's being ``moments``.
+
+    The fold is the one that loses least where nothing is truncated yet, as published (``freqfold auto``), but on
+    ``validation``, not on a test split.
+    """
+    layers, total = list(Layers(source)), source.model.cache_values
+    fewest = source.model.head_dim // budget.rope_dim
+    rotated = {
         fold: [
-            transmla(layer, moment, rope_dim=budget.rope_dim, rank=budget.rank, fold=fold)
+            transmla(layer, moment, rope_dim=budget.rope_dim, rank=total - budget.rope_dim, fold=fold)
             for layer, moment in zip(layers, moments)
         ]
-        for fold in FOLDS[budget.rope_dim]
+        for fold in (fewest, 2 * fewest, 4 * fewest)
     }
-    scores = evaluate(source, list(made.values()), calibration.validation, dtype=torch.bfloat16)[1:]
-    validation = {fold: score.perplexity for fold, score in zip(made, scores)}
-    fold = min(validation, key=lambda one: validation[one])
-    return made[fold], {"fold": fold, "validation": validation}
+    scores = evaluate(source, list(rotated.values()), validation, dtype=torch.bfloat16)[1:]
+    found = {fold: score.perplexity for fold, score in zip(rotated, scores)}
+    fold = min(found, key=lambda one: found[one])
+    partial = second_moments(source, windows, rotated[fold])
+    made = [
+        transmla(layer, moment, rope_dim=budget.rope_dim, rank=budget.rank, fold=fold, partial=after)
+        for layer, moment, after in zip(layers, moments, partial)
+    ]
+    return made, {"fold": fold, "validation, nothing truncated": found}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
 from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
 from mlacompile.convert.distill import Progress
+from mlacompile.convert.effort import DEFAULT, EFFORTS
 from mlacompile.convert.form import MLALayer
 from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan, lifted, plan
@@ -64,6 +65,7 @@ def convert(
     kv_lora_rank: int | None = None,
     rope_dim: int | None = None,
     calibrate: str | Path | None = None,
+    effort: str = DEFAULT,
     evaluate: Sequence[str | Path] = (),
     heal: float = 0.0,
     heal_steps: int = 0,
@@ -92,6 +94,7 @@ def convert(
         kv_lora_rank: width of the latent, instead of a share.
         rope_dim: rotary lanes, even; by default by the budget.
         calibrate: the text to fit to and, its last tenth, to choose by: UTF-8, .jsonl or .parquet.
+        effort: "fast" or "full": how much of the text is read, and how much is tried.
         evaluate: texts to report the loss on; nothing is fitted to or chosen by them.
         heal: minutes of distillation after that, the original being the teacher; over the whole calibration text.
         heal_steps: so many steps of it instead, which give the same result however long they take.
@@ -112,14 +115,17 @@ def convert(
         VerificationError: ``check_result`` found a difference that is more than rounding where nothing was to be lost;
             nothing is left at ``out``.
     """
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     if dtype not in DTYPES:
         raise UnsupportedInputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if effort not in EFFORTS:
+        raise UnsupportedInputError(f"effort {effort!r}: expected one of {', '.join(EFFORTS)}")
     opened = open_source(source, config=config, head_dim=head_dim, rope_theta=rope_theta)
     fit = _asked_fit(
         opened,
         lossless=lossless,
         calibrate=calibrate,
+        effort=effort,
         heal=_Healing(heal, heal_steps),
         target=target,
         widths={"kv_budget": kv_budget, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim},
@@ -168,6 +174,8 @@ def convert(
         if made is not None and made.healing is not None:
             summary["healing"] = made.healing.to_json()
         summary["seconds"] = round(time.monotonic() - started, 1)
+        summary["threads"] = torch.get_num_threads()
+        summary["cpu_seconds"] = round(time.process_time() - worked, 1)
         writer.write_json("conversion.json", summary)
         writer.write_bytes("conversion.html", report.to_html(summary).encode())
         writer.commit()
@@ -205,6 +213,7 @@ class _Fit:
     budget: compression.Budget
     calibration: compression.Calibration
     text: str
+    effort: str
     heal: _Healing
 
     def shapes(self, source: Source, target: str) -> Sequence[MLALayer]:
@@ -213,7 +222,7 @@ class _Fit:
     def options(self) -> dict[str, Any]:
         text = {"name": self.text, "sha256_of_ids": self.calibration.digest}
         widths = {"kv_lora_rank": self.budget.rank, "rope_dim": self.budget.rope_dim}
-        return widths | {"calibrate": text} | self.heal.options()
+        return widths | {"calibrate": text, "effort": self.effort} | self.heal.options()
 
 
 @dataclass(frozen=True)
@@ -231,6 +240,7 @@ def _asked_fit(
     *,
     lossless: bool,
     calibrate: str | Path | None,
+    effort: str,
     heal: _Healing,
     target: str,
     widths: dict[str, Any],
@@ -256,7 +266,8 @@ def _asked_fit(
         )
     if unsized:
         say(f"No budget is given: half of the cache is kept ({budget.rank} + {budget.rope_dim} values a token).")
-    return _Fit(budget, compression.Calibration.read(source, calibrate), Path(calibrate).name, heal)
+    calibration = compression.Calibration.read(source, calibrate, EFFORTS[effort])
+    return _Fit(budget, calibration, Path(calibrate).name, effort, heal)
 
 
 def _make(
@@ -283,6 +294,7 @@ def _make(
         seed=seed,
         device=device,
         dtype=dtype,
+        effort=EFFORTS[fit.effort],
         advance=lambda done, total: advance(done, total, "compressing"),
     )
     if not fit.heal:

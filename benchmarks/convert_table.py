@@ -101,7 +101,7 @@ def times() -> str:
     if not reports:
         return "How long conversions take has not been measured."
     lines = [
-        "| effort | cache saved | on | seconds | of a core | perplexity, validation part | KL |",
+        "| effort | cache saved | on | seconds | CPU seconds | perplexity, validation part | KL |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
     for report in reports:

@@ -77,7 +77,8 @@ def test_the_more_is_kept_the_less_is_lost(llama: Path, text: Path, tmp_path: Pa
     assert lost[1] < 0.6 * lost[0]
 
 
-def test_full_effort_reads_more_and_is_another_conversion(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_full_effort_reads_more_and_is_another_conversion(llama: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "long.txt", 12000)
     fast, full = (
         convert(llama, tmp_path / effort, kv_budget=0.5, calibrate=text, effort=effort).report
         for effort in ("fast", "full")

@@ -55,7 +55,7 @@ def convert(
         typer.Option(metavar="TEXT", help="The text to fit to (UTF-8, .jsonl, .parquet); half of the cache is kept."),
     ] = None,
     effort: Annotated[
-        Effort, typer.Option(help="Fast, or full: twice the text and more that is tried, for twice the time.")
+        Effort, typer.Option(help="Fast, or full: more text, and more that is tried, for about twice the time.")
     ] = Effort.fast,
     evaluate: Annotated[
         list[Path] | None,

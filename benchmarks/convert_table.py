@@ -73,8 +73,7 @@ def losses(result: dict[str, Any]) -> str:
         "| cache saved | method | rope + latent | " + " | ".join(f"{t}, perplexity | KL" for t in TEXTS) + " |",
         "|---|---|---|" + "--:|--:|" * len(TEXTS),
     ]
-    first = next(iter(runs.values()))
-    originals = [_figure(first, text, "original") for text in TEXTS]
+    originals = [_figure(next((r for r in runs.values() if t in r), None), t, "original") for t in TEXTS]
     lines.append("| 0 % | original | | " + " | ".join(f"{original} | 0" for original in originals) + " |")
     for budget in BUDGETS:
         for kind, (name, _) in KINDS.items():
@@ -87,7 +86,10 @@ def losses(result: dict[str, Any]) -> str:
             lines.append(f"| {budget} | {says} | {widths} | " + " | ".join(cells) + " |")
     folds = [f"{b}: {_by_fold(runs[f'baseline {b}'])}" for b in BUDGETS if "by_fold" in runs.get(f"baseline {b}", {})]
     if folds:
-        lines.append(f"\nTransMLA by fold, {TEXTS[0]}: {'; '.join(folds)}.")
+        lines.append(f"\nTransMLA calibrated once, on the original alone, by fold, {TEXTS[0]}: {'; '.join(folds)}.")
+    if whole := runs.get("baseline nothing truncated"):
+        widths, figure = f"{whole['rope_dim']} + {whole['rank']}", _figure(whole, TEXTS[0], "perplexity")
+        lines.append(f"\nTransMLA with nothing truncated ({widths}), {TEXTS[0]}: {figure}.")
     return "\n".join(lines)
 
 

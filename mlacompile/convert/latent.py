@@ -198,21 +198,12 @@ def compress_model(
     for index, (block, layer) in enumerate(zip(blocks, layers)):
         # What leaves the last layer is of interest for the held windows alone: by them the whole is measured.
         gone = 0 if index + 1 < len(blocks) else len(embedded) - held
-        tap = Tap(GroupedAttention(layer))
-        ahead, seen, added = [], [], []
-        for number, window in enumerate(original.split(1)):
-            if number < gone:
-                tap(_attention_input(block, window))
-            else:
-                ahead.append(step(block, window, tap))
-            seen.append(tap.seen)
-            added.append(tap.added)
+        original, x, target = _over_original(block, layer, original, gone)
         if shelf is not None and index in shelf:
             latent = shelf.get(index).map(lambda value: value.to(embedded.device))
             report = LayerReport(**shelf.note(index))
             compressed = advance_stream(block, compressed[gone:], latent)
         else:
-            x, target = torch.cat(seen), torch.cat(added)
             latent, report = _best(method(layer, x[:-held], recipe), x[-held:], target[-held:])
             latent = stored(latent)
             inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
@@ -226,11 +217,24 @@ def compress_model(
             outputs = [project_heads(latent, one) for one in heads[gone:].split(1)]
             moved = [step(block, now, _Known(out)) for now, out in zip(compressed[gone:].split(1), outputs)]
             compressed = torch.cat(moved)
-        original = torch.cat(ahead)
         done.append(latent)
         if progress is not None:
             progress(index, latent, report)
     return Walk(done, original, compressed)
+
+
+def _over_original(block: nn.Module, layer: GQALayer, stream: Tensor, gone: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``stream [W, T, M]`` over ``block`` without its first ``gone`` windows; of all, what attention got and added."""
+    tap = Tap(GroupedAttention(layer))
+    ahead, seen, added = [], [], []
+    for number, window in enumerate(stream.split(1)):
+        if number < gone:
+            tap(_attention_input(block, window))
+        else:
+            ahead.append(step(block, window, tap))
+        seen.append(tap.seen)
+        added.append(tap.added)
+    return torch.cat(ahead), torch.cat(seen), torch.cat(added)
 
 
 def _best(candidates: Iterator[tuple[float, MLALayer]], x: Tensor, target: Tensor) -> tuple[MLALayer, LayerReport]:

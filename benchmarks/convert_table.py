@@ -4,7 +4,8 @@ python benchmarks/convert_table.py          rewrites what is between the two mar
 python benchmarks/convert_table.py --check  exits with 1 if the page says something else
 python benchmarks/convert_table.py --take RESULT ...   first takes the runs of these parts of a measurement over
 
-The report of a healed conversion, its conversion.json, goes to results/convert_heal-<budget>-<device>.json.
+The report of a healed conversion, its conversion.json, goes to results/convert_heal-<budget>-<device>.json; that of
+one whose time counts, made with nothing else running, to results/convert_time-<effort>-<device>.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ BEGIN = "<!-- losses: written by benchmarks/convert_table.py from benchmarks/res
 END = "<!-- end of losses -->"
 BUDGETS = ("50 %", "68.75 %", "87.5 %")
 TEXTS = ("wiki_test.txt", "lee.txt")
+KINDS = {
+    "baseline": ("TransMLA", "#888888"),
+    "fast": ("mlacompile", "#f58518"),
+    "ours": ("mlacompile --effort full", "#4c78a8"),
+}
 _MISSING = "not measured"
 
 
@@ -37,7 +43,7 @@ def main() -> int:
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{PAGE.name} lacks the markers {BEGIN!r} and {END!r}")
-    new = f"{head}{BEGIN}\n{losses(result)}\n\n{healed()}\n\n{ablations(result)}\n{END}{tail}"
+    new = f"{head}{BEGIN}\n{losses(result)}\n\n{times()}\n\n{healed()}\n\n{ablations(result)}\n{END}{tail}"
     if "--check" in sys.argv[1:]:
         if new != old:
             print(f"{PAGE.name} does not say what {RESULT.name} does: run benchmarks/convert_table.py")
@@ -67,11 +73,11 @@ def losses(result: dict[str, Any]) -> str:
         "| cache saved | method | rope + latent | " + " | ".join(f"{t}, perplexity | KL" for t in TEXTS) + " |",
         "|---|---|---|" + "--:|--:|" * len(TEXTS),
     ]
-    first = next(iter(runs.values()))
-    originals = [_figure(first, text, "original") for text in TEXTS]
+    originals = [_figure(next((r for r in runs.values() if t in r), None), t, "original") for t in TEXTS]
     lines.append("| 0 % | original | | " + " | ".join(f"{original} | 0" for original in originals) + " |")
     for budget in BUDGETS:
-        for kind, says in (("baseline", "TransMLA"), ("ours", "**mlacompile**")):
+        for kind, (name, _) in KINDS.items():
+            says = name if kind == "baseline" else f"**{name}**"
             row = runs.get(f"{kind} {budget}")
             widths = _MISSING if row is None else f"{row['rope_dim']} + {row['rank']}"
             if row is not None and "fold" in row:
@@ -80,12 +86,34 @@ def losses(result: dict[str, Any]) -> str:
             lines.append(f"| {budget} | {says} | {widths} | " + " | ".join(cells) + " |")
     folds = [f"{b}: {_by_fold(runs[f'baseline {b}'])}" for b in BUDGETS if "by_fold" in runs.get(f"baseline {b}", {})]
     if folds:
-        lines.append(f"\nTransMLA by fold, {TEXTS[0]}: {'; '.join(folds)}.")
+        lines.append(f"\nTransMLA calibrated once, on the original alone, by fold, {TEXTS[0]}: {'; '.join(folds)}.")
+    if whole := runs.get("baseline nothing truncated"):
+        widths, figure = f"{whole['rope_dim']} + {whole['rank']}", _figure(whole, TEXTS[0], "perplexity")
+        lines.append(f"\nTransMLA with nothing truncated ({widths}), {TEXTS[0]}: {figure}.")
     return "\n".join(lines)
 
 
 def _by_fold(row: dict[str, Any]) -> str:
     return ", ".join(f"{fold} gives {perplexity:.2f}" for fold, perplexity in row["by_fold"].items())
+
+
+def times() -> str:
+    """How long conversions take, from their reports."""
+    reports = [json.loads(path.read_text()) for path in sorted(RESULT.parent.glob("convert_time-*.json"))]
+    if not reports:
+        return "How long conversions take has not been measured."
+    lines = [
+        "| effort | cache saved | on | seconds | CPU seconds | perplexity, validation part | KL |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for report in reports:
+        loss, saved = report["losses"][0], f"{100 * (1 - report['cache']['kept']):g} %"
+        figures = f"{report['seconds']:.0f} | {report['cpu_seconds']:.0f}"
+        lost = f"{loss['perplexity']['source']:.2f} → {loss['perplexity']['result']:.2f} | {loss['kl']:.2f}"
+        lines.append(
+            f"| {report['options']['effort']} | {saved} | {report['threads']} threads of a CPU | {figures} | {lost} |"
+        )
+    return "\n".join(lines)
 
 
 def healed() -> str:
@@ -108,7 +136,7 @@ def healed() -> str:
 
 def ablations(result: dict[str, Any]) -> str:
     """Ours at half the cache, with each idea switched off."""
-    known = {name: row for name, row in result["runs"].items() if name.split()[0] not in ("baseline", "ours")}
+    known = {name: row for name, row in result["runs"].items() if name.split()[0] not in KINDS}
     if not known:
         return "The ablations have not been measured yet: `benchmarks/convert_loss.py` runs them."
     lines = ["| switched off, at 50 % | instead | " + " | ".join(TEXTS) + " |", "|---|---|" + "--:|" * len(TEXTS)]
@@ -126,11 +154,10 @@ def plot(result: dict[str, Any]) -> None:
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(8, 3), layout="constrained")
         for axes, text in zip(figure.subplots(1, len(TEXTS)), TEXTS):
-            for kind, color in (("baseline", "#888888"), ("ours", "#f58518")):
+            for kind, (label, color) in KINDS.items():
                 rows = {b: result["runs"].get(f"{kind} {b}", {}).get(text) for b in BUDGETS}
                 points = [(float(b.split()[0]), row["perplexity"]) for b, row in rows.items() if row is not None]
                 if points:
-                    label = "TransMLA" if kind == "baseline" else "mlacompile"
                     axes.plot(*zip(*points), marker="o", label=label, color=color)
             axes.set(title=text, xlabel="cache saved, %", ylabel="perplexity", yscale="log")
             axes.legend(frameon=False)

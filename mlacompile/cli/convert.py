@@ -32,6 +32,13 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class Effort(StrEnum):
+    """How much work compressing may be."""
+
+    fast = "fast"
+    full = "full"
+
+
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder, or a .safetensors file.")],
     out: Annotated[Path, typer.Option(help="The folder to make. It appears when it is whole.")],
@@ -47,6 +54,9 @@ def convert(
         Path | None,
         typer.Option(metavar="TEXT", help="The text to fit to (UTF-8, .jsonl, .parquet); half of the cache is kept."),
     ] = None,
+    effort: Annotated[
+        Effort, typer.Option(help="Fast, or full: more text, and more that is tried, for about twice the time.")
+    ] = Effort.fast,
     evaluate: Annotated[
         list[Path] | None,
         typer.Option(metavar="TEXT", help="A text to report the loss on, and nothing else. May be given again."),
@@ -96,6 +106,7 @@ def convert(
                 kv_lora_rank=kv_lora_rank,
                 rope_dim=rope_dim,
                 calibrate=calibrate,
+                effort=effort.value,
                 evaluate=evaluate or (),
                 heal=heal,
                 heal_steps=heal_steps,

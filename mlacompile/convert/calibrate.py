@@ -65,17 +65,16 @@ def sample_pairs(
     mixed_sum, mixed_square, output = x.new_zeros(size), x.new_zeros(size, size), 0.0
     for window, tokens in enumerate(x):
         hidden = tokens[None].float()
-        q, k, v = (
-            project(hidden, w, b)[0]
-            for w, b in ((layer.w_q, layer.b_q), (layer.w_k, layer.b_k), (layer.w_v, layer.b_v))
-        )
+        k, v = (project(hidden, w, b)[0] for w, b in ((layer.w_k, layer.b_k), (layer.w_v, layer.b_v)))
         # Position 0 sees one key only: nothing there can go wrong.
         at = (torch.randperm(length - 1, generator=generator)[:queries] + 1).sort().values.to(x.device)
-        scores = rotate_halves(q[None], turned)[0][:, at] @ rotate_halves(k[None], turned)[0][group_of].transpose(1, 2)
+        q = project(hidden[:, at], layer.w_q, layer.b_q)[0]  # [H, Q, D]
+        turned_keys = rotate_halves(k[None], turned)[0].repeat_interleave(heads // groups, 0)
+        scores = rotate_halves(q[None], turned[at])[0] @ turned_keys.transpose(1, 2)
         hidden_keys = torch.arange(length, device=x.device) > at[:, None]
         p = (scores * layer.scale).masked_fill(hidden_keys, -torch.inf).softmax(-1)
         everything = torch.cat((k, v)).transpose(0, 1).flatten(1)  # [T, 2 G D]
-        mixed = (p @ everything).flatten(0, 1)
+        mixed = p.flatten(0, 1) @ everything
         mixed_sum += mixed.sum(0)
         mixed_square += mixed.T @ mixed
         # Evenly spaced quantiles with one random offset a query: unbiased, and far less noisy than free draws.
@@ -96,9 +95,10 @@ def sample_pairs(
             distance[..., attended::2] = (far * reach).floor()
         kept["distance"].append(distance)
         kept["weight"].append(weight)
-        seen = q[:, at].double()
-        query += torch.einsum("hq,hqd,hqe->hde", weight.double(), seen, seen)
-        output += torch.einsum("mhd,hqd->qm", layer.w_o, p @ v[group_of]).square().sum(-1).mean().item()
+        seen = q.double()
+        query += (seen * weight.double()[..., None]).transpose(1, 2) @ seen
+        delivered = mixed.view(heads, -1, 2, groups, v.shape[2])[torch.arange(heads), :, 1, group_of]  # [H, Q, D]
+        output += torch.einsum("mhd,hqd->qm", layer.w_o, delivered).square().sum(-1).mean().item()
     joined = {name: torch.cat(parts, dim=0 if name in ("k", "v") else 1) for name, parts in kept.items()}
     count = joined["weight"].numel()
     mean = mixed_sum / count

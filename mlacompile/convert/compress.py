@@ -22,32 +22,39 @@ from mlacompile.errors import UnsupportedInputError
 _RIDGE = 1e-4  # of the mean diagonal: the sample is finite
 
 
-class _Moments:
-    """Second moments within queries of one head's rotated keys κ, lanes z and tokens y = [k; v]."""
+#: Rows of a chunk of pairs, so that what is made of them stays in a core's cache; columns of a product at once.
+_CHUNK, _STRIP = 1024, 128
 
-    def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes, turns: tuple[Tensor, Tensor], head: int) -> None:
-        """``turns``: how keys and lanes turn by distance, ``[distances, D/2]`` and ``[distances, P/2]``."""
-        groups = layer.w_k.shape[0]
-        group = head // (layer.w_q.shape[0] // groups)
-        token, distance = pairs.token[head], pairs.distance[head].long()
-        k, v = pairs.k[token], pairs.v[token]  # [Q, K, G, D]
-        mixed = halves_to_complex(k).flatten(-2) @ lanes.mix.to(torch.complex64).T
-        turned = halves_to_complex(k[..., group, :]) * turns[0][distance]
-        lane = mixed * turns[1][distance]
-        parts = (
-            torch.cat((turned.real, turned.imag), dim=-1),
-            torch.view_as_real(lane).flatten(-2),
-            torch.cat((k.flatten(-2), v.flatten(-2)), dim=-1),
-        )
-        self.widths = [part.shape[-1] for part in parts]
-        stacked = torch.cat(parts, dim=-1)
-        centred = stacked - stacked.mean(1, keepdim=True)
-        keys = token.shape[1]
-        scaled = (centred * (pairs.weight[head] * (1 / (keys - 1)))[:, None, None].sqrt()).flatten(0, 1)
-        self.moment = (scaled.T @ scaled).double() / token.shape[0]
 
-    def split(self) -> list[list[Tensor]]:
-        return [list(row.split(self.widths, dim=1)) for row in self.moment.split(self.widths, dim=0)]
+class _Sample:
+    """A layer's pairs with what all heads share: tokens y = [k; v], their lanes, and how keys turn by distance."""
+
+    def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes) -> None:
+        farthest = int(pairs.distance.max())
+        self.pairs, self.per_group = pairs, layer.w_q.shape[0] // layer.w_k.shape[0]
+        self.key_turns, self.lane_turns = _turns(layer.inv_freq, farthest), _turns(lanes.inv_freq, farthest)
+        self.keys = halves_to_complex(pairs.k)  # [tokens, G, D/2]
+        self.lanes = self.keys.flatten(1) @ lanes.mix.to(torch.complex64).T  # [tokens, P/2]
+        self.tokens = torch.cat((pairs.k.flatten(1), pairs.v.flatten(1)), dim=1)  # [tokens, 2 G D]
+
+    def moments(self, head: int) -> list[list[Tensor]]:
+        """Second moments within queries of one head's rotated keys κ, lanes z and tokens y: ``[3][3]`` blocks."""
+        keys = self.keys[:, head // self.per_group].contiguous()
+        widths = [2 * keys.shape[1], 2 * self.lanes.shape[1], self.tokens.shape[1]]
+        size = sum(widths)
+        moment = torch.zeros(size, size, dtype=torch.float64, device=keys.device)
+        token, distance, weight = self.pairs.token[head], self.pairs.distance[head].long(), self.pairs.weight[head]
+        root = (weight * (1 / (token.shape[1] - 1))).sqrt()
+        for at in torch.arange(token.shape[0], device=keys.device).split(max(1, _CHUNK // token.shape[1])):
+            turned = keys[token[at]] * self.key_turns[distance[at]]
+            lane = self.lanes[token[at]] * self.lane_turns[distance[at]]
+            parts = (turned.real, turned.imag, torch.view_as_real(lane).flatten(-2), self.tokens[token[at]])
+            stacked = torch.cat(parts, dim=-1)
+            scaled = ((stacked - stacked.mean(1, keepdim=True)) * root[at, None, None]).flatten(0, 1)
+            for strip in range(0, size, _STRIP):  # the upper triangle of strips is enough
+                moment[strip : strip + _STRIP, strip:] += scaled[:, strip : strip + _STRIP].T @ scaled[:, strip:]
+        moment = (moment.triu() + moment.triu(1).T) / token.shape[0]
+        return [list(row.split(widths, dim=1)) for row in moment.split(widths, dim=0)]
 
 
 def _turns(inv_freq: Tensor, farthest: int) -> Tensor:
@@ -71,9 +78,8 @@ class Compression:
     def __init__(self, layer: GQALayer, pairs: Pairs, lanes: Lanes) -> None:
         self.layer, self.pairs, self.lanes = layer, pairs, lanes
         heads = layer.w_q.shape[0]
-        farthest = int(pairs.distance.max())
-        turns = _turns(layer.inv_freq, farthest), _turns(lanes.inv_freq, farthest)
-        self._moments = [_Moments(layer, pairs, lanes, turns, head).split() for head in range(heads)]
+        sample = _Sample(layer, pairs, lanes)
+        self._moments = [sample.moments(head) for head in range(heads)]
         token = torch.stack([m[2][2] for m in self._moments]).mean(0)
         self._score_worth = torch.zeros_like(token)
         for head, m in enumerate(self._moments):
@@ -109,21 +115,22 @@ class Compression:
         order = torch.linalg.eigh(self._root @ worth @ self._root).eigenvectors.flip(-1)
         down = order[:, :rank].T @ self._inverse  # [R, 2 G D]
 
-        w_uk, rope, w_uv = [], [], []
-        for head, m in enumerate(self._moments):
+        first = size // 2
+        seen = mixed @ down.T  # [2 G D, R]
+        read_v = regress(seen[first:], down @ seen).view(groups, width, rank)
+        w_uk, rope = [], []
+        for m in self._moments:
             onto = torch.cat((m[0][2] @ down.T, m[0][1]), dim=1)
             crossed = down @ m[2][1]
             features = torch.cat((torch.cat((down @ m[2][2] @ down.T, crossed), 1), torch.cat((crossed.T, m[1][1]), 1)))
             read = regress(onto, features)
             w_uk.append(read[:, :rank])
             rope.append(read[:, rank:].T)
-            first = size // 2 + head // per_group * width
-            w_uv.append(regress(mixed[first : first + width] @ down.T, down @ mixed @ down.T))
-        q_rope, up_v = torch.stack(rope), torch.stack(w_uv)  # [H, P, D], [H, D, R]
+        group_of = torch.arange(heads, device=mean.device) // per_group
+        q_rope, up_v = torch.stack(rope), read_v[group_of]  # [H, P, D], [H, D, R]
 
         # The mean of a head's values that the latent's own mean does not bring.
-        group_of = torch.arange(heads, device=mean.device) // per_group
-        lost = mean[size // 2 :].view(groups, width)[group_of] - torch.einsum("hdr,r->hd", up_v, down @ mean)
+        lost = mean[first:].view(groups, width)[group_of] - torch.einsum("hdr,r->hd", up_v, down @ mean)
         b_o = torch.einsum("mhd,hd->m", layer.w_o.double(), lost) if bias else None
         if layer.b_o is not None:
             b_o = layer.b_o.double() if b_o is None else b_o + layer.b_o

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.convert.distill import Progress
+from mlacompile.convert.effort import DEFAULT, EFFORTS, Effort
 from mlacompile.convert.evaluate import Score, Tally, spread_windows
 from mlacompile.convert.families import GQAModel
 from mlacompile.convert.form import GQALayer, MLALayer, OneByOne
@@ -39,8 +40,6 @@ from mlacompile.errors import UnsupportedInputError
 #: Length of a window. Scores are fitted at the distances that occur, so windows are as long as texts usually are.
 WINDOW = 1024
 _SHORTEST_WINDOW = 256
-_CALIBRATION_WINDOWS = 16
-_VALIDATION_WINDOWS = 4
 _EVALUATION_WINDOWS = 12
 _FEWEST_TOKENS = 4096
 _VALIDATION_SHARE = 0.1
@@ -50,8 +49,8 @@ _ENOUGH_TOKENS = 3 << 19
 _HEALED = {"cuda": (16, 1024), "cpu": (2, 512)}
 #: Keys are put up to this many windows away, so that scores stay bounded in longer texts.
 _REACH = 4
-#: Windows, and queries of each, that are enough to choose frequencies by, which many layers vote on.
-_SCOUTED_WINDOWS, _SCOUTED_QUERIES = 4, 128
+#: Queries of each window that are enough to choose frequencies by, which many layers vote on.
+_SCOUTED_QUERIES = 128
 #: Cache widths that vLLM has kernels for, and the only ones it is worth compressing to for it.
 _ENGINE = {"kv_lora_rank": 512, "rope_dim": 64}
 
@@ -151,18 +150,21 @@ class Calibration:
     text: Tensor | None = None  #: all that may be fitted to, ``[N]``, for what needs more than the windows
 
     @classmethod
-    def read(cls, source: Source, file: str | Path) -> Calibration:
-        """Cut a text. Raises ``UnsupportedInputError``: no text, too short, or no tokenizer beside the weights."""
+    def read(cls, source: Source, file: str | Path, effort: Effort = EFFORTS[DEFAULT]) -> Calibration:
+        """Cut a text into as many windows as ``effort`` says.
+
+        Raises ``UnsupportedInputError``: no text, too short, or no tokenizer beside the weights.
+        """
         ids = read_ids(source, file, option="--calibrate", at_least=_FEWEST_TOKENS)
         # A short text is cut into shorter windows, so that several remain to choose by.
         limit = min(WINDOW, source.model.config.max_position_embeddings)
         length = max(min(_SHORTEST_WINDOW, limit), min(limit, 2 ** int(math.log2(len(ids) / 32))))
         held = max(length, math.floor(len(ids) * _VALIDATION_SHARE))
         fitted, chosen_by = ids[: len(ids) - held], ids[len(ids) - held :]
-        tokens = _CALIBRATION_WINDOWS * WINDOW
+        tokens = effort.windows * WINDOW
         return cls(
             spread_windows(fitted, length=length, count=min(tokens // length, len(fitted) // length)),
-            spread_windows(chosen_by, length=length, count=min(_VALIDATION_WINDOWS, len(chosen_by) // length)),
+            spread_windows(chosen_by, length=length, count=min(effort.validation, len(chosen_by) // length)),
             hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
             fitted,
         )
@@ -214,6 +216,16 @@ def refuse(model: GQAModel, what: str = "compress") -> None:
         )
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Compressed layers, what each of them misses, and the losses of source and result on the validation windows."""
+
+    layers: Sequence[MLALayer]
+    reports: list[LayerReport]
+    before: Score
+    after: Score
+
+
 def compress(
     source: Source,
     budget: Budget,
@@ -224,25 +236,28 @@ def compress(
     seed: int = 0,
     device: str | torch.device = "cpu",
     frequencies: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    effort: Effort = EFFORTS[DEFAULT],
     advance: Callable[[int, int], None] = lambda done, total: None,
     **recipe: Any,
-) -> tuple[Sequence[MLALayer], list[LayerReport]]:
-    """Every layer in latent form, within ``budget``, and what each of them misses. One layer is in memory at a time.
+) -> Fitted:
+    """Every layer in latent form, within ``budget``, rounded to ``dtype``. One layer is in memory at a time.
 
     Layers are put on ``shelf``, and taken from it if an earlier run has put them there. ``frequencies`` of the rotary
-    lanes, by number, are chosen if they are not given. ``recipe`` overrides fields of ``Recipe``.
+    lanes, by number, are chosen if they are not given. Fields of ``Recipe`` are overridden by ``effort``, and those by
+    ``recipe``.
     """
     blocks, layers = Blocks(source, device), Layers(source, device)
     embedded = blocks.embed(torch.cat((calibration.windows, calibration.validation)))
     asked: dict[str, Any] = {
         "rope_dim": budget.rope_dim,
         "rank": budget.rank,
-        "scouts": min(Recipe.scouts, len(layers)),
         "reach": min(_REACH * embedded.shape[1], source.model.config.max_position_embeddings),
         "bias": target != "vllm",
         "seed": seed,
     }
-    how = Recipe(**asked | recipe)
+    how = Recipe(**asked | dict(effort.recipe) | recipe)
+    how = replace(how, scouts=min(how.scouts, len(layers)))
     reports: list[LayerReport] = []
 
     def done(i: int, layer: MLALayer, report: LayerReport) -> None:
@@ -252,15 +267,26 @@ def compress(
     if target == "vllm":
         frequencies = engine_frequencies(source.model, budget.rope_dim)
     elif frequencies is None:
-        few = max(1, _SCOUTED_WINDOWS * WINDOW // embedded.shape[1])
+        few = max(1, effort.scouted * WINDOW // embedded.shape[1])
         scouting = replace(how, queries=_SCOUTED_QUERIES)
         frequencies = shelf.remember(
             "frequencies", lambda: shared_frequencies(blocks, layers, embedded[:few], scouting)
         )
     method = our_method(frequencies)
     held = len(calibration.validation)
-    compress_model(blocks, layers, embedded, how, method=method, held=held, shelf=shelf, progress=done)
-    return OneByOne(len(layers), shelf.get), reports
+    walk = compress_model(
+        blocks,
+        layers,
+        embedded,
+        how,
+        method=method,
+        held=held,
+        shelf=shelf,
+        stored=lambda layer: rounded(layer, dtype, device),
+        progress=done,
+    )
+    before, after = _scores(blocks, calibration.validation, [walk.original, walk.compressed])
+    return Fitted(OneByOne(len(layers), shelf.get), reports, before, after)
 
 
 def heal(
@@ -332,6 +358,11 @@ def evaluate(
         layers: list[GQALayer | MLALayer] = [attention[i], *(rounded(form[i], dtype, device) for form in forms)]
         streams = [advance_stream(block, stream, layer) for stream, layer in zip(streams, layers)]
         advance(i + 1, len(attention))
+    return _scores(blocks, windows, streams)
+
+
+def _scores(blocks: Blocks, windows: Tensor, streams: list[Tensor]) -> list[Score]:
+    """Of what leaves the last layer for ``windows [W, T]``, the original's first and then others, ``[W, T, M]``."""
     tallies = [Tally() for _ in streams]
     for ids, *logits in zip(windows, *(blocks.logits(stream) for stream in streams)):
         for n, (tally, got) in enumerate(zip(tallies, logits)):

@@ -18,6 +18,7 @@ from mlacompile.checkpoint.writer import MAX_SHARD_BYTES
 from mlacompile.convert import compression, own, report
 from mlacompile.convert.check import Check, check
 from mlacompile.convert.distill import Progress
+from mlacompile.convert.effort import DEFAULT, EFFORTS
 from mlacompile.convert.form import MLALayer
 from mlacompile.convert.latent import LayerReport
 from mlacompile.convert.plan import Plan, lifted, plan
@@ -64,6 +65,7 @@ def convert(
     kv_lora_rank: int | None = None,
     rope_dim: int | None = None,
     calibrate: str | Path | None = None,
+    effort: str = DEFAULT,
     evaluate: Sequence[str | Path] = (),
     heal: float = 0.0,
     heal_steps: int = 0,
@@ -92,6 +94,7 @@ def convert(
         kv_lora_rank: width of the latent, instead of a share.
         rope_dim: rotary lanes, even; by default by the budget.
         calibrate: the text to fit to and, its last tenth, to choose by: UTF-8, .jsonl or .parquet.
+        effort: "fast" or "full": how much of the text is read, and how much is tried.
         evaluate: texts to report the loss on; nothing is fitted to or chosen by them.
         heal: minutes of distillation after that, the original being the teacher; over the whole calibration text.
         heal_steps: so many steps of it instead, which give the same result however long they take.
@@ -112,14 +115,17 @@ def convert(
         VerificationError: ``check_result`` found a difference that is more than rounding where nothing was to be lost;
             nothing is left at ``out``.
     """
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     if dtype not in DTYPES:
         raise UnsupportedInputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if effort not in EFFORTS:
+        raise UnsupportedInputError(f"effort {effort!r}: expected one of {', '.join(EFFORTS)}")
     opened = open_source(source, config=config, head_dim=head_dim, rope_theta=rope_theta)
     fit = _asked_fit(
         opened,
         lossless=lossless,
         calibrate=calibrate,
+        effort=effort,
         heal=_Healing(heal, heal_steps),
         target=target,
         widths={"kv_budget": kv_budget, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim},
@@ -139,14 +145,24 @@ def convert(
             say(f"{len(writer.finished)} shards were finished by an earlier run, and are taken up.")
         made = None
         if fit is not None:
-            made = _make(opened, fit, writer.scratch, target=target, seed=seed, device=device, say=say, advance=advance)
+            made = _make(
+                opened,
+                fit,
+                writer.scratch,
+                target=target,
+                dtype=decided.dtype,
+                seed=seed,
+                device=device,
+                say=say,
+                advance=advance,
+            )
             decided = plan(opened, target=target, dtype=DTYPES[dtype], layers=made.layers)
-            texts.insert(0, compression.Evaluation(_VALIDATION, fit.calibration.validation))
         notes = report.notes(decided, compressed=fit is not None)
         for note in notes:
             say(note)
         layers = lifted(opened) if made is None else made.layers
-        losses = [_measure(opened, layers, text, decided.dtype, device, advance) for text in texts]
+        losses = [] if made is None else [made.loss]
+        losses += [_measure(opened, layers, text, decided.dtype, device, advance) for text in texts]
         _write(decided, writer, max_shard_bytes, lambda done, total: advance(done, total, "writing"))
         found = None
         if check_result:
@@ -158,6 +174,8 @@ def convert(
         if made is not None and made.healing is not None:
             summary["healing"] = made.healing.to_json()
         summary["seconds"] = round(time.monotonic() - started, 1)
+        summary["threads"] = torch.get_num_threads()
+        summary["cpu_seconds"] = round(time.process_time() - worked, 1)
         writer.write_json("conversion.json", summary)
         writer.write_bytes("conversion.html", report.to_html(summary).encode())
         writer.commit()
@@ -195,6 +213,7 @@ class _Fit:
     budget: compression.Budget
     calibration: compression.Calibration
     text: str
+    effort: str
     heal: _Healing
 
     def shapes(self, source: Source, target: str) -> Sequence[MLALayer]:
@@ -203,15 +222,16 @@ class _Fit:
     def options(self) -> dict[str, Any]:
         text = {"name": self.text, "sha256_of_ids": self.calibration.digest}
         widths = {"kv_lora_rank": self.budget.rank, "rope_dim": self.budget.rope_dim}
-        return widths | {"calibrate": text} | self.heal.options()
+        return widths | {"calibrate": text, "effort": self.effort} | self.heal.options()
 
 
 @dataclass(frozen=True)
 class _Made:
-    """Compressed layers, what each of them misses, and how healing went."""
+    """Compressed layers, what each of them misses, what all of them lose on validation text, and how healing went."""
 
     layers: Sequence[MLALayer]
     reports: list[LayerReport]
+    loss: report.Loss
     healing: Progress | None = None
 
 
@@ -220,6 +240,7 @@ def _asked_fit(
     *,
     lossless: bool,
     calibrate: str | Path | None,
+    effort: str,
     heal: _Healing,
     target: str,
     widths: dict[str, Any],
@@ -245,7 +266,8 @@ def _asked_fit(
         )
     if unsized:
         say(f"No budget is given: half of the cache is kept ({budget.rank} + {budget.rope_dim} values a token).")
-    return _Fit(budget, compression.Calibration.read(source, calibrate), Path(calibrate).name, heal)
+    calibration = compression.Calibration.read(source, calibrate, EFFORTS[effort])
+    return _Fit(budget, calibration, Path(calibrate).name, effort, heal)
 
 
 def _make(
@@ -254,6 +276,7 @@ def _make(
     scratch: Path,
     *,
     target: str,
+    dtype: torch.dtype,
     seed: int,
     device: str | torch.device,
     say: Callable[[str], None],
@@ -262,7 +285,7 @@ def _make(
     shelf = Shelf(scratch)
     if 0 in shelf:
         say("Layers that an earlier run has compressed are taken up.")
-    layers, reports = compression.compress(
+    fitted = compression.compress(
         source,
         fit.budget,
         fit.calibration,
@@ -270,13 +293,15 @@ def _make(
         target=target,
         seed=seed,
         device=device,
+        dtype=dtype,
+        effort=EFFORTS[fit.effort],
         advance=lambda done, total: advance(done, total, "compressing"),
     )
     if not fit.heal:
-        return _Made(layers, reports)
+        return _Made(fitted.layers, fitted.reports, report.Loss(_VALIDATION, fitted.before, fitted.after))
     layers, healing = compression.heal(
         source,
-        layers,
+        fitted.layers,
         fit.calibration,
         scratch,
         minutes=fit.heal.minutes or None,
@@ -286,7 +311,8 @@ def _make(
         advance=lambda done, total: advance(done, total, "healing"),
     )
     say(f"Healed in {healing.step} steps: KL divergence {healing.first:.4f} -> {healing.best:.4f} nats.")
-    return _Made(layers, reports, healing)
+    validation = compression.Evaluation(_VALIDATION, fit.calibration.validation)
+    return _Made(layers, fitted.reports, _measure(source, layers, validation, dtype, device, advance), healing)
 
 
 def _measure(

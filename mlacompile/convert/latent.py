@@ -141,7 +141,7 @@ def our_method(frequencies: list[int]) -> Method:
     def method(layer: GQALayer, x: Tensor, recipe: Recipe) -> Iterator[tuple[float, MLALayer]]:
         latent = round(recipe.latent_lanes * recipe.rank)
         pairs = _sample(layer, x, recipe)
-        lanes = lanes_at(Pursuit(pairs, layer.inv_freq), frequencies, latent=latent)
+        lanes = lanes_at(Pursuit(pairs, layer.inv_freq, only=frequencies), frequencies, latent=latent)
         compression = Compression(layer, pairs, lanes)
         for balance in recipe.balances:
             yield balance, compression.to_rank(recipe.rank, balance=balance, bias=recipe.bias)
@@ -165,6 +165,15 @@ class _Known(nn.Module):
         return self.output, None
 
 
+@dataclass(frozen=True)
+class Walk:
+    """Where a walk over a model ended: its layers, and what leaves the last one for the held windows, ``[V, T, M]``."""
+
+    layers: list[MLALayer]
+    original: Tensor
+    compressed: Tensor
+
+
 @torch.inference_mode()
 def compress_model(
     blocks: Sequence[nn.Module],
@@ -175,50 +184,57 @@ def compress_model(
     method: Method,
     held: int,
     shelf: Shelf | None = None,
+    stored: Callable[[MLALayer], MLALayer] = lambda layer: layer,
     progress: Callable[[int, MLALayer, LayerReport], None] | None = None,
-) -> list[MLALayer]:
+) -> Walk:
     """All ``layers`` in latent form, calibrated on ``embedded [W, T, M]``, what enters the first decoder layer.
 
     Nothing is fitted to the last ``held`` windows: what has to be chosen is chosen by them. ``blocks`` are left as
-    they were. Layers on ``shelf`` are taken from it, others are put there. ``progress`` gets every layer as it is done.
+    they were. Layers on ``shelf`` are taken from it, others are put there. ``stored`` rounds a layer as it will be
+    kept, so that later layers see that too. ``progress`` gets every layer as it is done.
     """
     original = compressed = embedded
     done = []
     for index, (block, layer) in enumerate(zip(blocks, layers)):
-        # Nothing reads what comes after the last layer's attention.
-        onward = index + 1 < len(blocks)
-        tap = Tap(GroupedAttention(layer))
-        ahead, seen, added = [], [], []
-        for window in original.split(1):
-            if onward:
-                ahead.append(step(block, window, tap))
-            else:
-                tap(_attention_input(block, window))
-            seen.append(tap.seen)
-            added.append(tap.added)
+        # What leaves the last layer is of interest for the held windows alone: by them the whole is measured.
+        gone = 0 if index + 1 < len(blocks) else len(embedded) - held
+        original, x, target = _over_original(block, layer, original, gone)
         if shelf is not None and index in shelf:
             latent = shelf.get(index).map(lambda value: value.to(embedded.device))
             report = LayerReport(**shelf.note(index))
-            compressed = advance_stream(block, compressed, latent) if onward else compressed
+            compressed = advance_stream(block, compressed[gone:], latent)
         else:
-            x, target = torch.cat(seen), torch.cat(added)
             latent, report = _best(method(layer, x[:-held], recipe), x[-held:], target[-held:])
+            latent = stored(latent)
             inputs = torch.cat([_attention_input(block, now) for now in compressed.split(1)])
             heads = torch.cat([mla_heads(latent, one) for one in inputs.split(1)])
             if recipe.refit:
                 latent, report = _refitted(latent, heads, target, held, recipe, report)
+                latent = stored(latent)
             if shelf is not None:
                 shelf.put(index, latent, vars(report))
             # A window at a time, as a run that takes the layer from its shelf does: the same sums in the same order.
-            if onward:
-                outputs = [project_heads(latent, one) for one in heads.split(1)]
-                moved = [step(block, now, _Known(out)) for now, out in zip(compressed.split(1), outputs)]
-                compressed = torch.cat(moved)
-        original = torch.cat(ahead) if onward else original
+            outputs = [project_heads(latent, one) for one in heads[gone:].split(1)]
+            moved = [step(block, now, _Known(out)) for now, out in zip(compressed[gone:].split(1), outputs)]
+            compressed = torch.cat(moved)
         done.append(latent)
         if progress is not None:
             progress(index, latent, report)
-    return done
+    return Walk(done, original, compressed)
+
+
+def _over_original(block: nn.Module, layer: GQALayer, stream: Tensor, gone: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``stream [W, T, M]`` over ``block`` without its first ``gone`` windows; of all, what attention got and added."""
+    tap = Tap(GroupedAttention(layer))
+    ahead, seen, added = [], [], []
+    for number, window in enumerate(stream.split(1)):
+        if number < gone:
+            tap(_attention_input(block, window))
+        else:
+            ahead.append(step(block, window, tap))
+        seen.append(tap.seen)
+        added.append(tap.added)
+    return torch.cat(ahead), torch.cat(seen), torch.cat(added)
 
 
 def _best(candidates: Iterator[tuple[float, MLALayer]], x: Tensor, target: Tensor) -> tuple[MLALayer, LayerReport]:

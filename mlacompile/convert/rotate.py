@@ -37,18 +37,28 @@ _INSIDE = 1e-4
 
 
 class Pursuit:
-    """One layer's search for lanes. ``gains`` says what each frequency would bring, ``take`` adds the lane."""
+    """One layer's search for lanes. ``gains`` says what each frequency would bring, ``take`` adds the lane.
 
-    def __init__(self, pairs: Pairs, inv_freq: Tensor, *, keys: int = 128, queries: int = 32) -> None:
+    With ``only``, lanes are at no other frequencies than these, and at none: the same lanes in less time.
+    """
+
+    def __init__(
+        self, pairs: Pairs, inv_freq: Tensor, *, keys: int = 128, queries: int = 32, only: list[int] | None = None
+    ) -> None:
         heads, groups = pairs.token.shape[0], pairs.k.shape[1]
         pair_count, device = inv_freq.numel(), pairs.k.device
         self.frequencies = torch.cat((inv_freq.double(), inv_freq.new_zeros(1).double()))  # the last: none
         weights = pairs.weight[..., None].expand_as(pairs.distance).flatten(1).double()
         total = weights.sum(1, keepdim=True)
-        # [H, F, F]: ⟨e^{-iφΔ}, e^{-iθΔ}⟩ under each head's distances.
-        angle = -pairs.distance.flatten(1).double()[..., None] * self.frequencies
+        #: Frequencies that lanes may have, by number and, the last being none, in order; and where each of them is.
+        self.open = [*(range(pair_count) if only is None else sorted(set(only))), pair_count]
+        self._column = {index: column for column, index in enumerate(self.open)}
+        # [H, open, F + 1]: ⟨e^{-iφΔ}, e^{-iθΔ}⟩ under each head's distances, of which there are few.
+        far = int(pairs.distance.max()) + 1
+        often = weights.new_zeros(heads, far).scatter_add_(1, pairs.distance.flatten(1).long(), weights) / total
+        angle = -torch.arange(far, dtype=torch.float64, device=device)[:, None] * self.frequencies
         turned = torch.polar(torch.ones_like(angle), angle)
-        self.overlap = (turned.conj() * weights[..., None]).transpose(1, 2) @ turned / total[..., None]
+        self.overlap = (turned[:, self.open].mH * often[:, None]) @ turned
         # Second moment of the keys of all heads, and of a constant 1 that stands for their mean.
         token_weight = torch.zeros(pairs.k.shape[0], dtype=torch.float64, device=device)
         token_weight.index_add_(0, pairs.token.flatten(), (weights / total).flatten())
@@ -59,7 +69,7 @@ class Pursuit:
         values, vectors = values[-keys:].clamp_min(1e-12), vectors[:, -keys:]
         self.colour = vectors * values.sqrt()  # k = colour x
         self.white = (vectors / values.sqrt()).mH  # x = white k
-        # [H, queries, keys, F]: targets Q^{1/2} κ on x_m e^{-iθΔ}.
+        # [H, queries, keys, D/2]: targets Q^{1/2} κ on x_m e^{-iθΔ}.
         half = pair_count
         moment_q = pairs.query.double() * (total / pairs.token[0].numel())[..., None]
         hermitian = torch.complex(
@@ -74,10 +84,10 @@ class Pursuit:
         # The search that follows compares energies: single precision decides it as well, in half the time.
         self.target_gram = torch.einsum("hrml,hal->hrma", target, self.overlap[:, :, :-1]).to(torch.complex64)
         self.overlap = self.overlap.to(torch.complex64)
-        #: ⟨x_m e^{-iφΔ}, target − its projection on the chosen lanes⟩: ``[H, queries, keys, F]``.
+        #: ⟨x_m e^{-iφΔ}, target − its projection on the chosen lanes⟩: ``[H, queries, keys, open]``.
         self.residual = self.target_gram
-        #: The chosen lanes of each head made orthogonal: ⟨x_m e^{-iφΔ}, u⟩, ``[H, lanes, keys, F]``; and themselves.
-        self._basis = self.overlap.new_zeros(heads, 0, values.numel(), self.frequencies.numel())
+        #: The chosen lanes of each head made orthogonal: ⟨x_m e^{-iφΔ}, u⟩, ``[H, lanes, keys, open]``; and themselves.
+        self._basis = self.overlap.new_zeros(heads, 0, values.numel(), len(self.open))
         self.chosen: list[tuple[Tensor, int]] = []
         # A shift of all scores is free: so is the constant at frequency 0.
         constant = self.colour[-1].to(torch.complex64)
@@ -85,26 +95,28 @@ class Pursuit:
 
     def _add(self, lane: Tensor, index: int) -> None:
         """Take ``lane [keys]`` at frequency ``index`` out of what remains, by a step of Gram-Schmidt."""
+        column = self._column[index]
         seen = torch.einsum("m,ha->hma", lane, self.overlap[:, :, index])
-        known = torch.einsum("m,hbm->hb", lane.conj(), self._basis[..., index]).conj()
+        known = torch.einsum("m,hbm->hb", lane.conj(), self._basis[..., column]).conj()
         seen = seen - torch.einsum("hb,hbma->hma", known, self._basis)
-        square = torch.einsum("m,hm->h", lane.conj(), seen[..., index]).real
+        square = torch.einsum("m,hm->h", lane.conj(), seen[..., column]).real
         # What is left of a lane that lies among the others is rounding, which must not be made as long as a lane.
         shrink = torch.where(square > _INSIDE, square.clamp_min(_INSIDE).rsqrt(), 0.0)
         unit = seen * shrink[:, None, None]
-        onto = torch.einsum("m,hrm->hr", lane.conj(), self.residual[..., index]) * shrink[:, None]
+        onto = torch.einsum("m,hrm->hr", lane.conj(), self.residual[..., column]) * shrink[:, None]
         self.residual = self.residual - onto[..., None, None] * unit[:, None]
         self._basis = torch.cat((self._basis, unit[:, None]), dim=1)
         self.chosen.append((lane, index))
 
     def gains(self) -> Tensor:
-        """``[F + 1]``: captured energy of the best lane at every frequency, the last at none."""
+        """``[open]``: captured energy of the best lane at every open frequency, the last at none."""
         gram = torch.einsum("hrma,hrna->amn", self.residual, self.residual.conj())
         return torch.linalg.eigvalsh(gram)[:, -1]
 
     def take(self, index: int, count: int = 1) -> None:
         """Add the best ``count`` lanes at frequency ``index``."""
-        gram = torch.einsum("hrm,hrn->mn", self.residual[..., index], self.residual[..., index].conj())
+        residual = self.residual[..., self._column[index]].flatten(0, 1)
+        gram = residual.T @ residual.conj()
         best = torch.linalg.eigh(gram).eigenvectors[:, -count:].flip(-1)
         for vector in best.T:
             self._add(vector, index)
@@ -132,7 +144,7 @@ def choose_frequencies(pursuits: list[Pursuit], *, count: int, latent: int, impo
     chosen = []
     for _ in range(count):
         gain = torch.stack([weight * pursuit.gains() for weight, pursuit in zip(importance, pursuits)]).sum(0)
-        chosen.append(int(gain[:-1].argmax()))
+        chosen.append(pursuits[0].open[int(gain[:-1].argmax())])
         for pursuit in pursuits:
             pursuit.take(chosen[-1])
     return chosen

@@ -1,8 +1,12 @@
-"""The baseline: TransMLA (arXiv 2502.07864), from the second moment of the layer input alone.
+"""The baseline: TransMLA (arXiv 2502.07864), from second moments of layer inputs alone.
 
 Heads are rotated into each other, frequency by frequency, so that the first component of every rotary pair holds most
 of the keys' energy and alone keeps its rotary embedding (RoRoPE). Neighbouring frequencies may be taken for equal and
 rotated together (FreqFold). What is left of the keys stands beside the values, balanced in size, and one PCA cuts both.
+
+As in its published code (fxmeng/TransMLA, partial_rope.py and lora_qkv.py) there are two calibrations: the rotations
+are made from the original's activations, the PCA from those of the model whose keys are rotated so in every layer
+already and nothing of which is truncated.
 """
 
 from __future__ import annotations
@@ -17,11 +21,19 @@ _DAMPING = 0.01  # of the mean diagonal, as the paper's code has it
 
 
 def transmla(
-    layer: GQALayer, moment: Tensor, *, rope_dim: int, rank: int, fold: int = 1, balance: bool = True
+    layer: GQALayer,
+    moment: Tensor,
+    *,
+    rope_dim: int,
+    rank: int,
+    fold: int = 1,
+    balance: bool = True,
+    partial: Tensor | None = None,
 ) -> MLALayer:
     """``layer`` cut to ``rope_dim`` rotary and ``rank`` latent values a token.
 
-    ``moment [M, M]`` is E[x xᵀ] of the layer input. Of every ``fold`` neighbouring frequencies as many rotary
+    ``moment [M, M]`` is E[x xᵀ] of the layer input in the original, ``partial`` the same in the model with as few
+    rotary values and all of its latent, if it is at hand. Of every ``fold`` neighbouring frequencies as many rotary
     components are kept as ``rope_dim`` allows, at evenly spaced ones of their frequencies. Works in float64; float32
     comes out.
 
@@ -38,6 +50,7 @@ def transmla(
         )
     kept = kept_pairs * fold // pairs
     w_q, w_k, w_v, moment = (t.double() for t in (layer.w_q, layer.w_k, layer.w_v, moment.to(layer.w_q.device)))
+    partial = moment if partial is None else partial.to(moment)
     heads = w_q.shape[0]
     group_of = torch.arange(heads, device=w_q.device) // (heads // groups)
 
@@ -64,11 +77,13 @@ def transmla(
             k_up[:, part, bucket, :, bucket, :, part] = read[bucket, :, :, kept:]
     k_up = k_up.view(heads, width, -1)
 
-    norm_k = torch.einsum("ax,xy,ay->a", w_k_nope, moment, w_k_nope).sqrt()
-    norm_v = torch.einsum("gax,xy,gay->ga", w_v, moment, w_v).sqrt()
-    ratio = (norm_k.mean() / norm_v.mean()).item() if balance and norm_k.numel() else 1.0
+    norm_k = torch.einsum("ax,xy,ay->a", w_k_nope, partial, w_k_nope).sqrt()
+    # Without as many of the values as keys are rotary: so does the published code.
+    kept_v = w_v.flatten(0, 1)[rope_dim:]
+    norm_v = torch.einsum("ax,xy,ay->a", kept_v, partial, kept_v).sqrt()
+    ratio = (norm_k.mean() / norm_v.mean()).item() if balance and norm_k.numel() and norm_v.numel() else 1.0
     joint = torch.cat((w_k_nope / ratio, w_v.flatten(0, 1)))
-    basis = torch.linalg.eigh(joint @ moment @ joint.T).eigenvectors.flip(-1)[:, :rank]
+    basis = torch.linalg.eigh(joint @ partial @ joint.T).eigenvectors.flip(-1)[:, :rank]
     up_k, up_v = basis[: w_k_nope.shape[0]] * ratio, basis[w_k_nope.shape[0] :].view(groups, width, rank)
 
     spaced = torch.arange(kept) * (fold // kept) if kept <= fold else torch.arange(kept) % fold

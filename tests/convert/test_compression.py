@@ -86,7 +86,7 @@ def test_calibration_needs_a_tokenizer(save: Save, tmp_path: Path) -> None:
 def test_layers_keep_within_the_budget(save: Save, tmp_path: Path) -> None:
     windows = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(0))
     seen: list[tuple[int, int]] = []
-    layers, reports = compress(
+    fitted = compress(
         open_source(save()),
         Budget(rank=16, rope_dim=8),
         Calibration(windows, windows[:1]),
@@ -94,6 +94,6 @@ def test_layers_keep_within_the_budget(save: Save, tmp_path: Path) -> None:
         advance=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(1, 2), (2, 2)]
-    assert len(reports) == len(layers) == 2
-    assert [widths(layer)[0::2] for layer in layers] == [(16, 8)] * 2
-    assert not refusals(list(layers))
+    assert len(fitted.reports) == len(fitted.layers) == 2
+    assert [widths(layer)[0::2] for layer in fitted.layers] == [(16, 8)] * 2
+    assert not refusals(list(fitted.layers))

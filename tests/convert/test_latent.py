@@ -40,22 +40,25 @@ def test_a_model_of_three_layers() -> None:
     own = [block.self_attn for block in blocks]
     method = our_method(shared_frequencies(blocks, layers, x[:40], recipe))
     reports: list[LayerReport] = []
-    latents = compress_model(
+    walk = compress_model(
         blocks, layers, x[:40], recipe, method=method, held=6, progress=lambda *done: reports.append(done[2])
     )
+    latents = walk.layers
     assert [block.self_attn for block in blocks] == own
     assert all(report.missed_after_refit < report.missed_in_place for report in reports)
     assert len({tuple(latent.inv_freq.tolist()) for latent in latents}) == 1
 
-    again = compress_model(blocks, layers, x[:40], recipe, method=method, held=6)
+    again = compress_model(blocks, layers, x[:40], recipe, method=method, held=6).layers
     assert all(torch.equal(a.w_dkv, b.w_dkv) and torch.equal(a.w_o, b.w_o) for a, b in zip(latents, again))
 
-    plain = compress_model(blocks, layers, x[:40], replace(recipe, refit=False), method=method, held=6)
+    plain = compress_model(blocks, layers, x[:40], replace(recipe, refit=False), method=method, held=6).layers
     with torch.inference_mode():
         true = _run(blocks, x[40:])
+        torch.testing.assert_close(walk.original, _run(blocks, x[34:40]))
         errors = []
         for form in (plain, latents):
             for block, latent in zip(blocks, form):
                 block.self_attn = LatentAttention(latent)
             errors.append((_run(blocks, x[40:]) - true).norm().item())
+        torch.testing.assert_close(walk.compressed, _run(blocks, x[34:40]))
     assert errors[1] < errors[0]  # on windows that were not fitted

@@ -61,3 +61,15 @@ def test_more_lanes_than_there_are_directions_change_nothing() -> None:
     pursuit.take_latent(40)  # keys have 9 directions
     assert pursuit.residual[..., -1].abs().max() < 1e-2 * pursuit.target_gram.abs().max()
     assert pursuit.residual.abs().max() <= 1.01 * pursuit.target_gram.abs().max()
+
+
+def test_lanes_are_the_same_if_no_other_frequencies_are_looked_at() -> None:
+    layer, x = random_layer(), random_input()
+    pairs = sample_pairs(layer, x)
+    every, few = (
+        lanes_at(Pursuit(pairs, layer.inv_freq, only=only), [3, 1, 3], latent=2) for only in (None, [3, 1, 3])
+    )
+    # A lane is what it is up to a phase.
+    alike = (few.mix.conj() * every.mix).sum(1).abs() / (few.mix.norm(dim=1) * every.mix.norm(dim=1))
+    torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=1e-3)
+    assert torch.equal(few.inv_freq, every.inv_freq)

@@ -77,6 +77,18 @@ def test_the_more_is_kept_the_less_is_lost(llama: Path, text: Path, tmp_path: Pa
     assert lost[1] < 0.6 * lost[0]
 
 
+def test_full_effort_reads_more_and_is_another_conversion(llama: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "long.txt", 12000)
+    fast, full = (
+        convert(llama, tmp_path / effort, kv_budget=0.5, calibrate=text, effort=effort).report
+        for effort in ("fast", "full")
+    )
+    assert [report["options"]["effort"] for report in (fast, full)] == ["fast", "full"]
+    assert fast["losses"][0]["tokens"] < full["losses"][0]["tokens"]
+    assert fast["cpu_seconds"] > 0
+    assert contents(tmp_path / "fast") != contents(tmp_path / "full")
+
+
 def test_vllm_widths_have_no_bias_and_a_default_table(save: Save, text: Path, tmp_path: Path) -> None:
     from mlacompile.convert.rope import default_theta
 
@@ -146,6 +158,7 @@ def test_another_text_starts_anew(llama: Path, text: Path, tmp_path: Path) -> No
         ({"lossless": True, "calibrate": "text.txt"}, "--lossless keeps everything, --calibrate does not"),
         ({"evaluate": ["empty.txt"]}, "empty.txt: empty"),
         ({"heal": 1.0}, "nothing is to heal where nothing is lost"),
+        ({"effort": "some", "kv_budget": 0.5, "calibrate": "text.txt"}, "effort 'some': expected one of fast, full"),
         ({"heal": -1.0, "kv_budget": 0.5, "calibrate": "text.txt"}, "expected minutes"),
         ({"kv_budget": 1.5, "calibrate": "text.txt"}, "at most 1"),
         ({"kv_lora_rank": 65, "calibrate": "text.txt"}, "expected 1 to 64"),

@@ -51,6 +51,17 @@ def test_the_more_is_kept_the_better() -> None:
     assert errors[-1] < 0.3 * errors[0]
 
 
+def test_the_second_calibration_is_the_one_that_truncates() -> None:
+    layer, x, other = random_layer(), random_input(), random_input(seed=9)
+    layer = replace(layer, inv_freq=torch.zeros(4))
+    true = gqa_attention(layer, other)
+    errors = [
+        (mla_attention(transmla(layer, _moment(x), rope_dim=8, rank=8, partial=second), other) - true).norm()
+        for second in (_moment(other), None)
+    ]
+    assert errors[0] < errors[1]
+
+
 def test_refused_in_words() -> None:
     layer, moment = random_layer(), torch.eye(24)
     with pytest.raises(UnsupportedInputError, match="biases on keys or values"):

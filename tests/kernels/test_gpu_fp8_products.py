@@ -1,4 +1,4 @@
-"""The Hopper kernel with FP8 products on a GPU against float64 over what its cache says. Nothing chooses it unasked."""
+"""The Hopper kernel with FP8 products on a GPU against float64 over what its cache says."""
 
 from __future__ import annotations
 
@@ -51,18 +51,9 @@ CASES = [
     (variant(queries=8, rank=256, rope=32, causal=True, **RAGGED), 128),
     (variant(heads=128, dtype=torch.float16, **RAGGED), 64),
 ]
-#: For variants of the plan: one case of each number of columns, width, page size class, and what a row may lack.
-FEW = [
-    (variant(heads=3, **RAGGED), 64),
-    (variant(heads=20, **RAGGED), 64),
-    (variant(heads=128, queries=2, causal=True, **RAGGED), 64),
-    (variant(tokens=63, length=True, poison=True), 64),
-    (variant(heads=128, **RAGGED), 0),
-    (variant(heads=7, rank=128, rope=0, **RAGGED), 32),
-]
 
 
-def turned(inputs: LatentInputs, **changes: Any) -> tuple[Tensor, Tensor]:
+def turned(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
     """The kernel, three times over: a result that changes is a race."""
     from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches, hopper_shape
     from mlacompile.kernels.mla_decode.launch import device_of
@@ -75,7 +66,7 @@ def turned(inputs: LatentInputs, **changes: Any) -> tuple[Tensor, Tensor]:
     assert not hopper_shape_reasons(q_latent, q_pe, c_kv, k_pe, mask, table, descale, inputs.keywords["scale"])
     assert not turned_reasons(c_kv, descale)
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
-    plan = replace(hopper_plan(hopper_shape(tensors), device_of(q_latent.device)), turned=True, **changes)
+    plan = replace(hopper_plan(hopper_shape(tensors), device_of(q_latent.device)), turned=True)
     results = []
     for _ in range(3):
         out = q_latent.new_full(q_latent.shape, math.nan)  # contiguous, whatever the queries are
@@ -87,47 +78,18 @@ def turned(inputs: LatentInputs, **changes: Any) -> tuple[Tensor, Tensor]:
     return results[0]
 
 
-def check(said: LatentInputs, out: Tensor, lse: Tensor, *, key_unit: float = SUM_UNIT, norm: float = NORM) -> None:
-    want = exact(said, unit=2**-22, operand_unit=UNIT[out.dtype], key_unit=key_unit)
+def check(said: LatentInputs, out: Tensor, lse: Tensor) -> None:
+    want = exact(said, unit=2**-22, operand_unit=UNIT[out.dtype], key_unit=SUM_UNIT)
     assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
     assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
     if want.out.norm() > 0:
-        assert (out.double() - want.out).norm() / want.out.norm() <= norm
+        assert (out.double() - want.out).norm() / want.out.norm() <= NORM
 
 
 @pytest.mark.parametrize(("case", "page"), CASES, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
 def test_parity(case: LatentCase, page: int) -> None:
     stored, said = quantized(make_inputs(case, device="cuda"))
     check(said, *turned(paged(stored, page) if page else stored))
-
-
-@pytest.mark.parametrize("held", [False, True])
-@pytest.mark.parametrize(("case", "page"), FEW, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
-def test_stacked_queries_are_as_exact(case: LatentCase, page: int, held: bool) -> None:
-    if case.heads * case.queries > 32:
-        pytest.skip("fills more than half a tile")
-    stored, said = quantized(make_inputs(case, device="cuda"))
-    check(said, *turned(paged(stored, page) if page else stored, stacked=True, held=held))
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize(("case", "page"), FEW, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
-def test_weights_in_fp8(case: LatentCase, page: int, stacked: bool) -> None:
-    """Weights have a roundoff of 2^-4, 0.026 on average, but the largest of a row and block is exact."""
-    stored, said = quantized(make_inputs(case, device="cuda"))
-    out, lse = turned(paged(stored, page) if page else stored, narrow=True, stacked=stacked)
-    want = exact(said, unit=2**-22, operand_unit=2**-4, key_unit=SUM_UNIT)
-    assert not worst(out, want.out, want.out_bound), f"out: {worst(out, want.out, want.out_bound)}"
-    assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
-    if want.out.norm() > 0:
-        assert (out.double() - want.out).norm() / want.out.norm() <= 2.6e-2
-
-
-@pytest.mark.parametrize(("case", "page"), FEW, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
-def test_queries_in_one_part(case: LatentCase, page: int) -> None:
-    """e4m3 has a roundoff of 2^-4; random scores and outputs are off by a few hundredths (docs/kernels.md)."""
-    stored, said = quantized(make_inputs(case, device="cuda"))
-    check(said, *turned(paged(stored, page) if page else stored, query_parts=1), key_unit=2**-4, norm=6e-2)
 
 
 @pytest.mark.parametrize("exponent", [-30, 0, 12])

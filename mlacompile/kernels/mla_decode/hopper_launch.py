@@ -134,7 +134,7 @@ def hopper_launches(
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
-        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, plan, arguments)
+        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
         more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
@@ -178,12 +178,7 @@ def _in_place(
 
 
 def _turned(
-    c_kv: Tensor,
-    k_pe: Tensor | None,
-    descale: Tensor,
-    dtype: torch.dtype,
-    plan: HopperPlan,
-    arguments: dict[str, Any],
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
@@ -192,14 +187,12 @@ def _turned(
     layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     line = descale.flatten()
     columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
-    stacked = plan.stacked and columns <= TILE_ROWS // 2
-    parts = 1 if stacked else plan.query_parts
+    stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
         "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
-        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 5 - parts, "CODE": PACK[dtype], "COLS": columns,
-        "PARTS": parts, "STACKED": stacked, "NARROW": plan.narrow, "HELD": plan.held and parts == 1 and columns <= 32,
-        "AHEAD": d_pe is not None, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] + 8 * (plan.narrow and columns > 32),
+        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
+        "COLS": columns, "STACKED": stacked, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip
 
 

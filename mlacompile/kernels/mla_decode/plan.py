@@ -143,27 +143,16 @@ class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. turned: of an FP8 cache, by ``hopper_turned.py``, with so many ``query_parts`` in FP8:
-    of two, the second is what the first leaves. stacked: both are rows of one tile, where 32 rows are all. narrow: P
-    is in FP8, too. held: queries of up to 32 rows stay in registers.
+    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``.
     """
 
     parts: int
     min_share: int = 2
     overhead: int = 2
     turned: bool = False
-    query_parts: int = 2
-    stacked: bool = False
-    narrow: bool = False
-    held: bool = False
 
     def __str__(self) -> str:
-        turned = (
-            f"-turned{self.query_parts}{'-stacked' * self.stacked}{'-narrow' * self.narrow}{'-held' * self.held}"
-            if self.turned
-            else ""
-        )
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{turned}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

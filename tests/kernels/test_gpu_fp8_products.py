@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons, turned_reasons
+from mlacompile.ops import mla_decode
 from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized, worst
 
 pytestmark = [
@@ -92,15 +93,23 @@ def test_parity(case: LatentCase, page: int) -> None:
     check(said, *turned(paged(stored, page) if page else stored))
 
 
+def test_few_rows_are_multiplied_so_unasked() -> None:
+    stored, _ = quantized(make_inputs(variant(**RAGGED), device="cuda"))
+    stored = paged(stored, 64)
+    for got, want in zip(mla_decode(*stored.tensors, **stored.keywords, impl="gluon"), turned(stored), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("exponent", [-30, 0, 12])
-def test_queries_and_factors_of_every_size(exponent: int) -> None:
+def test_queries_and_factors_of_every_size(exponent: int, heads: int) -> None:
     """Rows of queries and factors of tokens far from 1, beyond the range of float16; a row of zeros."""
-    inputs = make_inputs(variant(heads=64, tokens=300, rope=0), device="cuda")
+    inputs = make_inputs(variant(heads=heads, tokens=300, rope=0), device="cuda")
     q_latent, _, c_kv, *rest = inputs.tensors
     assert q_latent is not None
     assert c_kv is not None
     sizes = torch.tensor([2.0**k for k in range(-20, 1, 4)], device="cuda")
-    q = q_latent * (sizes[torch.arange(64) % len(sizes)] * 2.0**-exponent)[:, None, None]
+    q = q_latent * (sizes[torch.arange(heads) % len(sizes)] * 2.0**-exponent)[:, None, None]
     q[:, 3] = 0
     keys = c_kv * (sizes.repeat(50) * 2.0**exponent)[:, None]
     scaled = LatentInputs((q.to(q_latent.dtype), None, keys.to(c_kv.dtype), *rest), inputs.keywords)
@@ -108,16 +117,17 @@ def test_queries_and_factors_of_every_size(exponent: int) -> None:
     check(said, *turned(stored))
 
 
-def test_queries_that_are_not_finite_make_their_rows_nan() -> None:
-    stored, _ = quantized(make_inputs(variant(heads=64, tokens=200), device="cuda"))
+@pytest.mark.parametrize("heads", [16, 64])
+def test_queries_that_are_not_finite_make_their_rows_nan(heads: int) -> None:
+    stored, _ = quantized(make_inputs(variant(heads=heads, tokens=200), device="cuda"))
     stored = paged(stored, 64)
     q_latent, q_pe = stored.tensors[:2]
     assert q_latent is not None
     assert q_pe is not None
-    q_latent[0, 5, 0, 77], q_latent[1, 60, 0, 3], q_pe[2, 9, 0, 1] = math.inf, math.nan, -math.inf
+    q_latent[0, 5, 0, 77], q_latent[1, heads - 4, 0, 3], q_pe[2, 9, 0, 1] = math.inf, math.nan, -math.inf
     out, lse = turned(stored)
-    wrong = torch.zeros(3, 64, dtype=torch.bool, device="cuda")
-    wrong[0, 5] = wrong[1, 60] = wrong[2, 9] = True
+    wrong = torch.zeros(3, heads, dtype=torch.bool, device="cuda")
+    wrong[0, 5] = wrong[1, heads - 4] = wrong[2, 9] = True
     assert torch.equal(out.isnan().all(-1)[:, :, 0], wrong)
     assert torch.equal(out.isnan().any(-1)[:, :, 0], wrong)
     assert torch.equal(lse.isnan()[:, :, 0], wrong)

@@ -11,13 +11,12 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlacompile.kernels.mla_decode import plan as planning
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
 from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
-from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
+from mlacompile.kernels.mla_decode.plan import Device, HopperPlan, Shape, hopper_plan, next_power_of_2, turned_faster
 from mlacompile.kernels.mla_decode.supports import turned_reasons
 from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
@@ -56,9 +55,7 @@ def mla_decode_hopper(
     descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
-        shape = hopper_shape(tensors)
-        turned = descale is not None and shape.rows <= planning.TURNED_ROWS and not turned_reasons(c_kv, descale)
-        plan = replace(hopper_plan(shape, device_of(q_latent.device)), turned=turned)
+        plan = choose_hopper_plan(tensors, device_of(q_latent.device))
     b, h, s, r = q_latent.shape
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
@@ -92,6 +89,14 @@ def hopper_shape(tensors: tuple[Tensor | None, ...]) -> Shape:
     b, h, s, r = q_latent.shape
     tokens = c_kv.shape[1] if block_table is None else block_table.shape[1] * c_kv.shape[1]
     return Shape(b, h, s, tokens, r, 0 if q_pe is None else q_pe.shape[3], q_latent.element_size())
+
+
+def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> HopperPlan:
+    """The plan for a call: shapes, dtypes and strides decide, so meta tensors do."""
+    c_kv, descale, shape = tensors[2], tensors[7], hopper_shape(tensors)
+    assert c_kv is not None
+    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale)
+    return replace(hopper_plan(shape, device), turned=turned)
 
 
 def _descriptor(x: Tensor, box_rows: int, panel: int, *, swizzle: int | None = None) -> tuple[TensorDescriptor, int]:

@@ -134,8 +134,10 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
 
 
-#: Rows (query, head) up to which an FP8 cache is multiplied as it is, if it can be (docs/kernels.md).
-TURNED_ROWS = 0
+#: With up to so many rows (query, head) FP8 products were faster than widening in place wherever it was measured, with
+#: more where a batch can hold so many tokens: what begins and ends a row of the batch takes longer (docs/kernels.md).
+TURNED_ROWS = 32
+TURNED_TOKENS = 2**17
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ class HopperPlan:
 
     def __str__(self) -> str:
         return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"
+
+
+def turned_faster(shape: Shape) -> bool:
+    """Whether an FP8 cache should be multiplied as it is, where it can be, rather than widened in place."""
+    return shape.rows <= TURNED_ROWS or shape.batch * shape.tokens >= TURNED_TOKENS
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

@@ -7,6 +7,8 @@ Nothing is compared here; ``test_gpu.py`` does that.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mlacompile.ops import mla_decode
@@ -22,7 +24,8 @@ def main() -> None:
     plain = make_inputs(CASE, device="cuda")
     per_token, _ = quantized(make_inputs(CASE, device="cuda"), per="token")
     per_block, _ = quantized(make_inputs(CASE, device="cuda"), per="block")
-    calls = [plain, paged(plain, 64), per_token, paged(per_token, 64), in_one_run(paged(per_block, 64))]
+    in_place, _ = quantized(make_inputs(replace(CASE, heads=40), device="cuda"), per="token")  # not by FP8 products
+    calls = [plain, paged(plain, 64), per_token, paged(per_token, 64), in_place, in_one_run(paged(per_block, 64))]
     for inputs in calls:
         for impl in impls:
             mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)

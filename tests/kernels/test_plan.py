@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +13,10 @@ from mlacompile.kernels.mla_decode.plan import (
     Device,
     Shape,
     choose_plan,
+    hopper_plan,
     row_tiles,
     shared_memory,
+    turned_faster,
 )
 
 DEVICES = [
@@ -66,3 +70,30 @@ def test_queries_share_a_tile_with_heads() -> None:
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_one_sequence_gets_small_tiles(heads: int) -> None:
     assert choose_plan(Shape(1, heads, 1, 8192, 512, 64), Device()).block_h == 16
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "batch", "tokens", "faster"),
+    [
+        (1, 1, 1, 1, True),
+        (16, 1, 1, 8192, True),
+        (16, 2, 300, 64, True),
+        (33, 1, 1, 8192, False),
+        (16, 4, 15, 8192, False),
+        (16, 4, 16, 8192, True),
+        (64, 1, 1, 8192, False),
+        (128, 1, 1, 32768, False),
+        (128, 1, 16, 8192, True),
+        (128, 2, 64, 8192, True),
+    ],
+)
+def test_which_fp8_caches_are_multiplied_as_they_are(
+    heads: int, queries: int, batch: int, tokens: int, faster: bool
+) -> None:
+    assert turned_faster(Shape(batch, heads, queries, tokens, 512, 64)) == faster
+
+
+def test_a_hopper_plan_says_so() -> None:
+    plan = hopper_plan(Shape(64, 16, 1, 8192, 512, 64), Device())
+    assert str(plan) == "x132-min2-over2"
+    assert str(replace(plan, turned=True)) == "x132-min2-over2-turned"

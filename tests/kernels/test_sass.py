@@ -206,41 +206,26 @@ TURNED_VARIANTS = [
     (20, 1, 256, 32, 32, torch.bfloat16),
     (7, 1, 128, 0, 0, torch.bfloat16),
 ]
-#: What the plan may say of the operands.
-OPERANDS: dict[str, dict[str, Any]] = {
-    "two parts": {},
-    "one part": {"query_parts": 1},
-    "stacked": {"stacked": True},
-    "narrow": {"narrow": True},
-    "stacked, narrow": {"stacked": True, "narrow": True},
-    "stacked, held": {"stacked": True, "held": True},
-    "stacked, held, narrow": {"stacked": True, "held": True, "narrow": True},
-}
 
 
-@pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("variant", TURNED_VARIANTS, ids=str)
-def test_fp8_products(
-    variant: tuple[int, int, int, int, int, torch.dtype], operands: str, record_property: Record
-) -> None:
-    main, _ = build_hopper(*variant, cached="per token", turned=True, **OPERANDS[operands])
+def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record) -> None:
+    main, _ = build_hopper(*variant, cached="per token", turned=True)
     record_property("compiled", table([main]))
     heads, queries, rank, rope, page, _ = variant
     width = 256 if rank <= 256 else 512
     copies = -(-64 // page) if 0 < page < 64 else 1
     assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
-    stacked, narrow = "stacked" in operands and heads * queries <= 32, "narrow" in operands
-    keys = 2 * (1 if operands == "one part" or stacked else 2) * width // 32  # before the loop and in it
-    values = (width // 64) * (2 if heads * queries > 32 else 1) if narrow else 0  # 32 rows, 32 tokens, 64 columns
-    assert main.counts["QGMMA"] == keys + values, "keys as they are"
-    wide = 2 * rope // 16 + (0 if narrow else 4 * width // 128)
+    stacked = heads * queries <= 32
+    keys = 2 * (1 if stacked else 2) * width // 32  # before the loop and in it
+    assert main.counts["QGMMA"] == keys, "keys as they are"
+    wide = 2 * rope // 16 + 4 * width // 128
     assert main.counts["HGMMA"] >= wide, "a product for 16 tokens of 64 even or odd columns"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
-    spilled = 0 if heads * queries <= 32 else 24 if narrow else 4 if queries > 1 else 0
-    assert main.local_in_loops[0] <= spilled, "limits of rows spill, no more"
+    assert main.local_in_loops[0] <= (4 if queries > 1 else 0), "limits of rows spill, no more"
     assert main.local_in_loops[1] == 0
-    if heads * queries <= 32:  # with queries held beside factors one register spills, outside the loops
-        assert main.local_memory <= (2 if stacked and narrow and "held" in operands else 0)
+    if stacked:
+        assert main.local_memory == main.spill_bytes == 0
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM

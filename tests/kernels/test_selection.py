@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.mla_decode import supports
+from mlacompile.kernels.mla_decode.plan import Device
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +23,13 @@ def meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def chosen(
-    heads: int, batch: int, tokens: int, *, page: int = 0, fp8: int = 0, queries: int = 1, mask: bool = False
-) -> tuple[str | None, dict[str, list[str]]]:
-    """fp8: factors a token, 0 for a cache in 16 bits; with more than one a token is a run of 656 bytes."""
+def call(
+    heads: int, batch: int, tokens: int, *, page: int = 0, fp8: int = 0, queries: int = 1
+) -> tuple[Tensor | None, ...]:
+    """Queries, cache, bounds, pages and factors of a call without a mask.
+
+    fp8: factors a token, 0 for a cache in 16 bits; with more than one a token is a run of 656 bytes.
+    """
     units = (batch * tokens // page, page) if page else (batch, tokens)
     table = meta(batch, tokens // page, dtype=torch.int32) if page else None
     c_kv, k_pe, descale = meta(*units, 512), meta(*units, 64), None
@@ -36,10 +40,15 @@ def chosen(
         c_kv = run[..., :512].view(torch.float8_e4m3fn)
         descale, k_pe = run[..., 512:528].view(torch.float32), run[..., 528:].view(torch.bfloat16)
     q_latent, q_pe = meta(batch, heads, queries, 512), meta(batch, heads, queries, 64)
-    masked = meta(batch, queries, tokens, dtype=torch.bool) if mask else None
-    best, passed = registry.best(
-        "mla_decode", q_latent, q_pe, c_kv, k_pe, masked, None, None, table, descale, scale=0.1, causal=False
-    )
+    return q_latent, q_pe, c_kv, k_pe, None, None, table, descale
+
+
+def chosen(
+    heads: int, batch: int, tokens: int, *, page: int = 0, fp8: int = 0, mask: bool = False
+) -> tuple[str | None, dict[str, list[str]]]:
+    tensors = call(heads, batch, tokens, page=page, fp8=fp8)
+    masked = meta(batch, 1, tokens, dtype=torch.bool) if mask else None
+    best, passed = registry.best("mla_decode", *tensors[:4], masked, *tensors[4:], scale=0.1, causal=False)
     return None if best is None else best.name, passed
 
 
@@ -52,8 +61,13 @@ def chosen(
         ("gluon", 16, 1, 8192, 64),
         ("gluon", 16, 64, 8192, 64),
         ("triton", 16, 128, 8192, 0),
-        ("triton", 16, 16, 8192, 0),
-        ("triton", 128, 1, 1024, 64),
+        ("triton", 16, 64, 8192, 0),
+        ("gluon", 16, 16, 8192, 0),
+        ("gluon", 20, 64, 8192, 0),
+        ("triton", 16, 1, 1024, 0),
+        ("triton", 64, 1, 1024, 64),
+        ("gluon", 16, 1, 8192, 0),
+        ("gluon", 128, 1, 1024, 64),
     ],
 )
 def test_sixteen_bits(kernel: str, heads: int, batch: int, tokens: int, page: int) -> None:
@@ -76,3 +90,33 @@ def test_what_the_hopper_kernel_cannot_take_goes_to_the_next_with_the_reason() -
     name, passed = chosen(128, 2, 65, fp8=1)
     assert name == "triton"
     assert "TMA copies from multiples of 16 bytes" in "; ".join(passed["gluon"])
+
+
+@pytest.mark.parametrize(
+    ("turned", "heads", "queries", "batch", "page", "fp8"),
+    [
+        (True, 16, 1, 1, 0, 1),
+        (True, 16, 2, 64, 64, 1),
+        (True, 128, 1, 16, 64, 1),
+        (False, 128, 1, 1, 64, 1),
+        (False, 16, 4, 1, 0, 1),
+        (False, 16, 1, 64, 64, 4),
+        (False, 16, 1, 64, 64, 0),
+    ],
+)
+def test_fp8_products_are_chosen(turned: bool, heads: int, queries: int, batch: int, page: int, fp8: int) -> None:
+    """By what a row can hold, and of a cache with one factor a token only."""
+    pytest.importorskip("triton", reason="tiles are described to Triton")
+    from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
+
+    tensors = call(heads, batch, 8192, queries=queries, page=page, fp8=fp8)
+    assert choose_hopper_plan(tensors, Device()).turned == turned
+
+
+def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:
+    descale = meta(2, 64, 1, dtype=torch.float32)
+    assert not supports.turned_reasons(meta(2, 64, 512, dtype=torch.float8_e4m3fn), descale)
+    assert "columns in pairs" in "; ".join(
+        supports.turned_reasons(meta(2, 64, 511, dtype=torch.float8_e4m3fn), descale)
+    )
+    assert "e5m2" in "; ".join(supports.turned_reasons(meta(2, 64, 512, dtype=torch.float8_e5m2), descale))

@@ -66,14 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan)
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
-PLANS = {
-    "two": {},
-    "one": {"query_parts": 1},
-    "stacked": {"stacked": True},
-    "narrow": {"narrow": True},
-    "held": {"stacked": True, "held": True},
-}
-ERRORS = {"two": 3e-3, "one": 6e-2, "stacked": 3e-3, "narrow": 2e-2, "held": 3e-3}
+#: With the tokens of a page, 0 for a contiguous cache, and programs that share a row: stacked queries and not.
 CASES = [
     (replace(CASE, **RAGGED), 64, 3),
     (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),
@@ -82,12 +75,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
-def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, kind: str) -> None:
+def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
     stored, said = quantized(make_inputs(case))
     want = exact(said)
-    plan = HopperPlan(parts, turned=True, **PLANS[kind])
-    out, lse = run(monkeypatch, paged(stored, page) if page else stored, plan)
-    assert (out.double() - want.out).norm() / want.out.norm() < ERRORS[kind]
-    assert torch.allclose(lse.double(), want.lse, atol=0.1 if kind == "one" else 2e-3, rtol=1e-4)
+    out, lse = run(monkeypatch, paged(stored, page) if page else stored, HopperPlan(parts, turned=True))
+    assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
+    assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)

@@ -64,9 +64,6 @@ class Tensor(np.ndarray):  # type: ignore[type-arg]
     def permute(self, order: tuple[int, ...]) -> Tensor:
         return made(self.transpose(order))
 
-    def split(self) -> tuple[Tensor, Tensor]:
-        return self[..., 0], self[..., 1]
-
     def __getitem__(self, at: Any) -> Any:
         return made(np.asarray(super().__getitem__(at)))
 
@@ -193,8 +190,6 @@ def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
     if "e4m3x2" in code:  # pairs of FP8 values to float16
         pairs = np.asarray(args[0])
         return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))
-    if "prmt" in code:  # pairs of FP8 values as they are
-        return _pairs_apart(args[0])
     if "cvt.rn.f16x2.f32" in code:  # two numbers to one word
         low, high = (np.asarray(x).astype(np.float16).view(np.uint16).astype(np.uint32) for x in args)
         return made((low | high << 16).view(np.int32))
@@ -202,11 +197,6 @@ def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
         return None
     assert "mov.b32" in code
     return args[0]
-
-
-def _pairs_apart(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    even, odd = (from_e4m3(((np.asarray(pairs) >> shift) & 255).astype(np.uint8)) for shift in (0, 8))
-    return made(even), made(odd)
 
 
 def _scalar_or(function: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -233,7 +223,6 @@ class Language:
     zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))
     full = staticmethod(lambda shape, value, dtype, layout=None: made(np.full(shape, value, STORAGE[str(dtype)])))
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
-    join = staticmethod(lambda x, y: made(np.stack([x, y], -1)))
     num_warps, static_range = staticmethod(lambda: 4), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)

@@ -11,13 +11,12 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlacompile.kernels.mla_decode import plan as planning
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
 from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
-from mlacompile.kernels.mla_decode.plan import HopperPlan, Shape, hopper_plan, next_power_of_2
+from mlacompile.kernels.mla_decode.plan import Device, HopperPlan, Shape, hopper_plan, next_power_of_2, turned_faster
 from mlacompile.kernels.mla_decode.supports import turned_reasons
 from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
@@ -56,9 +55,7 @@ def mla_decode_hopper(
     descale = descale if descale is None or descale.data_ptr() % 16 == 0 else descale.clone()
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, block_table, descale)
     if plan is None:
-        shape = hopper_shape(tensors)
-        turned = descale is not None and shape.rows <= planning.TURNED_ROWS and not turned_reasons(c_kv, descale)
-        plan = replace(hopper_plan(shape, device_of(q_latent.device)), turned=turned)
+        plan = choose_hopper_plan(tensors, device_of(q_latent.device))
     b, h, s, r = q_latent.shape
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
@@ -92,6 +89,14 @@ def hopper_shape(tensors: tuple[Tensor | None, ...]) -> Shape:
     b, h, s, r = q_latent.shape
     tokens = c_kv.shape[1] if block_table is None else block_table.shape[1] * c_kv.shape[1]
     return Shape(b, h, s, tokens, r, 0 if q_pe is None else q_pe.shape[3], q_latent.element_size())
+
+
+def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> HopperPlan:
+    """The plan for a call: shapes, dtypes and strides decide, so meta tensors do."""
+    c_kv, descale, shape = tensors[2], tensors[7], hopper_shape(tensors)
+    assert c_kv is not None
+    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale)
+    return replace(hopper_plan(shape, device), turned=turned)
 
 
 def _descriptor(x: Tensor, box_rows: int, panel: int, *, swizzle: int | None = None) -> tuple[TensorDescriptor, int]:
@@ -134,7 +139,7 @@ def hopper_launches(
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
-        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, plan, arguments)
+        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
         more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
@@ -178,12 +183,7 @@ def _in_place(
 
 
 def _turned(
-    c_kv: Tensor,
-    k_pe: Tensor | None,
-    descale: Tensor,
-    dtype: torch.dtype,
-    plan: HopperPlan,
-    arguments: dict[str, Any],
+    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
@@ -192,14 +192,12 @@ def _turned(
     layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     line = descale.flatten()
     columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
-    stacked = plan.stacked and columns <= TILE_ROWS // 2
-    parts = 1 if stacked else plan.query_parts
+    stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
         "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
-        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 5 - parts, "CODE": PACK[dtype], "COLS": columns,
-        "PARTS": parts, "STACKED": stacked, "NARROW": plan.narrow, "HELD": plan.held and parts == 1 and columns <= 32,
-        "AHEAD": d_pe is not None, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] + 8 * (plan.narrow and columns > 32),
+        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
+        "COLS": columns, "STACKED": stacked, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip
 
 

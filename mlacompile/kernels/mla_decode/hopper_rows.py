@@ -111,8 +111,8 @@ def _weights(e, factor, unit, dtype: gl.constexpr, FACTORED: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, t, lo, hi, sure, limit, CAUSAL: gl.constexpr, layout: gl.constexpr):
-    """Scores of a block, -inf where a row does not see a token.
+def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
+    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before.
 
     sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL.
     """
@@ -122,13 +122,6 @@ def _masked(s, t, lo, hi, sure, limit, CAUSAL: gl.constexpr, layout: gl.constexp
             s = gl.where((o_t >= lo)[None, :] & (o_t[None, :] < limit[:, None]), s, float("-inf"))
         else:
             s = gl.where(((o_t >= lo) & (o_t < hi))[None, :], s, float("-inf"))
-    return s
-
-
-@gluon.jit
-def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
-    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before."""
-    s = _masked(s, t, lo, hi, sure, limit, CAUSAL, layout)
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     return s, m_new, gl.exp2(m - m_new)
 

@@ -9,16 +9,14 @@ through registers:
     _values   eight warps: the output, turned: O^T = V^T * P^T, four sums of 128 pairs of columns by rows
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
-Both are multiplied with the same keys and add to one sum; up to 32 rows may be stacked, both parts in one tile, at the
-price of one, and then held in registers. Rows are scaled by powers of two into the range of FP8, the rotary part with
+Both are multiplied with the same keys and add to one sum; up to 32 rows are STACKED, both parts in one tile, at the
+price of one, and held in registers. Rows are scaled by powers of two into the range of FP8, the rotary part with
 them, which is exact, and scores are scaled back where they become exponents.
 
 A transposing load of 16-bit words brings pairs of neighbouring columns into the fragments of a left operand. Split
 into even and odd columns and converted to float16, which holds every e4m3 value, they are left operands of two products
 whose right operand, P^T, has as few columns as there are rows (query, head). P holds the factors of the tokens and is
 kept in the range of float16 by counting the largest factor of a block among the scores.
-
-P may be e4m3, too (NARROW): then values are not converted, only sorted, and each block has a sum of its own.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -88,17 +86,15 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr, HELD: gl.constexpr, PAGE: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr,
-    MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
+    STACKED: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+    CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, [rows].
 
-    p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64. PARTS: of a
-    query in FP8. STACKED: two parts, as rows of one tile, if there are 32 rows at most. NARROW: P is e4m3.
-    HELD: one part of the queries, or both stacked, stays in registers.
+    p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
+    STACKED: both parts of the queries are rows of one tile; there are 32 rows at most.
     """
-    x, bar = _turned_setup(p_q.dtype.element_ty, PARTS, NARROW, WIDTH, BLOCK_P, STAGES)
+    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
@@ -108,12 +104,10 @@ def _mla_decode_hopper_turned_kernel(
     gl.warp_specialize(
         [
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, scale_log2, H, S, T, PARTS, STACKED, NARROW, HELD, BLOCK_P, STAGES, AHEAD,
-                       CAUSAL, ONE_QUERY)),
+                       i_tile, n_tiles, scale_log2, H, S, T, STACKED, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, PARTS, STACKED, WIDTH, NARROW, BLOCK_P, COLS, STAGES, CODE,
-                       ONE_QUERY)),
+                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY)),
             (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
                              T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
                              STAGES)),

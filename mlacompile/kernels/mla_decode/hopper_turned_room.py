@@ -16,12 +16,12 @@ PAIRS = gl.constexpr(128)  # pairs of columns that eight warps multiply at once
 class TurnedTiles:
     """Shared memory."""
 
-    q: gl.shared_memory_descriptor  # [PARTS, 64, WIDTH] e4m3: the queries rounded, and what that leaves
+    q: gl.shared_memory_descriptor  # [1 or 2, 64, WIDTH] e4m3: queries rounded, and what that leaves, STACKED or apart
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
     pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
     factors: gl.shared_memory_descriptor  # [STAGES, 64]
-    p: gl.shared_memory_descriptor  # [2, 64, 64] float16 or e4m3, the softmax's numerators times the factors
+    p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
@@ -50,21 +50,20 @@ class TurnedSignals:
 
 
 @gluon.jit
-def _turned_setup(dtype: gl.constexpr, PARTS: gl.constexpr, NARROW: gl.constexpr, WIDTH: gl.constexpr,
-                  BLOCK_P: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                  STAGES: gl.constexpr):  # fmt: skip
     bytes_: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
-    WEIGHT: gl.constexpr = 8 if NARROW else 16
-    weights: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=8 * WEIGHT, element_bitwidth=WEIGHT, rank=2)
+    weights: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     x = TurnedTiles(
-        gl.allocate_shared_memory(gl.float8e4nv, [PARTS, ROWS, WIDTH], bytes_),
+        gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_),
         gl.allocate_shared_memory(dtype, [ROWS, ROPE], rope),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], plain),
-        gl.allocate_shared_memory(gl.float8e4nv if NARROW else gl.float16, [2, ROWS, BLOCK], weights),
+        gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], weights),
         gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),

@@ -40,10 +40,10 @@ def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl
 
 
 @gluon.jit
-def _store_queries(x, q, pe, first, PARTS: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Some of a tile's queries in FP8 parts, and the powers of two that their rows were divided by.
+def _store_queries(x, q, pe, first, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Some of a tile's queries in two FP8 parts, and the powers of two that their rows were divided by.
 
-    STACKED: eight rows rounded, then what that leaves of them, whose rotary part is none.
+    STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none.
     """
     by_row: gl.constexpr = gl.SliceLayout(1, q.type.layout)
     q = q.to(gl.float32)
@@ -59,7 +59,7 @@ def _store_queries(x, q, pe, first, PARTS: gl.constexpr, STACKED: gl.constexpr, 
         is_rest = gl.arange(0, q.shape[0], by_row) % 16 >= 8
         high = gl.where(is_rest[:, None], q - high.to(gl.float32), q).to(gl.float8e4nv)
     x.q.index(0).slice(first, q.shape[0], dim=0).store(high)
-    if PARTS == 2:
+    if not STACKED:
         x.q.index(1).slice(first, q.shape[0], dim=0).store((q - high.to(gl.float32)).to(gl.float8e4nv))
     if BLOCK_P > 0:
         by_pe_row: gl.constexpr = gl.SliceLayout(1, pe.type.layout)
@@ -74,9 +74,8 @@ def _store_queries(x, q, pe, first, PARTS: gl.constexpr, STACKED: gl.constexpr, 
 
 @gluon.jit
 def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                     stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, PARTS: gl.constexpr,
-                     STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, N: gl.constexpr,
-                     ONE_QUERY: gl.constexpr):  # fmt: skip
+                     stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
+                     WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, N: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """The N rows of a tile of queries that can be any: all are on their way before the first is stored."""
     SOME: gl.constexpr = min(N, 32)  # rows that are converted at once
     p = p_q + i_b.to(gl.int64) * stride_qb
@@ -97,9 +96,9 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
             pe1 = _part_of_queries(
                 p, i_tile, SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
             )
-    _store_queries(x, q0, pe0, 0, PARTS, STACKED, BLOCK_P)
+    _store_queries(x, q0, pe0, 0, STACKED, BLOCK_P)
     if N > SOME:
-        _store_queries(x, q1, pe1, SOME, PARTS, STACKED, BLOCK_P)
+        _store_queries(x, q1, pe1, SOME, STACKED, BLOCK_P)
 
 
 @gluon.jit
@@ -112,13 +111,13 @@ def _turn_back(even, odd, share, through, CODE: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, first, W: gl.constexpr,
+def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, W: gl.constexpr,
                 D: gl.constexpr, COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Write rows of D words to the result if the item is a whole row, else to its slot: W from ``first`` on."""
+    """Write rows of D words, kept as W, to the result if the item is a whole row, else to its slot."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps() * 128 // W, W // 128], [1, 0])
     for i in gl.static_range(COLS // 16):
         o_row = _here(i_tile) * ROWS + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
-        o_c = first + gl.arange(0, W, gl.SliceLayout(0, layout))
+        o_c = gl.arange(0, W, gl.SliceLayout(0, layout))
         mask = (o_row < H * S)[:, None] & (o_c < D)[None, :]
         o_to = o_row
         p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * D

@@ -13,11 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
-from mlacompile.kernels.mla_decode.hopper_rows import _masked, _slot, _softmax
+from mlacompile.kernels.mla_decode.hopper_rows import _slot, _softmax
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
-NARROW_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8
-STEADY = gl.constexpr(16)  # octaves by which units of P may lie below the largest so far
 LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
 
 
@@ -67,9 +65,9 @@ def _rows_of(i_tile, H, N: gl.constexpr, ONE_QUERY: gl.constexpr, layout: gl.con
 
 
 @gluon.jit
-def _queries_of(x, first_layout: gl.constexpr, BLOCK_P: gl.constexpr, HELD: gl.constexpr):
-    """Queries and their rotary parts as left operands of products: in shared memory, or HELD in registers."""
-    if HELD:
+def _queries_of(x, first_layout: gl.constexpr, BLOCK_P: gl.constexpr, STACKED: gl.constexpr):
+    """Queries and their rotary parts as left operands of products: in registers if STACKED, else in shared memory."""
+    if STACKED:
         q = x.q.index(0).load(gl.DotOperandLayout(0, first_layout, 4))
         if BLOCK_P > 0:
             return q, x.q_pe.load(gl.DotOperandLayout(0, _products(), 2))
@@ -80,23 +78,15 @@ def _queries_of(x, first_layout: gl.constexpr, BLOCK_P: gl.constexpr, HELD: gl.c
 
 
 @gluon.jit
-def _key_scores(x, q, stage, s0, PARTS: gl.constexpr, HELD: gl.constexpr):
+def _key_scores(x, q, stage, s0, STACKED: gl.constexpr):
     """Begins the scores of a stage's latents, the small part of the queries first: it is added up more precisely."""
     keys = x.k.index(stage).permute((1, 0))
-    if HELD:
+    if STACKED:
         return warpgroup_mma(q, keys, s0, use_acc=False, is_async=True)
     else:
-        return _parts_scores(x, keys, stage, s0, PARTS)
-
-
-@gluon.jit
-def _parts_scores(x, keys, stage, s0, PARTS: gl.constexpr):
-    zero = _here(stage) >> 8  # or the addresses of all parts of the queries would be kept in registers
-    if PARTS == 1:
-        return warpgroup_mma(x.q.index(zero), keys, s0, use_acc=False, is_async=True)
-    else:
-        s = warpgroup_mma(x.q.index(zero + 1), keys, s0, use_acc=False, is_async=True)
-        return warpgroup_mma(x.q.index(zero), keys, s, is_async=True)
+        zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
+        s = warpgroup_mma(q.index(zero + 1), keys, s0, use_acc=False, is_async=True)
+        return warpgroup_mma(q.index(zero), keys, s, is_async=True)
 
 
 @gluon.jit
@@ -135,69 +125,15 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
 
 
 @gluon.jit
-def _narrow_factors(x, stage, t, lo, hi, STACKED: gl.constexpr):
-    """The logarithms and the reciprocals of a block's factors, one of each by a thread, in the columns of scores."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_t = t + gl.arange(0, BLOCK, flat)
-    factors = gl.where((o_t >= lo) & (o_t < hi), x.factors.index(stage).load(flat), 1.0)
-    factors = gl.where(factors < LEAST_FACTOR, LEAST_FACTOR, factors)
-    columns: gl.constexpr = gl.SliceLayout(0, _softmax_layout(STACKED))
-    return gl.convert_layout(gl.log2(factors), columns), gl.convert_layout(1.0 / factors, columns)
-
-
-@gluon.jit
-def _publish_narrow(x, bar, s, m, most, total, row_scale, logarithms, reciprocals, b, t, lo, hi, sure, limit,
-                    CAUSAL: gl.constexpr, STACKED: gl.constexpr):  # fmt: skip
-    """The same for P in e4m3: it counts from the largest of its row and block, which is then exact.
-
-    m: the logarithm of P's unit, most: of the largest so far. A block of small weights has small units, but not so
-    small that earlier output, which is held in them as well, would overflow.
-    """
-    layout: gl.constexpr = _softmax_layout(STACKED)
-    s = _together(s, STACKED) * row_scale[:, None] + logarithms[None, :]
-    s = _masked(s, t, lo, hi, sure, limit, CAUSAL, layout)
-    here = gl.max(s, 1)
-    most = gl.maximum(most, here)
-    unit = gl.maximum(here, most - STEADY) - NARROW_HEADROOM
-    alpha = gl.exp2(m - unit)
-    e = gl.exp2(s - unit[:, None])
-    buffer = b & 1
-    mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
-    x.alpha.index(buffer).slice(0, s.shape[0], dim=0).store(alpha)
-    p = e.reshape([s.shape[0], BLOCK // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([s.shape[0], BLOCK])
-    x.p.index(buffer).slice(0, s.shape[0], dim=0).store(p.to(gl.float8e4nv))
-    fence_async_shared()
-    mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    return unit, most, total * alpha + gl.sum(e * reciprocals[None, :], 1)
-
-
-@gluon.jit
-def _finish(x, bar, s, m, most, total, row_scale, b, stage, t, lo, hi, sure, limit, WAIT: gl.constexpr,
-            PENDING: gl.constexpr, CAUSAL: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr):  # fmt: skip
-    """Waits, if so, for the scores of block b, begun before PENDING other products, and publishes their softmax."""
-    if NARROW:
-        logarithms, reciprocals = _narrow_factors(x, stage, t, lo, hi, STACKED)  # while the products run
-        if WAIT:
-            s = warpgroup_mma_wait(PENDING, deps=(s,))
-        m, most, total = _publish_narrow(
-            x, bar, s, m, most, total, row_scale, logarithms, reciprocals, b, t, lo, hi, sure, limit, CAUSAL, STACKED
-        )
-    else:
-        if WAIT:
-            s = warpgroup_mma_wait(PENDING, deps=(s,))
-        m, total = _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
-    return m, most, total
-
-
-@gluon.jit
 def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-            n_tiles, scale_log2, H, S, T, PARTS: gl.constexpr, STACKED: gl.constexpr, NARROW: gl.constexpr,
-            HELD: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr,
-            ONE_QUERY: gl.constexpr):  # fmt: skip
+            n_tiles, scale_log2, H, S, T, STACKED: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
+            CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block. AHEAD: the scores of a block are begun before the softmax of the one before.
 
     That keeps the tensor cores busy. Without rotary keys ptxas sees a conflict in it, and would wait for every product.
     """
+    AHEAD: gl.constexpr = BLOCK_P > 0
+    BEGUN: gl.constexpr = 1 if STACKED else 2  # products of the scores of a block
     first_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32]
     )
@@ -217,38 +153,34 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             limit = gl.minimum(end - S + r_s + 1, T)
             sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
         m = gl.full((N,), LOWEST, gl.float32, by_row)
-        most = m
         total = gl.full((N,), 0.0, gl.float32, by_row)
 
         mbarrier.wait(bar.queries, item & 1)
-        q, q_pe = _queries_of(x, first_layout, BLOCK_P, HELD)
+        q, q_pe = _queries_of(x, first_layout, BLOCK_P, STACKED)
         row_scale = _row_scale(x, STACKED) * scale_log2
         stage = g % STAGES
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
-        s_next = _key_scores(x, q, stage, s0, PARTS, HELD)
+        s_next = _key_scores(x, q, stage, s0, STACKED)
         for _ in range(n - 1):
             s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
             ahead = (g + 1) % STAGES
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, q, ahead, s0, PARTS, HELD)
-            m, most, total = _finish(
-                x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, BLOCK_P > 0,
-                PARTS if AHEAD else 0, CAUSAL, STACKED, NARROW,
-            )  # fmt: skip
+                s_next = _key_scores(x, q, ahead, s0, STACKED)
+                s = warpgroup_mma_wait(BEGUN, deps=(s,))
+            m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, q, ahead, s0, PARTS, HELD)
+                s_next = _key_scores(x, q, ahead, s0, STACKED)
             stage = ahead
             t += BLOCK
             g += 1
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
         s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
-        m, most, total = _finish(
-            x, bar, s, m, most, total, row_scale, g, stage, t, lo, hi, sure, limit, BLOCK_P > 0, 0, CAUSAL, STACKED,
-            NARROW,
-        )  # fmt: skip
+        if AHEAD:
+            s = warpgroup_mma_wait(0, deps=(s,))
+        m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
         x.total.slice(0, N, dim=0).store(total)
         mbarrier.arrive(bar.total, count=1)
         g += 1

@@ -134,8 +134,10 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
 
 
-#: Rows (query, head) up to which an FP8 cache is multiplied as it is, if it can be (docs/kernels.md).
-TURNED_ROWS = 0
+#: With up to so many rows (query, head) FP8 products were faster than widening in place wherever it was measured, with
+#: more where a batch can hold so many tokens: what begins and ends a row of the batch takes longer (docs/kernels.md).
+TURNED_ROWS = 32
+TURNED_TOKENS = 2**17
 
 
 @dataclass(frozen=True)
@@ -143,27 +145,21 @@ class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. turned: of an FP8 cache, by ``hopper_turned.py``, with so many ``query_parts`` in FP8:
-    of two, the second is what the first leaves. stacked: both are rows of one tile, where 32 rows are all. narrow: P
-    is in FP8, too. held: queries of up to 32 rows stay in registers.
+    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``.
     """
 
     parts: int
     min_share: int = 2
     overhead: int = 2
     turned: bool = False
-    query_parts: int = 2
-    stacked: bool = False
-    narrow: bool = False
-    held: bool = False
 
     def __str__(self) -> str:
-        turned = (
-            f"-turned{self.query_parts}{'-stacked' * self.stacked}{'-narrow' * self.narrow}{'-held' * self.held}"
-            if self.turned
-            else ""
-        )
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{turned}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"
+
+
+def turned_faster(shape: Shape) -> bool:
+    """Whether an FP8 cache should be multiplied as it is, where it can be, rather than widened in place."""
+    return shape.rows <= TURNED_ROWS or shape.batch * shape.tokens >= TURNED_TOKENS
 
 
 def hopper_plan(shape: Shape, device: Device) -> HopperPlan:

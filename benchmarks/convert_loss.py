@@ -140,7 +140,8 @@ def main() -> None:
     asked = parser.parse_args()
 
     source = open_source(asked.model)
-    calibration = Calibration.read(source, asked.calibrate, EFFORTS["full"])
+    calibrations = {name: Calibration.read(source, asked.calibrate, effort) for name, effort in EFFORTS.items()}
+    calibration = calibrations["full"]
     texts = [Evaluation.read(source, file) for file in asked.evaluate]
     result: dict[str, Any] = json.loads(asked.result.read_text()) if asked.result.exists() else {"runs": {}}
     result |= {
@@ -171,9 +172,9 @@ def main() -> None:
             budget = Budget.parse(source.model, kv_budget=1 - float(saved.split()[0]) / 100)
             assert budget is not None
             ablation = ABLATIONS.get(name, Ablation("everything on"))
-            effort = EFFORTS["fast" if kind == "fast" else "full"]
-            read = Calibration.read(source, asked.calibrate, effort)
-            layers, rows[name] = ours(source, budget, read, asked.work / name, ablation, effort)
+            effort = "fast" if kind == "fast" else "full"
+            read = calibrations[effort]
+            layers, rows[name] = ours(source, budget, read, asked.work / name, ablation, EFFORTS[effort])
             rows[name]["fitted"] = list(read.windows.shape)
         forms.append(layers)
         rows[name] |= {"rope_dim": layers[0].w_kr.shape[0], "rank": layers[0].w_dkv.shape[0]}

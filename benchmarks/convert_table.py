@@ -54,11 +54,14 @@ def main() -> int:
 
 
 def take(result: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """``result`` with the runs of ``part``, evaluated on the same texts; each run says how it was made."""
+    """``result`` with the runs of ``part``, evaluated on the same texts; each run says how it was made.
+
+    What a run was not measured for again stays, such as what another reading of the baseline gave.
+    """
     if result["evaluation"] != part["evaluation"]:
         raise ValueError(f"got a part evaluated on {part['evaluation']}; expected {result['evaluation']}")
     how = {name: part[name] for name in ("environment", "calibration")}
-    rows = {name: row | how for name, row in part["runs"].items()}
+    rows = {name: result["runs"].get(name, {}) | row | how for name, row in part["runs"].items()}
     return result | {"runs": result["runs"] | rows}
 
 

@@ -5,7 +5,8 @@
 
 A device that is asked for a number in the middle of its work runs dry: nothing can be launched until it has answered. A
 reading that stays in the graph is put where Inductor finds it cheapest in memory, which is in the middle; so what it
-needs, a few numbers made of the inputs, is computed before the graph is called, and the answer is one more input.
+needs, a few numbers made of the inputs, is computed before the graph is called, and the answer, still on its way to the
+host, is one more input.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _laid(made: Node, views: list[Node]) -> Tensor | None:
     """How views lie in the memory of what an op of the graph wrote, without data; None if it may not be written, or a
     view is none."""
     value = made.meta["val"]
-    if made.op != "call_function" or not isinstance(value, Tensor) or not value.is_contiguous():
+    if not _has_memory(made) or not isinstance(value, Tensor) or not value.is_contiguous():
         return None
     laid = torch.empty(value.shape, device="meta")
     for view in views:
@@ -195,3 +195,11 @@ def _laid(made: Node, views: list[Node]) -> Tensor | None:
         except RuntimeError:  # a reshape that copies
             return None
     return laid
+
+
+def _has_memory(node: Node) -> bool:
+    """Whether an op of the graph made a value, and not a view: strides count from where memory begins, which a part of
+    something larger need not."""
+    op: Any = node.args[0].target if node.target is operator.getitem else node.target  # type: ignore[union-attr]
+    schema = getattr(op, "_schema", None)
+    return schema is not None and all(value.alias_info is None for value in schema.returns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -166,15 +167,13 @@ def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int) 
         monkeypatch.setattr(kernel, name, value)
 
 
-def run(program: int, partitions: list[Callable[[], None]]) -> None:
-    """One program: its partitions at once."""
+def at_once(partitions: list[Callable[[], None]]) -> None:
+    """The partitions of a program, each in a thread; raises what the first that fails has raised."""
     failed: list[BaseException] = []
 
     def guarded(partition: Callable[[], None]) -> None:
-        _here.program = program
         try:
             partition()
-            assert not stores(), "ends before its results have left"
         except BaseException as error:
             failed.append(error)
 
@@ -185,3 +184,14 @@ def run(program: int, partitions: list[Callable[[], None]]) -> None:
         thread.join()
     if failed:
         raise failed[0]
+
+
+def run(program: int, partitions: list[Callable[[], None]]) -> None:
+    """One program: its partitions at once."""
+
+    def one(partition: Callable[[], None]) -> None:
+        _here.program = program
+        partition()
+        assert not stores(), "ends before its results have left"
+
+    at_once([partial(one, partition) for partition in partitions])

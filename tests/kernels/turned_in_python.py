@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from triton.experimental.gluon import language as real
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tests.kernels.gluon_in_python import Barrier, Barriers
+from tests.kernels.gluon_in_python import Barrier, Barriers, at_once
 
 Numbers = np.ndarray[Any, Any]
 STORAGE = {
@@ -307,20 +308,9 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> N
 
 
 def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
-    failed: list[BaseException] = []
+    def one(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        with np.errstate(all="ignore"):
+            function(*args)
+        assert not _products(), "ends before its products are waited for"
 
-    def guarded(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-        try:
-            with np.errstate(all="ignore"):
-                function(*args)
-            assert not _products(), "ends before its products are waited for"
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=guarded, args=partition, daemon=True) for partition in partitions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
+    at_once([partial(one, *partition) for partition in partitions])

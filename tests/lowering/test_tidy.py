@@ -111,6 +111,23 @@ def test_columns_are_turned_where_they_lie(function: Callable[[Tensor, Tensor], 
     assert gm(x, angle).stride() == (180, 12, 36, 1)  # by token, as x lies
 
 
+def test_what_is_read_later_is_not_written() -> None:
+    def twice(x: Tensor, w: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+        product = x @ w
+        q = product.view(2, 5, 3, 12)
+        return torch.cat([q[..., :8], _rotated(q[..., 8:], angle)], -1), product.sin()
+
+    shapes = (10, 16), (16, 36), (2, 5, 3, 2)
+    gm, inputs = _traced(twice, *shapes), [torch.randn(shape) for shape in shapes]
+    want = gm(*inputs)
+    assert tidy(gm) == 1
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    for run in (gm, torch.compile(gm)):
+        for got, expected in zip(run(*inputs), want, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_inductor_does_it_in_place() -> None:
     def attention(x: Tensor, w: Tensor, angle: Tensor, c_kv: Tensor, w_uk: Tensor) -> Tensor:
         q = (x @ w).view(2, 5, 3, 12).transpose(1, 2)
@@ -138,6 +155,9 @@ def test_inductor_does_it_in_place() -> None:
         lambda x, y: torch.cat([(x + 1)[:, 2:10], y[:, :4]], -1),  # moved
         lambda x, y: torch.cat([(x + 1)[:, :8], y[:, :3]], -1),  # shorter than it was
         lambda x, y: torch.cat([(x + 1)[:, :8].double(), y[:, :4].double()], -1),
+        lambda x, y: torch.cat([(x + 1).split([2, 3])[1][:, :8], y[:3, :4]], -1),  # contiguous, behind something else
+        lambda x, y: torch.cat([(x + 1)[2:][:, :8], y[:3, :4]], -1),
+        lambda x, y: torch.cat([(x + 1).view(5, 1, 12)[4][:, :8], y[:1, :4]], -1),
     ],
 )
 def test_other_concatenations_stay(unlike: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -3,7 +3,7 @@
     _fetch     one warp: blocks of 128 columns of x and of the weight, by TMA, into STAGES stages
     _multiply  four warps, twice: each half of the tile's rows, by all of its columns
 
-One program an SM takes tiles by turns. As in DeepSeek-V3 (arXiv 2412.19437, section 3.3.2), tensor cores add up one
+One program an SM takes tiles by turns. As in arXiv 2412.19437, section 3.3.2, tensor cores add up one
 block of 128 columns, and what they have summed is multiplied with its two scales and added in float32: they keep few
 bits of a sum of FP8 products. While one group of warps adds, the tensor cores work for the other.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.mla_decode.supports import device_reasons, interpreted
+from mlacompile.kernels.mla_decode.supports import capability_of, device_reasons, interpreted
 
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
@@ -50,7 +48,7 @@ def hopper_reasons(
     reasons = tiles_reasons(x, x_descale, weight, weight_descale, dtype)
     if interpreted():
         reasons.append("Gluon cannot be interpreted")
-    if x.device.type == "cuda" and torch.cuda.is_available() and _capability(x.device) != (9, 0):
+    if x.device.type == "cuda" and torch.cuda.is_available() and capability_of(x.device) != (9, 0):
         reasons.append("the kernel is written for compute capability 9.0")
     if x_descale is None:
         reasons.append("x is not quantized")
@@ -72,7 +70,7 @@ def blas_reasons(
     reasons = []
     if not hasattr(torch.nn.functional, "scaled_mm"):
         reasons.append(f"torch {torch.__version__} has no torch.nn.functional.scaled_mm")
-    if _capability(x.device) != (9, 0):
+    if capability_of(x.device) != (9, 0):
         reasons.append("cuBLASLt scales blocks of 128 on compute capability 9.0 only")
     if x_descale is None:
         reasons.append("x is not quantized")
@@ -126,7 +124,7 @@ def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:
 
 def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
     reasons = device_reasons(x.device)
-    if not reasons and x.device.type == "cuda" and _capability(x.device) < (8, 9):
+    if not reasons and x.device.type == "cuda" and capability_of(x.device) < (8, 9):
         reasons.append("the GPU has no conversions of FP8 (compute capability 8.9 or newer)")
     for name, tensor, unit in (("x", x, 16 // x.itemsize), ("weight", weight, 16)):
         if tensor.stride(-1) != 1:
@@ -137,12 +135,3 @@ def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
     if weight_descale.stride(-1) != 1 and weight_descale.shape[-1] > 1:
         reasons.append("scales of a row of blocks are not contiguous")
     return reasons
-
-
-@cache
-def _capability_of(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return _capability_of(torch.cuda.current_device() if device.index is None else device.index)

@@ -36,6 +36,7 @@ from mlacompile.kernels.mla_decode.hopper_rows import (
     _clear_dead,
     _computed,
     _factors,
+    _limits,
     _queries,
     _rope_scores,
     _rows,
@@ -77,12 +78,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
     todo = share
     while (row < B) & (todo > overhead):
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        sure = hi
-        limit = gl.full((ROWS,), 0, gl.int32, s_row)
-        if CAUSAL:
-            _r_row, _r_h, r_s = _rows(i_tile, H, ONE_QUERY, s_row)
-            limit = gl.minimum(end - S + r_s + 1, T)
-            sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
+        limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, s_row)
 
         p = p_q + row.to(gl.int64) * stride_qb
         q = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R, ONE_QUERY)

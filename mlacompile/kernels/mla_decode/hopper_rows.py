@@ -13,13 +13,26 @@ STEADY = gl.constexpr(2.0**-20)
 
 
 @gluon.jit
-def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr):
-    """Row numbers of a tile, and the head and query of each."""
-    o_row = _here(i_tile) * ROWS + gl.arange(0, ROWS, layout)
+def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr, N: gl.constexpr = ROWS):
+    """Numbers of the first N rows of a tile, and the head and query of each."""
+    o_row = _here(i_tile) * ROWS + gl.arange(0, N, layout)
     if ONE_QUERY:
         return o_row, o_row, o_row * 0
     else:
         return o_row, o_row % H, o_row // H
+
+
+@gluon.jit
+def _limits(i_tile, H, S, T, hi, end, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, layout: gl.constexpr,
+            N: gl.constexpr = ROWS):  # fmt: skip
+    """Where what each row sees ends, if CAUSAL, and up to where no row of the tile needs a mask."""
+    sure = hi
+    limit = gl.full((N,), 0, gl.int32, layout)
+    if CAUSAL:
+        _row, _h, o_s = _rows(i_tile, H, ONE_QUERY, layout, N)
+        limit = gl.minimum(end - S + o_s + 1, T)
+        sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
+    return limit, sure
 
 
 @gluon.constexpr_function

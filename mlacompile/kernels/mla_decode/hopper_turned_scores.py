@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
-from mlacompile.kernels.mla_decode.hopper_rows import _slot, _softmax
+from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _slot, _softmax
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
 LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
@@ -52,16 +52,6 @@ def _row_scale(x, STACKED: gl.constexpr):
         return gl.convert_layout(one, gl.SliceLayout(1, _softmax_layout(STACKED)))
     else:
         return x.row_scale.load(gl.SliceLayout(1, _products()))
-
-
-@gluon.jit
-def _rows_of(i_tile, H, N: gl.constexpr, ONE_QUERY: gl.constexpr, layout: gl.constexpr):
-    """Row numbers of a tile with N rows, and the head and query of each."""
-    o_row = _here(i_tile) * ROWS + gl.arange(0, N, layout)
-    if ONE_QUERY:
-        return o_row, o_row, o_row * 0
-    else:
-        return o_row, o_row % H, o_row // H
 
 
 @gluon.jit
@@ -146,12 +136,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
     todo = share
     while (row < B) & (todo > overhead):
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        sure = hi
-        limit = gl.full((N,), 0, gl.int32, by_row)
-        if CAUSAL:
-            _r_row, _r_h, r_s = _rows_of(i_tile, H, N, ONE_QUERY, by_row)
-            limit = gl.minimum(end - S + r_s + 1, T)
-            sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
+        limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, N)
         m = gl.full((N,), LOWEST, gl.float32, by_row)
         total = gl.full((N,), 0.0, gl.float32, by_row)
 
@@ -185,7 +170,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         mbarrier.arrive(bar.total, count=1)
         g += 1
 
-        r_row, r_h, r_s = _rows_of(i_tile, H, N, ONE_QUERY, by_row)
+        r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row, N)
         lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
         if (skip == 0) & (rest == 0):
             o_lse = (row.to(gl.int64) * H + r_h) * S + r_s

@@ -31,7 +31,8 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _capability_of(device: torch.device) -> tuple[int, int]:
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, the current one if it has no index."""
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -44,7 +45,7 @@ def device_reasons(device: torch.device) -> list[str]:
         return [f"inputs are on {device}, the kernel needs a CUDA device (or TRITON_INTERPRET=1)"]
     if not torch.cuda.is_available():
         return ["no CUDA device is available"]
-    major, minor = _capability_of(device)
+    major, minor = capability_of(device)
     return [] if major >= 8 else [f"compute capability {major}.{minor}, the kernel needs 8.0 or newer"]
 
 
@@ -53,7 +54,7 @@ def chains(device: torch.device) -> bool:
     Meta tensors stand for such a device: kernels are compiled for it without a GPU."""
     if interpreted() or device.type not in ("cuda", "meta"):
         return False
-    return device.type == "meta" or _capability_of(device) >= (9, 0)
+    return device.type == "meta" or capability_of(device) >= (9, 0)
 
 
 def portable_reasons(
@@ -105,7 +106,7 @@ def _fp8_reasons(c_kv: Tensor, k_pe: Tensor | None, device: torch.device) -> lis
     e4m3 = any(x is not None and x.dtype == torch.float8_e4m3fn for x in (c_kv, k_pe))
     if not e4m3 or device.type != "cuda" or not torch.cuda.is_available():
         return []
-    capability = _capability_of(device)
+    capability = capability_of(device)
     return ["e4m3 needs compute capability 8.9"] if capability < (8, 9) else []
 
 
@@ -121,7 +122,7 @@ def hopper_device_reasons(device: torch.device) -> list[str]:
         return reasons
     if not _gluon_installed():
         return ["this triton has no Gluon for Hopper (pip install 'triton>=3.6')"]
-    major, minor = _capability_of(device)
+    major, minor = capability_of(device)
     return [] if major == 9 else [f"compute capability {major}.{minor}, the kernel needs 9.0"]
 
 

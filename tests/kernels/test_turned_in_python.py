@@ -18,6 +18,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_room,
     hopper_rows,
     hopper_turned,
+    hopper_turned_pieces,
     hopper_turned_room,
     hopper_turned_rows,
     hopper_turned_scores,
@@ -29,8 +30,8 @@ from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inp
 from tests.kernels import turned_in_python
 
 MODULES = [
-    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_room, hopper_turned_rows,
-    hopper_turned_scores, hopper_turned_values,
+    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_pieces, hopper_turned_room,
+    hopper_turned_rows, hopper_turned_scores, hopper_turned_values,
 ]  # fmt: skip
 
 
@@ -72,6 +73,7 @@ CASES = [
     (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),
     (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 32, 1),
     (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2),
+    (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2),
 ]
 
 

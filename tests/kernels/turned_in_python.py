@@ -224,6 +224,8 @@ class Language:
     zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))
     full = staticmethod(lambda shape, value, dtype, layout=None: made(np.full(shape, value, STORAGE[str(dtype)])))
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
+    split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
+    join = staticmethod(lambda x, y: made(np.stack((x, y), -1)))
     num_warps, static_range = staticmethod(lambda: 4), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)

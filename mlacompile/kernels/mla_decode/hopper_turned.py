@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
 from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_turned_pieces import _scores_in_pieces
 from mlacompile.kernels.mla_decode.hopper_turned_room import _turned_setup
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
 from mlacompile.kernels.mla_decode.hopper_turned_values import _values
@@ -80,6 +81,20 @@ def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, p
         position = 0
 
 
+@gluon.jit
+def _scores_of_tiles(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
+                     i_tile, n_tiles, scale_log2, H, S, T, STACKED: gl.constexpr, WIDTH: gl.constexpr,
+                     BLOCK_P: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+                     ONE_QUERY: gl.constexpr):  # fmt: skip
+    if STACKED or BLOCK_P == 0:
+        _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
+                n_tiles, scale_log2, H, S, T, STACKED, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)  # fmt: skip
+    else:
+        _scores_in_pieces(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead,
+                          B, i_tile, n_tiles, scale_log2, H, S, T, WIDTH, BLOCK_P, STAGES, CAUSAL,
+                          ONE_QUERY)  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead"])
 def _mla_decode_hopper_turned_kernel(
     d_c, d_pe, d_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
@@ -103,8 +118,9 @@ def _mla_decode_hopper_turned_kernel(
     )
     gl.warp_specialize(
         [
-            (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, scale_log2, H, S, T, STACKED, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
+            (_scores_of_tiles, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, STACKED, WIDTH, BLOCK_P, STAGES,
+                                CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY)),

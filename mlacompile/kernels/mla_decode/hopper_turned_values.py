@@ -53,6 +53,18 @@ def _clear_dead_words(words, t, lo, hi):
 
 
 @gluon.jit
+def _shrunk(even0, odd0, even1, odd1, alpha, HALVES: gl.constexpr):
+    """Earlier output in units of a new maximum."""
+    alpha = alpha[None, :]
+    even0 *= alpha
+    odd0 *= alpha
+    if HALVES > 1:
+        even1 *= alpha
+        odd1 *= alpha
+    return even0, odd0, even1, odd1
+
+
+@gluon.jit
 def _add_block(x, bar, words, weights, g, stage, buffer, even0, odd0, even1, odd1, HALVES: gl.constexpr):
     """Adds a block's products, and says that its stage is no longer needed."""
     layout: gl.constexpr = even0.type.layout
@@ -61,12 +73,11 @@ def _add_block(x, bar, words, weights, g, stage, buffer, even0, odd0, even1, odd
     tile = words.index(HALVES * stage)
     v_even, v_odd = _columns_of(tile, 0, a_layout)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))[None, :]
-    even0 *= alpha
-    odd0 *= alpha
-    if HALVES > 1:
-        even1 *= alpha
-        odd1 *= alpha
+    alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
+    if COLS <= 32:
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, HALVES)
+    elif gl.min(alpha, 0) < 1.0:  # seldom: maxima have SLACK
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, HALVES)
     b_p = weights.index(buffer * (ROWS // COLS))
     even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):

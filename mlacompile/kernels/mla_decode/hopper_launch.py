@@ -95,7 +95,7 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     """The plan for a call: shapes, dtypes and strides decide, so meta tensors do."""
     c_kv, descale, shape = tensors[2], tensors[7], hopper_shape(tensors)
     assert c_kv is not None
-    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale)
+    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale, shape.rows)
     return replace(hopper_plan(shape, device), turned=turned)
 
 
@@ -160,6 +160,15 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
 
 
+def _factors(descale: Tensor, box_rows: int) -> tuple[TensorDescriptor, int]:
+    """Factors of an FP8 cache as TMA sees them: one a token in a line, several in rows of four."""
+    if descale.shape[2] > 1:
+        return _descriptor(descale, box_rows, FACTORS, swizzle=0)
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    line = descale.flatten()
+    return TensorDescriptor(line, list(line.shape), [1], [box_rows], layout), descale.shape[1]
+
+
 def _in_place(
     c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
 ) -> dict[str, Any]:
@@ -167,13 +176,8 @@ def _in_place(
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_c, apart_c = _descriptor(c_kv.view(torch.uint8), box_rows, arguments["QUARTER"])
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    d_scale, apart_scale = _factors(descale, box_rows)
     groups = descale.shape[2]
-    if groups == 1:
-        layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-        line = descale.flatten()
-        d_scale, apart_scale = TensorDescriptor(line, list(line.shape), [1], [box_rows], layout), descale.shape[1]
-    else:
-        d_scale, apart_scale = _descriptor(descale, box_rows, FACTORS, swizzle=0)
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, groups > 1],
@@ -189,13 +193,12 @@ def _turned(
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
-    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    line = descale.flatten()
+    d_scale, apart_scale = _factors(descale, box_rows)
     columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
     stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
     return {
-        "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
-        "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
+        "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
+        "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
         "COLS": columns, "STACKED": stacked, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
     }  # fmt: skip

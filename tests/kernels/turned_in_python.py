@@ -229,7 +229,6 @@ class Language:
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
     num_warps, static_range = staticmethod(lambda: _here.warps), range
-    thread_barrier = staticmethod(lambda: None)
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)
     inline_asm_elementwise = staticmethod(_assembly)

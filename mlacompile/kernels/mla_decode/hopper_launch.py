@@ -26,6 +26,7 @@ RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
 TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
+GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
 PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
@@ -196,11 +197,14 @@ def _turned(
     d_scale, apart_scale = _factors(descale, box_rows)
     columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
     stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
+    if descale.shape[2] > 1 and not stacked:
+        raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
+        "COLS": columns, "STACKED": stacked,
+        "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
     }  # fmt: skip
 
 

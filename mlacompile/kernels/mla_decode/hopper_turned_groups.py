@@ -64,7 +64,6 @@ def _clear_dead_factors(x, stage, t, lo, hi):
     o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     here = x.factors.index(stage)
     here.store(gl.where(((o_t >= lo) & (o_t < hi))[:, None], here.load(layout), 0.0))
-    gl.thread_barrier()
 
 
 @gluon.jit
@@ -80,9 +79,9 @@ def _queries_of_groups(x, GROUPS: gl.constexpr, BLOCK_P: gl.constexpr):
     layout: gl.constexpr = gl.DotOperandLayout(0, _fp8_products(), 4)
     parts = ()
     for k in gl.static_range(GROUPS):
-        parts = parts + (x.q.index(0).slice(k * GROUP, GROUP, dim=1).load(layout),)  # noqa: RUF005
+        parts = parts + (x.q.index(0).slice(k * GROUP, GROUP, dim=1).load(layout),)  # type: ignore[assignment]
     if BLOCK_P > 0:
-        parts = parts + (x.q_pe.load(gl.DotOperandLayout(0, _products(), 2)),)  # noqa: RUF005
+        parts = parts + (x.q_pe.load(gl.DotOperandLayout(0, _products(), 2)),)  # type: ignore[assignment]
     return parts
 
 
@@ -111,9 +110,10 @@ def _added(s, product, factors):
 def _add_groups(x, parts, even, odd, stage, never, GROUPS: gl.constexpr, PRODUCTS: gl.constexpr):
     """Waits for all scores of a stage, of which two products have been begun, and adds them up.
 
-    Returns the sums, and the two products, whose registers are free.
+    Returns the sums, the two products, whose registers are free, and the largest factor, found between two waits.
     """
     s = gl.zeros((ROWS // 2, BLOCK), gl.float32, _softmax_layout(True))
+    largest = 0.0
     for k in gl.static_range(0, PRODUCTS, 2):
         if k < GROUPS:
             first, second = _factors_of(x, stage, k)
@@ -136,9 +136,11 @@ def _add_groups(x, parts, even, odd, stage, never, GROUPS: gl.constexpr, PRODUCT
                 s = s + _together(odd, True)
             if k + 3 < PRODUCTS:
                 odd = _begin(x, parts, stage, k + 3, odd, never, GROUPS)
+        if k == 0:
+            largest = _largest_factor(x, stage)
     layout: gl.constexpr = _fp8_products()
     even = gl.convert_layout(even, layout, assert_trivial=True)
-    return s, even, gl.convert_layout(odd, layout, assert_trivial=True)
+    return s, even, gl.convert_layout(odd, layout, assert_trivial=True), largest
 
 
 @gluon.jit
@@ -155,10 +157,10 @@ def _p_of_two(x, e, stage, group: gl.constexpr):
 
 
 @gluon.jit
-def _publish_groups(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, GROUPS: gl.constexpr,
+def _publish_groups(x, bar, s, largest, m, total, row_scale, b, stage, t, lo, hi, sure, limit, GROUPS: gl.constexpr,
                     CAUSAL: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P of each group and alpha for ``_values``, returns the running maximum and sum."""
-    shift = _unit_of_p(_largest_factor(x, stage))
+    shift = _unit_of_p(largest)
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout(True))
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
@@ -204,13 +206,13 @@ def _scores_of_groups(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         for _ in range(n - 1):
             if (t < lo) | (t + BLOCK > hi):
                 _clear_dead_factors(x, stage, t, lo, hi)
-            s, even, odd = _add_groups(x, parts, even, odd, stage, never, GROUPS, PRODUCTS)
+            s, even, odd, largest = _add_groups(x, parts, even, odd, stage, never, GROUPS, PRODUCTS)
             ahead = (g + 1) % STAGES
             mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
             even = _begin(x, parts, ahead, 0, even, never, GROUPS)
             odd = _begin(x, parts, ahead, 1, odd, never, GROUPS)
             m, total = _publish_groups(
-                x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, GROUPS, CAUSAL
+                x, bar, s, largest, m, total, row_scale, g, stage, t, lo, hi, sure, limit, GROUPS, CAUSAL
             )
             stage = ahead
             t += BLOCK
@@ -219,8 +221,10 @@ def _scores_of_groups(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
             _launch_later()
         if (t < lo) | (t + BLOCK > hi):
             _clear_dead_factors(x, stage, t, lo, hi)
-        s, even, odd = _add_groups(x, parts, even, odd, stage, never, GROUPS, PRODUCTS)
-        m, total = _publish_groups(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, GROUPS, CAUSAL)
+        s, even, odd, largest = _add_groups(x, parts, even, odd, stage, never, GROUPS, PRODUCTS)
+        m, total = _publish_groups(
+            x, bar, s, largest, m, total, row_scale, g, stage, t, lo, hi, sure, limit, GROUPS, CAUSAL
+        )
         _report(
             x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S, by_row,
             N, ONE_QUERY,

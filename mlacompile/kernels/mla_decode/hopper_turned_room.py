@@ -21,7 +21,7 @@ class TurnedTiles:
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
     pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
     factors: gl.shared_memory_descriptor  # [STAGES, 64], several a token: [STAGES, 64, FACTORS]
-    p: gl.shared_memory_descriptor  # float16, the softmax's numerators times the factors: [2, 64, 64] or, see _room_of_p
+    p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
@@ -58,8 +58,8 @@ def _sides(groups):
 
 @gluon.jit
 def _room_of_p(q, GROUPS: gl.constexpr):
-    """[64, 64] twice. With several factors a token each group has its own P, [2, groups * 32, 64], and they lie where the
-    queries were, which are held in registers by then."""
+    """Two blocks' P. With several factors a token each group has one, [2, groups * 32, 64], and they lie where the
+    queries were, which are held in registers by then: so there is room for a fourth stage."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if GROUPS > 1:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
@@ -70,9 +70,7 @@ def _room_of_p(q, GROUPS: gl.constexpr):
 @gluon.jit
 def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
     if GROUPS > 1:
-        return gl.allocate_shared_memory(
-            gl.float32, [STAGES, BLOCK, FACTORS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        )
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     else:
         return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 

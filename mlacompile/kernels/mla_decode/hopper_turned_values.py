@@ -103,7 +103,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
             COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
             GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
-    """The output, and at the beginning of each item its queries. SIDE: which half of either, if two partitions share."""
+    """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
@@ -125,7 +125,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         if SIDES > 1:  # what the queries are stored over
             mbarrier.wait(bar.rows, (item & 1) ^ 1)
-        # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
+        # The last P of the previous item was waited for, and it follows the last use of that item's queries.
         _convert_queries(
             x, p_q, p_qpe, row, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
             stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, SIDE * N, N, ONE_QUERY,

@@ -3,7 +3,7 @@
     python benchmarks/mla_decode.py --out results.json                      every kernel, over the table of shapes
     python benchmarks/mla_decode.py --kernels "triton;gluon" --rows 128x128x8192,16x1x8192
     python benchmarks/mla_decode.py --kernels "gluon;gluon@parts=33,min_share=4"
-    python benchmarks/mla_decode.py --kernels "gluon-fp8-paged;gluon-fp8-paged@turned=0"   widened in place, too
+    python benchmarks/mla_decode.py --kernels "gluon-656-paged;gluon-656-paged@turned=0"   widened in place, too
 
 A row is heads x batch x context, or heads x batch x context x queries; ``ragged`` in front draws lengths from 1 to
 about four times the context that add up to as many tokens. ``-paged`` reads pages of 64 tokens in random order,

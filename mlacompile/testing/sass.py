@@ -38,8 +38,8 @@ class Compiled:
     """What one kernel costs.
 
     spill_bytes: stores and loads together. serialized: ptxas warnings that wgmma waits. counts: instructions by name,
-    and loads of 16 bytes as "LDG.128". local_in_loops: instructions that touch local memory inside innermost loops, as
-    (those of loops with wgmma, those of the others).
+    loads of 16 bytes as "LDG.128", and waits for wgmma as "DEPBAR". local_in_loops: instructions that touch local
+    memory inside innermost loops, as (those of loops with wgmma, those of the others).
     """
 
     name: str
@@ -109,6 +109,7 @@ def _inspect(built: Any, capability: int, name: str) -> Compiled:
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     counts = {word: len(re.findall(rf"\b{word}\b", sass)) for word in INSTRUCTIONS}
     counts["LDG.128"] = len(re.findall(r"\bLDG\S*\.128\b", sass))
+    counts["DEPBAR"] = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
     serialized = len(re.findall(r"C75\d\d", log))
     return Compiled(name, registers, spilled, built.metadata.shared, serialized, counts, _local_in_loops(sass))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons, turned_reasons
 from mlacompile.ops import mla_decode
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized, worst
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_run, make_inputs, paged, quantized, worst
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +54,36 @@ CASES = [
 ]
 
 
+#: With a factor for each 128 columns and all of a token in one run of bytes: contiguous and in pages.
+GROUPED = [
+    *((variant(heads=heads, **RAGGED), page) for heads in (1, 3, 16, 20, 32) for page in (0, 64)),
+    *(
+        (variant(heads=heads, queries=s, causal=True, **RAGGED), page)
+        for heads, s in ((16, 2), (8, 4), (5, 4), (10, 3), (4, 4))
+        for page in (0, 64)
+    ),
+    *((variant(tokens=tokens, length=True, poison=True), page) for tokens in (1, 63, 65) for page in (0, 64)),
+    (variant(batch=1, tokens=67), 0),
+    (variant(batch=1, tokens=20_000), 64),
+    (variant(batch=300, tokens=130, heads=20, **RAGGED), 256),
+    (variant(batch=70, tokens=700, **RAGGED), 0),
+    (variant(rank=256, rope=0, **RAGGED), 32),
+    (variant(heads=7, rank=144, **RAGGED), 0),
+    (variant(heads=20, rank=256, rope=32, queries=1, dtype=torch.float16, **RAGGED), 128),
+    (variant(heads=32, rank=384, dtype=torch.float16, **RAGGED), 64),
+    (variant(heads=9, rank=320, rope=0, **RAGGED), 0),
+    (variant(heads=16, dtype=torch.float16, **RAGGED), 64),
+    (variant(heads=16, rope=0, **RAGGED), 64),
+]
+
+
+def stored_as(inputs: LatentInputs, per: str, page: int = 0) -> tuple[LatentInputs, LatentInputs]:
+    """The same call on an FP8 cache, all of a token in one run of bytes if it has several factors, and what it says."""
+    stored, said = quantized(inputs, per=per, rounded=False)
+    stored = paged(stored, page) if page else stored
+    return in_one_run(stored) if per == "block" else stored, said
+
+
 def turned(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
     """The kernel, three times over: a result that changes is a race."""
     from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches, hopper_shape
@@ -65,7 +95,7 @@ def turned(inputs: LatentInputs) -> tuple[Tensor, Tensor]:
     assert c_kv is not None
     assert descale is not None
     assert not hopper_shape_reasons(q_latent, q_pe, c_kv, k_pe, mask, table, descale, inputs.keywords["scale"])
-    assert not turned_reasons(c_kv, descale)
+    assert not turned_reasons(c_kv, descale, q_latent.shape[1] * q_latent.shape[2])
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
     plan = replace(hopper_plan(hopper_shape(tensors), device_of(q_latent.device)), turned=True)
     results = []
@@ -93,16 +123,47 @@ def test_parity(case: LatentCase, page: int) -> None:
     check(said, *turned(paged(stored, page) if page else stored))
 
 
-def test_few_rows_are_multiplied_so_unasked() -> None:
-    stored, _ = quantized(make_inputs(variant(**RAGGED), device="cuda"))
-    stored = paged(stored, 64)
+@pytest.mark.parametrize(("case", "page"), GROUPED, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
+def test_several_factors_a_token(case: LatentCase, page: int) -> None:
+    stored, said = stored_as(make_inputs(case, device="cuda"), "block", page)
+    check(said, *turned(stored))
+
+
+def test_factors_in_an_array_of_their_own() -> None:
+    stored, said = quantized(make_inputs(variant(**RAGGED), device="cuda"), per="block", rounded=False)
+    check(said, *turned(stored))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=str)
+def test_groups_of_every_size(order: tuple[int, ...]) -> None:
+    """Groups of columns 1, 2^-10, 2^-20 and 2^-30 in size, and tokens that differ as well.
+
+    P is in units of the largest factor of a block: 2^-20 of it float16 keeps, 2^-30 not in full precision.
+    """
+    inputs = make_inputs(variant(tokens=300), device="cuda")
+    q_latent, q_pe, c_kv, *rest = inputs.tensors
+    assert c_kv is not None
+    sizes = torch.tensor([2.0 ** (-10 * k) for k in order], device="cuda").repeat_interleave(128)
+    tokens = torch.tensor([2.0**k for k in range(-6, 1, 2)], device="cuda").repeat(75)[:, None]
+    scaled = LatentInputs((q_latent, q_pe, (c_kv * sizes * tokens).to(c_kv.dtype), *rest), inputs.keywords)
+    stored, said = stored_as(scaled, "block")
+    out, lse = turned(stored)
+    want = exact(said, unit=2**-22, operand_unit=UNIT[out.dtype], key_unit=SUM_UNIT)
+    assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
+    for k, got, exactly in zip(order, out.double().split(128, -1), want.out.split(128, -1), strict=True):
+        assert (got - exactly).norm() / exactly.norm() <= (NORM if k < 3 else 0.1), f"2^-{10 * k}"
+
+
+@pytest.mark.parametrize("per", ["token", "block"])
+def test_few_rows_are_multiplied_so_unasked(per: str) -> None:
+    stored, _ = stored_as(make_inputs(variant(**RAGGED), device="cuda"), per, 64)
     for got, want in zip(mla_decode(*stored.tensors, **stored.keywords, impl="gluon"), turned(stored), strict=True):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
 @pytest.mark.parametrize("exponent", [-30, 0, 12])
-def test_queries_and_factors_of_every_size(exponent: int, heads: int) -> None:
+def test_queries_and_factors_of_every_size(exponent: int, heads: int, per: str) -> None:
     """Rows of queries and factors of tokens far from 1, beyond the range of float16; a row of zeros."""
     inputs = make_inputs(variant(heads=heads, tokens=300, rope=0), device="cuda")
     q_latent, _, c_kv, *rest = inputs.tensors
@@ -113,14 +174,13 @@ def test_queries_and_factors_of_every_size(exponent: int, heads: int) -> None:
     q[:, 3] = 0
     keys = c_kv * (sizes.repeat(50) * 2.0**exponent)[:, None]
     scaled = LatentInputs((q.to(q_latent.dtype), None, keys.to(c_kv.dtype), *rest), inputs.keywords)
-    stored, said = quantized(scaled)
+    stored, said = stored_as(scaled, per)
     check(said, *turned(stored))
 
 
-@pytest.mark.parametrize("heads", [16, 64])
-def test_queries_that_are_not_finite_make_their_rows_nan(heads: int) -> None:
-    stored, _ = quantized(make_inputs(variant(heads=heads, tokens=200), device="cuda"))
-    stored = paged(stored, 64)
+@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
+def test_queries_that_are_not_finite_make_their_rows_nan(heads: int, per: str) -> None:
+    stored, _ = stored_as(make_inputs(variant(heads=heads, tokens=200), device="cuda"), per, 64)
     q_latent, q_pe = stored.tensors[:2]
     assert q_latent is not None
     assert q_pe is not None
@@ -133,8 +193,9 @@ def test_queries_that_are_not_finite_make_their_rows_nan(heads: int) -> None:
     assert torch.equal(lse.isnan()[:, :, 0], wrong)
 
 
-def test_nan_in_a_live_row_reaches_the_output() -> None:
-    stored, _ = quantized(make_inputs(variant(tokens=200), device="cuda"))
+@pytest.mark.parametrize("per", ["token", "block"])
+def test_nan_in_a_live_row_reaches_the_output(per: str) -> None:
+    stored, _ = stored_as(make_inputs(variant(tokens=200), device="cuda"), per)
     c_kv, descale = stored.tensors[2], stored.tensors[8]
     assert c_kv is not None
     assert descale is not None

@@ -208,6 +208,39 @@ TURNED_VARIANTS = [
 ]
 
 
+#: With several factors a token: every number of groups of columns and of columns of the turned output, causal and not.
+GROUPED_VARIANTS = [
+    (16, 1, 512, 64, 64, torch.bfloat16),
+    (8, 4, 512, 64, 0, torch.bfloat16),
+    (16, 2, 384, 64, 64, torch.float16),
+    (20, 1, 256, 32, 32, torch.bfloat16),
+    (7, 1, 512, 0, 0, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("variant", GROUPED_VARIANTS, ids=str)
+def test_fp8_products_with_several_factors(
+    variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record
+) -> None:
+    main, _ = build_hopper(*variant, cached="per block", turned=True)
+    record_property("compiled", table([main]))
+    _, queries, rank, rope, page, _ = variant
+    groups, width = -(-rank // 128), 256 if rank <= 256 else 512
+    copies = -(-64 // page) if 0 < page < 64 else 1
+    assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
+    assert main.counts["QGMMA"] == 2 * groups * 128 // 32, "keys as they are, before the loop and in it"
+    assert main.counts["HGMMA"] == 2 * rope // 16 + groups * 2 * 64 // 16, "even and odd columns of each group"
+    products = groups + (1 if rope else 0)
+    assert main.counts["DEPBAR"] == 2 * (products - 1) + groups * 64 // 16, "one wait a product, no more"
+    assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
+    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.local_in_loops == (0, 0), "what spills is beside the loops"
+    if queries == 1:
+        assert main.local_memory == main.spill_bytes == 0
+    assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM
+
+
 @pytest.mark.parametrize("variant", TURNED_VARIANTS, ids=str)
 def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record) -> None:
     main, _ = build_hopper(*variant, cached="per token", turned=True)

@@ -100,12 +100,17 @@ def test_what_the_hopper_kernel_cannot_take_goes_to_the_next_with_the_reason() -
         (True, 128, 1, 16, 64, 1),
         (False, 128, 1, 1, 64, 1),
         (False, 16, 4, 1, 0, 1),
-        (False, 16, 1, 64, 64, 4),
+        (True, 16, 1, 1, 0, 4),
+        (True, 16, 1, 64, 64, 4),
+        (True, 16, 2, 128, 64, 4),
+        (False, 33, 1, 64, 64, 4),
+        (False, 16, 4, 64, 0, 4),
+        (False, 128, 1, 128, 64, 4),
         (False, 16, 1, 64, 64, 0),
     ],
 )
 def test_fp8_products_are_chosen(turned: bool, heads: int, queries: int, batch: int, page: int, fp8: int) -> None:
-    """By what a row can hold, and of a cache with one factor a token only."""
+    """By what a row can hold, and with several factors a token up to 32 rows only."""
     pytest.importorskip("triton", reason="tiles are described to Triton")
     from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
 
@@ -114,9 +119,13 @@ def test_fp8_products_are_chosen(turned: bool, heads: int, queries: int, batch: 
 
 
 def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:
-    descale = meta(2, 64, 1, dtype=torch.float32)
-    assert not supports.turned_reasons(meta(2, 64, 512, dtype=torch.float8_e4m3fn), descale)
-    assert "columns in pairs" in "; ".join(
-        supports.turned_reasons(meta(2, 64, 511, dtype=torch.float8_e4m3fn), descale)
-    )
-    assert "e5m2" in "; ".join(supports.turned_reasons(meta(2, 64, 512, dtype=torch.float8_e5m2), descale))
+    def reasons(rank: int, dtype: torch.dtype, factors: int, rows: int) -> str:
+        descale = meta(2, 64, factors, dtype=torch.float32)
+        return "; ".join(supports.turned_reasons(meta(2, 64, rank, dtype=dtype), descale, rows))
+
+    e4m3 = torch.float8_e4m3fn
+    assert not reasons(512, e4m3, 1, 128)
+    assert not reasons(512, e4m3, 4, 32)
+    assert "columns in pairs" in reasons(511, e4m3, 1, 16)
+    assert "e5m2" in reasons(512, torch.float8_e5m2, 4, 16)
+    assert "4 factors a token and 33 rows" in reasons(512, e4m3, 4, 33)

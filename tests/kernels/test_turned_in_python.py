@@ -18,6 +18,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_room,
     hopper_rows,
     hopper_turned,
+    hopper_turned_groups,
     hopper_turned_pieces,
     hopper_turned_room,
     hopper_turned_rows,
@@ -26,11 +27,12 @@ from mlacompile.kernels.mla_decode import (
 )
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, make_inputs, paged, quantized
+from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_run, make_inputs, paged, quantized
 from tests.kernels import turned_in_python
 
 MODULES = [
-    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_pieces, hopper_turned_room,
+    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_groups, hopper_turned_pieces,
+    hopper_turned_room,
     hopper_turned_rows, hopper_turned_scores, hopper_turned_values,
 ]  # fmt: skip
 
@@ -77,10 +79,31 @@ CASES = [
 ]
 
 
+#: With several factors a token: two, three and four groups of columns, the last of them not whole, too.
+GROUPED = [
+    (replace(CASE, **RAGGED), 64, 3),
+    (replace(CASE, heads=7, queries=4, causal=True, **RAGGED), 32, 1),
+    (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 0, 2),
+    (replace(CASE, heads=20, rank=384, tokens=200, **RAGGED), 64, 1),
+    (replace(CASE, heads=1, rank=272, rope=0, tokens=130), 0, 2),
+    (replace(CASE, batch=5, heads=9, rank=144, rope=0, **RAGGED), 128, 2),
+]
+
+
 @pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
 def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
     stored, said = quantized(make_inputs(case))
     want = exact(said)
     out, lse = run(monkeypatch, paged(stored, page) if page else stored, HopperPlan(parts, turned=True))
+    assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
+    assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "page", "parts"), GROUPED, ids=str)
+def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
+    stored, said = quantized(make_inputs(case), per="block", rounded=False)
+    want = exact(said)
+    stored = in_one_run(paged(stored, page) if page else stored)
+    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True))
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)

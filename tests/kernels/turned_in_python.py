@@ -1,4 +1,4 @@
-"""Just enough of Gluon in plain Python to run ``hopper_turned.py``: its three partitions as threads.
+"""Just enough of Gluon in plain Python to run ``hopper_turned.py``: its partitions as threads.
 
 As in ``gluon_in_python.py`` a product is computed from shared memory as late as it may be: when it is waited for. Tiles
 of shared memory lie in panels as on a GPU, so that looking at them as another type finds the same bytes. Layouts of
@@ -64,6 +64,9 @@ class Tensor(np.ndarray):  # type: ignore[type-arg]
 
     def permute(self, order: tuple[int, ...]) -> Tensor:
         return made(self.transpose(order))
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self[..., 0], self[..., 1]
 
     def __getitem__(self, at: Any) -> Any:
         return made(np.asarray(super().__getitem__(at)))
@@ -225,8 +228,8 @@ class Language:
     full = staticmethod(lambda shape, value, dtype, layout=None: made(np.full(shape, value, STORAGE[str(dtype)])))
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
-    join = staticmethod(lambda x, y: made(np.stack((x, y), -1)))
-    num_warps, static_range = staticmethod(lambda: 4), range
+    join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
+    num_warps, static_range = staticmethod(lambda: _here.warps), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)
     inline_asm_elementwise = staticmethod(_assembly)
@@ -256,8 +259,8 @@ class Descriptor:
         barrier.change(0, -whole.nbytes)
 
 
-def _barriers(count: int) -> Any:
-    made_ = Barriers(Barrier(1) for _ in range(count))
+def _barriers(count: int, arrivals: int = 1) -> Any:
+    made_ = Barriers(Barrier(arrivals) for _ in range(count))
     return made_ if count > 1 else made_[0]
 
 
@@ -288,7 +291,7 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
 
 
 TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total")
-SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total")
+SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows")
 
 
 def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
@@ -304,15 +307,20 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> N
 
     made_once = {name: argument(x) for name, x in arguments.items()}
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name in arguments}
+    _here.warps = 4
     for _here.program in np.ndindex(*grid):
         with np.errstate(all="ignore"):
             kernel.fn(**{**made_once, **constants}, num_warps=4)
 
 
-def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
-    def one(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _specialize(
+    partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]
+) -> None:
+    def one(function: Callable[..., None], args: tuple[Any, ...], warps: int) -> None:
+        _here.warps = warps
         with np.errstate(all="ignore"):
             function(*args)
         assert not _products(), "ends before its products are waited for"
 
-    at_once([partial(one, *partition) for partition in partitions])
+    assert len(warps) == len(registers) == len(partitions) - 1
+    at_once([partial(one, *partition, n) for partition, n in zip(partitions, [4, *warps], strict=True)])

@@ -140,7 +140,7 @@ def _sent(acc, out, d_out, p_part, row, column, part, M, N, BLOCK_N: gl.constexp
 def _begin(work, i, p_x_descale, p_descale, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn, UPPER: gl.constexpr,
            TWO: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):  # fmt: skip
     """Item i: its place, where its scales are, and the first of them: of the upper and lower rows and of the weight."""
-    i_m, i_n, part, first, end = _item(work, i, BAND)
+    i_m, i_n, part, first, _end = _item(work, i, BAND)
     row = i_m * BLOCK_M + UPPER
     column = i_n * BLOCK_N
     o_upper = gl.minimum(row + o_row, M - 1) * stride_xsm + first * stride_xsk
@@ -151,7 +151,7 @@ def _begin(work, i, p_x_descale, p_descale, o_row, o_zero, M, stride_xsm, stride
     lower_scale = upper_scale
     if TWO:
         lower_scale = gl.load(p_x_descale + o_lower)
-    return row, column, part, end - first, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale
+    return row, column, part, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale
 
 
 @gluon.jit
@@ -171,7 +171,7 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     o_zero = _here(o_row) // ROWS  # or one register would get the scale, and products wait behind it
     g = 0
-    ahead_row, ahead_column, ahead_part, ahead_n, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
+    ahead_row, ahead_column, ahead_part, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
         work, gl.program_id(0), p_x_descale, p_descale, o_row, o_zero, M, stride_xsm, stride_xsk, stride_sn,
         UPPER, TWO, BLOCK_M, BLOCK_N, BAND,
     )  # fmt: skip
@@ -181,7 +181,9 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         part = ahead_part
         upper = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         lower = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-        for _ in range(ahead_n - 1):
+        # Triton 3.6 loses a number of blocks that is carried from item to item (its loop-aware CSE): it is found anew.
+        first = part * work.blocks_a_part
+        for _ in range(first + 1, gl.minimum(first + work.blocks_a_part, work.blocks)):
             stage = g % STAGES
             mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
             block = _product(room, stage, UPPER, block, never)
@@ -216,7 +218,7 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         if TWO:
             block = _product(room, stage, LOWER, block, never)
         # Where the next item is, and its first scales, while the tensor cores work.
-        ahead_row, ahead_column, ahead_part, ahead_n, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
+        ahead_row, ahead_column, ahead_part, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
             work, gl.minimum(i + gl.num_programs(0), work.items - 1), p_x_descale, p_descale, o_row, o_zero,
             M, stride_xsm, stride_xsk, stride_sn, UPPER, TWO, BLOCK_M, BLOCK_N, BAND,
         )  # fmt: skip

@@ -26,6 +26,7 @@ RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
 TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
+GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
 PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
@@ -95,7 +96,7 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     """The plan for a call: shapes, dtypes and strides decide, so meta tensors do."""
     c_kv, descale, shape = tensors[2], tensors[7], hopper_shape(tensors)
     assert c_kv is not None
-    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale)
+    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale, shape.rows)
     return replace(hopper_plan(shape, device), turned=turned)
 
 
@@ -160,6 +161,15 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
 
 
+def _factors(descale: Tensor, box_rows: int) -> tuple[TensorDescriptor, int]:
+    """Factors of an FP8 cache as TMA sees them: one a token in a line, several in rows of four."""
+    if descale.shape[2] > 1:
+        return _descriptor(descale, box_rows, FACTORS, swizzle=0)
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    line = descale.flatten()
+    return TensorDescriptor(line, list(line.shape), [1], [box_rows], layout), descale.shape[1]
+
+
 def _in_place(
     c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
 ) -> dict[str, Any]:
@@ -167,13 +177,8 @@ def _in_place(
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_c, apart_c = _descriptor(c_kv.view(torch.uint8), box_rows, arguments["QUARTER"])
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
+    d_scale, apart_scale = _factors(descale, box_rows)
     groups = descale.shape[2]
-    if groups == 1:
-        layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-        line = descale.flatten()
-        d_scale, apart_scale = TensorDescriptor(line, list(line.shape), [1], [box_rows], layout), descale.shape[1]
-    else:
-        d_scale, apart_scale = _descriptor(descale, box_rows, FACTORS, swizzle=0)
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": groups, "CODE": WIDEN[c_kv.dtype, groups > 1],
@@ -189,15 +194,17 @@ def _turned(
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
-    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    line = descale.flatten()
+    d_scale, apart_scale = _factors(descale, box_rows)
     columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
     stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
+    if descale.shape[2] > 1 and not stacked:
+        raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
     return {
-        "d_c": d_c, "d_pe": d_pe, "d_scale": TensorDescriptor(line, list(line.shape), [1], [box_rows], layout),
-        "apart_c": apart_c, "apart_pe": apart_pe, "apart_scale": descale.shape[1],
+        "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
+        "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "VALUE_REGS": TURNED_VALUE_REGISTERS[columns],
+        "COLS": columns, "STACKED": stacked,
+        "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
     }  # fmt: skip
 
 

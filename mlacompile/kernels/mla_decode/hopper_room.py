@@ -75,10 +75,10 @@ class Parts:
 
 
 @gluon.jit
-def _barriers(N: gl.constexpr):
+def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr = 1):
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
-        mbarrier.init(bars.index(i), count=1)
+        mbarrier.init(bars.index(i), count=ARRIVALS)
     if N > 1:
         return bars
     else:

@@ -1,4 +1,4 @@
-"""The Hopper kernel on an e4m3 cache with one factor a token: the cache is never widened in shared memory.
+"""The Hopper kernel with FP8 products: an e4m3 cache is never widened in shared memory.
 
 Shared memory, not the tensor cores, bounds the kernels that widen: each value is read, written twice as wide, and read
 twice as wide by either product. Here keys are multiplied as the FP8 values that they are, and values on their way
@@ -6,7 +6,7 @@ through registers:
 
     _fetch    one warp: cache rows into STAGES stages
     _scores   four warps: all scores, the softmax, P
-    _values   eight warps: the output, turned: O^T = V^T * P^T, four sums of 128 pairs of columns by rows
+    _values   eight warps: the output, turned: O^T = V^T * P^T, sums of pairs of columns by rows
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
 Both are multiplied with the same keys and add to one sum; up to 32 rows are STACKED, both parts in one tile, at the
@@ -17,6 +17,9 @@ A transposing load of 16-bit words brings pairs of neighbouring columns into the
 into even and odd columns and converted to float16, which holds every e4m3 value, they are left operands of two products
 whose right operand, P^T, has as few columns as there are rows (query, head). P holds the factors of the tokens and is
 kept in the range of float16 by counting the largest factor of a block among the scores.
+
+With several factors a token, one for each group of 128 columns, each group has scores and a P of its own
+(``hopper_turned_groups.py``), and ``_values`` are two partitions of four warps, because eight would share one P.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -25,9 +28,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _copy, _unit
+from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
 from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_turned_groups import _scores_of_groups
 from mlacompile.kernels.mla_decode.hopper_turned_pieces import _scores_in_pieces
 from mlacompile.kernels.mla_decode.hopper_turned_room import _turned_setup
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
@@ -65,7 +69,7 @@ def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, p
                 ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
             mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
             full = bar.full.index(stage)
-            mbarrier.expect(full, BLOCK * (WIDTH + 2 * BLOCK_P + 4))
+            mbarrier.expect(full, BLOCK * (WIDTH + 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape)))
             _copy(d_c, apart_c, 0, full, latents, stage * PANELS, PANELS,
                   unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             _copy(d_scale, apart_scale, 0, full, factors, stage, 1,
@@ -101,33 +105,50 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    STACKED: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-    CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
+    STACKED: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, [rows].
+    """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, as
+    [rows] or as [rows, GROUPS] in boxes of four columns; there are several only if STACKED.
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
     STACKED: both parts of the queries are rows of one tile; there are 32 rows at most.
     """
-    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES)
+    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES, GROUPS)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
     share, overhead, row, position = _plan(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
-    gl.warp_specialize(
-        [
+    if GROUPS > 1:
+        gl.warp_specialize([
+            (_scores_of_groups, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
+                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, GROUPS, BLOCK_P, STAGES, CAUSAL,
+                                 ONE_QUERY)),
+            (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
+                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
+                       0)),
+            (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
+                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
+                       1)),
+            (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
+                             T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
+                             STAGES)),
+        ], [4, 4, 1], [VALUE_REGS, VALUE_REGS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
             (_scores_of_tiles, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, STACKED, WIDTH, BLOCK_P, STAGES,
                                 CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY)),
+                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
+                       0)),
             (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
                              T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
                              STAGES)),
-        ],
-        [8, 1],
-        [VALUE_REGS, 24],
-    )  # fmt: skip
+        ], [8, 1], [VALUE_REGS, 24])  # fmt: skip

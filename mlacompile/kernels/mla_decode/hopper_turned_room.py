@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
 
-PAIRS = gl.constexpr(128)  # pairs of columns that eight warps multiply at once
+FACTORS = gl.constexpr(4)  # of a token in shared memory, if there are several
 
 
 @aggregate
@@ -20,8 +20,8 @@ class TurnedTiles:
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
     pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
-    factors: gl.shared_memory_descriptor  # [STAGES, 64]
-    p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors
+    factors: gl.shared_memory_descriptor  # [STAGES, 64], several a token: [STAGES, 64, FACTORS]
+    p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
@@ -42,32 +42,65 @@ class TurnedSignals:
     p_empty: gl.shared_memory_descriptor
     queries: gl.shared_memory_descriptor
     total: gl.shared_memory_descriptor
+    rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total):
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows):
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
-        self.queries, self.total = queries, total
+        self.queries, self.total, self.rows = queries, total, rows
+
+
+@gluon.constexpr_function
+def _sides(groups):
+    """Partitions ``_values``. Eight warps have one P on the right, and a group of 128 columns is work for four."""
+    return 2 if groups > 1 else 1
+
+
+@gluon.jit
+def _room_of_p(q, GROUPS: gl.constexpr):
+    """Two blocks' P. With several factors a token each group has one, [2, groups * 32, 64], and they lie where the
+    queries were, which are held in registers by then: so there is room for a fourth stage."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    if GROUPS > 1:
+        return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
+    else:
+        return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], layout)
+
+
+@gluon.jit
+def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    if GROUPS > 1:
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    else:
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
 def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                  STAGES: gl.constexpr):  # fmt: skip
+                  STAGES: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
     bytes_: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
-    weights: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
     x = TurnedTiles(
-        gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_),
+        q,
         gl.allocate_shared_memory(dtype, [ROWS, ROPE], rope),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
-        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], plain),
-        gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], weights),
+        _room_of_factors(STAGES, GROUPS),
+        _room_of_p(q, GROUPS),
         gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
     )
-    bar = TurnedSignals(_barriers(STAGES), _barriers(STAGES), _barriers(2), _barriers(2), _barriers(1), _barriers(1))
+    SIDES: gl.constexpr = _sides(GROUPS)
+    full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
+    p_full, p_empty = _barriers(2), _barriers(2, SIDES)
+    queries, total = _barriers(1, SIDES), _barriers(1)
+    rows = total
+    if SIDES > 1:
+        rows = _barriers(1, SIDES)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows)
     fence_async_shared()
     return x, bar

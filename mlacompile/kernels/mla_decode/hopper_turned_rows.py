@@ -75,35 +75,36 @@ def _store_queries(x, q, pe, first, STACKED: gl.constexpr, BLOCK_P: gl.constexpr
 @gluon.jit
 def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                      stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
-                     WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, N: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """The N rows of a tile of queries that can be any: all are on their way before the first is stored."""
-    SOME: gl.constexpr = min(N, 32)  # rows that are converted at once
+                     WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
+                     ONE_QUERY: gl.constexpr):  # fmt: skip
+    """N rows of a tile of queries, from FIRST on: all are on their way before the first is stored."""
+    SOME: gl.constexpr = min(N, 4 * gl.num_warps())  # rows that are converted at once
     p = p_q + i_b.to(gl.int64) * stride_qb
-    q0 = _part_of_queries(p, i_tile, 0, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY)
+    q0 = _part_of_queries(p, i_tile, FIRST, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY)
     pe0 = q0
     q1 = q0
     pe1 = q0
     if N > SOME:
         q1 = _part_of_queries(
-            p, i_tile, SOME, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY
+            p, i_tile, FIRST + SOME, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY
         )
     if BLOCK_P > 0:
         p = p_qpe + i_b.to(gl.int64) * stride_pb
         pe0 = _part_of_queries(
-            p, i_tile, 0, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
+            p, i_tile, FIRST, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
         )
         if N > SOME:
             pe1 = _part_of_queries(
-                p, i_tile, SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
+                p, i_tile, FIRST + SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
             )
-    _store_queries(x, q0, pe0, 0, STACKED, BLOCK_P)
+    _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
     if N > SOME:
-        _store_queries(x, q1, pe1, SOME, STACKED, BLOCK_P)
+        _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
 
 
 @gluon.jit
 def _turn_back(even, odd, share, through, CODE: gl.constexpr):
-    """Normalize pairs of output columns and store them, as words, in rows of shared memory: [rows, 128]."""
+    """Normalize pairs of output columns and store them, as words, in rows of shared memory: [rows, pairs]."""
     words = gl.inline_asm_elementwise(
         CODE, "=r,f,f", [even * share[None, :], odd * share[None, :]], dtype=gl.int32, is_pure=True, pack=1
     )
@@ -111,13 +112,15 @@ def _turn_back(even, odd, share, through, CODE: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, W: gl.constexpr,
-                D: gl.constexpr, COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Write rows of D words, kept as W, to the result if the item is a whole row, else to its slot."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps() * 128 // W, W // 128], [1, 0])
+def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, FIRST: gl.constexpr,
+                W: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Write W words of rows of D, from word FIRST on, to the result if the item is a whole row, else to its slot."""
+    ACROSS: gl.constexpr = max(W // 128, 1)  # warps
+    LANES: gl.constexpr = min(W // 4, 32)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [gl.num_warps() // ACROSS, ACROSS], [1, 0])
     for i in gl.static_range(COLS // 16):
         o_row = _here(i_tile) * ROWS + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
-        o_c = gl.arange(0, W, gl.SliceLayout(0, layout))
+        o_c = FIRST + gl.arange(0, W, gl.SliceLayout(0, layout))
         mask = (o_row < H * S)[:, None] & (o_c < D)[None, :]
         o_to = o_row
         p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * D

@@ -91,6 +91,13 @@ def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def _unit_of_p(largest):
+    """The exponent of the unit in which P is held that is multiplied with factors up to ``largest``."""
+    largest = gl.maximum(largest, LEAST_FACTOR)
+    return ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + HEADROOM)).to(gl.float32)
+
+
+@gluon.jit
 def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr,
              STACKED: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P and alpha for ``_values``, and returns the running maximum and sum."""
@@ -100,8 +107,7 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
     if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be anything
         o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    largest = gl.maximum(gl.max(gl.abs(factors), 0), LEAST_FACTOR)
-    shift = ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + HEADROOM)).to(gl.float32)
+    shift = _unit_of_p(gl.max(gl.abs(factors), 0))
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
@@ -112,6 +118,24 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
     fence_async_shared()
     mbarrier.arrive(bar.p_full.index(buffer), count=1)
     return m, total * alpha + gl.sum(e, 1)
+
+
+@gluon.jit
+def _report(x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S,
+            by_row: gl.constexpr, N: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """What is known of an item when its last P is published: denominators, log-sum-exp, and the parts of its row."""
+    x.total.slice(0, N, dim=0).store(total)
+    mbarrier.arrive(bar.total, count=1)
+    r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row, N)
+    lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
+    if (skip == 0) & (rest == 0):
+        o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
+        gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
+    else:
+        gl.store(p_part_lse + _slot(part, skip) * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
+    if (skip == 0) & (i_tile == 0):
+        gl.store(p_parts + 2 * row, part)
+        gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
 
 
 @gluon.jit
@@ -166,20 +190,11 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         if AHEAD:
             s = warpgroup_mma_wait(0, deps=(s,))
         m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
-        x.total.slice(0, N, dim=0).store(total)
-        mbarrier.arrive(bar.total, count=1)
+        _report(
+            x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S, by_row,
+            N, ONE_QUERY,
+        )  # fmt: skip
         g += 1
-
-        r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row, N)
-        lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
-        if (skip == 0) & (rest == 0):
-            o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
-            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
-        else:
-            gl.store(p_part_lse + _slot(part, skip) * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
-        if (skip == 0) & (i_tile == 0):
-            gl.store(p_parts + 2 * row, part)
-            gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
         item += 1
         todo -= taken
         row += 1

@@ -1,4 +1,4 @@
-"""The output of ``hopper_turned.py``: what its eight warps do, and the queries that they convert."""
+"""The output of ``hopper_turned.py``: what its last eight warps do, and the queries that they convert."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import PAIRS
+from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
@@ -35,57 +35,71 @@ def _add_products(even, odd, p, i, to_even, to_odd):
 
 @gluon.jit
 def _columns_of(tile, i, layout: gl.constexpr):
-    """128 pairs of columns by STEP tokens: even columns and odd columns as left operands in float16."""
+    """Pairs of columns by STEP tokens: even columns and odd columns as left operands in float16."""
     pairs = tile.slice(i * STEP, STEP, dim=0).permute((1, 0)).load(layout)
     return gl.inline_asm_elementwise(SPLIT, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
 
 
 @gluon.jit
 def _clear_dead_words(words, t, lo, hi):
-    """Zero the rows of a [64, 128] tile of words whose tokens nobody sees: 0 * NaN is NaN."""
+    """Zero the rows of a tile of words whose tokens nobody sees: 0 * NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     live = (o_t >= lo) & (o_t < hi)
-    for i in gl.static_range(PAIRS // 64):
+    for i in gl.static_range(words.shape[1] // 64):
         panel = words.slice(i * 64, 64, dim=1)
         panel.store(gl.where(live[:, None], panel.load(layout), 0))
     fence_async_shared()
 
 
 @gluon.jit
-def _shrunk(even0, odd0, even1, odd1, alpha, HALVES: gl.constexpr):
+def _shrunk(even0, odd0, even1, odd1, alpha, TILES: gl.constexpr):
     """Earlier output in units of a new maximum."""
     alpha = alpha[None, :]
     even0 *= alpha
     odd0 *= alpha
-    if HALVES > 1:
+    if TILES > 1:
         even1 *= alpha
         odd1 *= alpha
     return even0, odd0, even1, odd1
 
 
 @gluon.jit
-def _add_block(x, bar, words, weights, g, stage, buffer, even0, odd0, even1, odd1, HALVES: gl.constexpr):
-    """Adds a block's products, and says that its stage is no longer needed."""
+def _weights_of(x, weights, buffer, group: gl.constexpr, COLS: gl.constexpr, GROUPS: gl.constexpr):
+    """P of a block, and of several the one with the factors of a group."""
+    if GROUPS > 1:
+        return weights.index(buffer * (x.p.shape[1] // COLS) + group * (ROWS // 2 // COLS))
+    else:
+        return weights.index(buffer * (ROWS // COLS))
+
+
+@gluon.jit
+def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, even1, odd1, TILE: gl.constexpr,
+               TILES: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+    """Adds a block's products, and says that its stage is no longer needed.
+
+    The one or two tiles of words are first and the one behind it; TILE: counted from the first columns of a latent.
+    """
     layout: gl.constexpr = even0.type.layout
     COLS: gl.constexpr = even0.shape[1]
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    tile = words.index(HALVES * stage)
+    tile = words.index(first)
     v_even, v_odd = _columns_of(tile, 0, a_layout)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
     if COLS <= 32:
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, HALVES)
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     elif gl.min(alpha, 0) < 1.0:  # seldom: maxima have SLACK
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, HALVES)
-    b_p = weights.index(buffer * (ROWS // COLS))
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
     even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):
         v_even, v_odd = _columns_of(tile, i, a_layout)
         even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
         even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
-    if HALVES > 1:
-        tile = words.index(HALVES * stage + 1)
+    if TILES > 1:
+        tile = words.index(first + 1)
+        b_p = _weights_of(x, weights, buffer, TILE + 1, COLS, GROUPS)
         for i in gl.static_range(BLOCK // STEP):
             v_even, v_odd = _columns_of(tile, i, a_layout)
             even1, odd1 = _add_products(v_even, v_odd, b_p, i, even1, odd1)
@@ -98,24 +112,34 @@ def _add_block(x, bar, words, weights, g, stage, buffer, even0, odd0, even1, odd
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
             n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
             R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-            COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """The output, and at the beginning of each item its queries."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, COLS, 16])
+            COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
+            GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+    """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
+    SIDES: gl.constexpr = _sides(GROUPS)
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
+    )
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
-    HALVES: gl.constexpr = WIDTH // (2 * PAIRS)
+    PAIRS: gl.constexpr = 16 * gl.num_warps()  # of columns, multiplied at once
+    EACH: gl.constexpr = WIDTH // (2 * PAIRS)  # tiles of a stage
+    TILE: gl.constexpr = SIDE * EACH // SIDES  # the first that is multiplied here
+    TILES: gl.constexpr = EACH // SIDES if SIDES == 1 else min(EACH // SIDES, GROUPS - TILE)
+    N: gl.constexpr = (2 * COLS if STACKED else COLS) // SIDES  # rows of queries
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    words = x.k._reinterpret(gl.int16, [STAGES * HALVES, BLOCK, PAIRS], square)
-    weights = x.p._reinterpret(gl.float16, [2 * ROWS // COLS, COLS, BLOCK], square)
+    words = x.k._reinterpret(gl.int16, [STAGES * EACH, BLOCK, PAIRS], square)
+    weights = x.p._reinterpret(gl.float16, [x.p.shape[0] * x.p.shape[1] // COLS, COLS, BLOCK], square)
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     g = 0
     item = 0
     todo = share
     while (row < B) & (todo > overhead):
         lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        # The P of the previous item's last block was waited for, and it follows the last use of that item's queries.
+        if SIDES > 1:  # what the queries are stored over
+            mbarrier.wait(bar.rows, (item & 1) ^ 1)
+        # The last P of the previous item was waited for, and it follows the last use of that item's queries.
         _convert_queries(
             x, p_q, p_qpe, row, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-            stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, 2 * COLS if STACKED else COLS, ONE_QUERY,
+            stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, SIDE * N, N, ONE_QUERY,
         )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(bar.queries, count=1)
@@ -129,11 +153,12 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             buffer = g & 1
             mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
             if (t < lo) | (t + BLOCK > hi):
-                for i in gl.static_range(HALVES):
-                    _clear_dead_words(words.index(HALVES * stage + i), t, lo, hi)
+                for i in gl.static_range(TILES):
+                    _clear_dead_words(words.index(EACH * stage + TILE + i), t, lo, hi)
             even0, odd0, even1, odd1 = _add_block(
-                x, bar, words, weights, g, stage, buffer, even0, odd0, even1, odd1, HALVES
-            )
+                x, bar, words, weights, g, stage, buffer, EACH * stage + TILE, even0, odd0, even1, odd1, TILE, TILES,
+                GROUPS,
+            )  # fmt: skip
             mbarrier.arrive(bar.p_empty.index(buffer), count=1)
             t += BLOCK
             g += 1
@@ -144,13 +169,21 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
         # All scores of the item are computed, so its queries are no longer needed, and their room holds its rows.
-        through = x.q._reinterpret(gl.int32, [COLS, WIDTH // 2], wide)
+        W: gl.constexpr = WIDTH // 2 // SIDES
+        if SIDES > 1:  # and the last P, by the other side as well
+            mbarrier.wait(bar.p_empty.index((g - 1) & 1), ((g - 1) >> 1) & 1)
+        if SIDES > 1:
+            through = x.q._reinterpret(gl.int32, [ROWS // COLS, COLS, W], wide).index(SIDE * (ROWS // 2 // COLS))
+        else:
+            through = x.q._reinterpret(gl.int32, [COLS, W], wide)
         _turn_back(even0, odd0, total, through.slice(0, PAIRS, dim=1), CODE)
-        if HALVES > 1:
+        if TILES > 1:
             _turn_back(even1, odd1, total, through.slice(PAIRS, PAIRS, dim=1), CODE)
         _store_rows(
-            through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, WIDTH // 2, R // 2, COLS, ONE_QUERY
+            through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SIDE * W, W, R // 2, COLS, ONE_QUERY
         )
+        if SIDES > 1:
+            mbarrier.arrive(bar.rows, count=1)
         item += 1
         todo -= taken
         row += 1

@@ -13,6 +13,7 @@ MAX_RANK = 512  # the float32 output tile of 64 rows then fills half of an SM's 
 MAX_ROPE = 128
 MAX_BATCH = 65_535
 HOPPER_MAX_ROPE = 64  # two stages of rope keys and the queries' share of shared memory
+TURNED_MAX_ROWS = 32  # with several factors a token: what is stacked, and so leaves room for a P of each
 _INT32 = 2**31
 
 
@@ -207,11 +208,17 @@ def _copy_reasons(x: Tensor) -> list[str]:
     return reasons
 
 
-def turned_reasons(c_kv: Tensor, descale: Tensor) -> list[str]:
-    """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says."""
+def turned_reasons(c_kv: Tensor, descale: Tensor, rows: int) -> list[str]:
+    """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says.
+
+    rows: (query, head) of a batch row.
+    """
     reasons = []
-    if descale.shape[2] > 1:
-        reasons.append(f"there are {descale.shape[2]} factors a token, FP8 products take one")
+    if descale.shape[2] > 1 and rows > TURNED_MAX_ROWS:
+        reasons.append(
+            f"there are {descale.shape[2]} factors a token and {rows} rows (query, head), FP8 products take several "
+            f"factors with {TURNED_MAX_ROWS} rows at most"
+        )
     if c_kv.dtype != torch.float8_e4m3fn:
         reasons.append(f"the latents are {c_kv.dtype}, FP8 products take {torch.float8_e4m3fn}")
     if c_kv.shape[2] % 2:

@@ -21,8 +21,7 @@ from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.supports import interpreted
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-_STRETCH = 256  # tokens; a shorter stretch costs more than the thread it occupies brings
-_A_THREAD = 2  # stretches: up to a tenth faster than one, four and eight bring no more
+_STRETCH = 512  # tokens; a shorter stretch costs more than the thread it occupies brings
 _CHUNK = 1 << 18  # values of an FP8 cache that are widened at a time, unless threads ask for more tokens
 _ROWS = 32  # rows that flash attention gives a thread at least
 _FAR_FROM_OVERFLOW = 2.0**100  # a sum of products this large stays finite in float32 at any rank
@@ -269,11 +268,9 @@ def _attend(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _stretches(batch: int, rows: int, tokens: int) -> int:
-    """Some a thread, if rows alone do not occupy the threads and stretches stay long."""
-    busy, threads = batch * -(-rows // _ROWS), torch.get_num_threads()
-    if busy >= threads:
-        return 1
-    return max(min(-(-threads * _A_THREAD // busy), tokens // _STRETCH), 1)
+    """As many as there are threads, if rows alone do not occupy them and stretches stay long."""
+    busy = batch * -(-rows // _ROWS)
+    return max(min(-(-torch.get_num_threads() // busy), tokens // _STRETCH), 1)
 
 
 def _merge(out: Tensor, lse: Tensor, blind: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -256,15 +256,9 @@ def _attend(call: _Call, stretches: int | None) -> tuple[Tensor, Tensor]:
     step = tokens // n
     size = tokens - step * (n - 1)
 
-    row, token, column = call.c_kv.stride()
-    latents = call.c_kv.as_strided((b, n, size, r), (row, step * token, token, column))
+    latents = call.c_kv.unfold(1, size, step).transpose(2, 3)
     queries = call.q_latent.reshape(b, 1, rows, r).expand(b, n, rows, r)
-    bias = _bias(call, needed=size > step)
-    if bias is not None:
-        bias = bias.as_strided((b, n, rows, size), (rows * tokens, step, tokens, 1))
-    if bias is not None and size > step:
-        bias = bias.clone(memory_format=torch.contiguous_format)
-        bias[:, :-1, :, step:] = -math.inf
+    bias = _bias(call, n, size, step)
     flash = getattr(torch.ops.aten, _FLASH).default
     out, lse = flash(queries, latents, latents, 0.0, False, attn_mask=bias, scale=call.scale)
     blind = None if bias is None or call.visible is None else (bias == -math.inf).all(dim=3)
@@ -284,28 +278,48 @@ def _merge(out: Tensor, lse: Tensor, blind: Tensor | None) -> tuple[Tensor, Tens
     if out.shape[1] == 1:
         return out[:, 0], lse[:, 0]
     share = torch.softmax(lse, dim=1)
+    largest = share.amax(dim=1)
     if blind is not None:  # a row without any visible token has no shares
-        share = share.masked_fill(blind, 0.0)
-    return (out * share.unsqueeze(3)).sum(dim=1).to(out.dtype), torch.logsumexp(lse, dim=1)
+        share, largest = share.masked_fill(blind, 0.0), largest.masked_fill(blind.all(dim=1), 1.0)
+    # A share is exp(lse - whole): the largest gives the whole without another sum of exponentials.
+    return (out * share.unsqueeze(3)).sum(dim=1).to(out.dtype), lse.amax(dim=1) - largest.log()
 
 
-def _bias(call: _Call, *, needed: bool) -> Tensor | None:
-    """What is added to latent scores: rotary scores, mask, -inf where nothing is seen. Contiguous [B, H, S, T].
+def _bias(call: _Call, n: int, size: int, step: int) -> Tensor | None:
+    """What is added to the latent scores of n stretches of ``size`` tokens, ``step`` apart: rotary scores, the mask,
+    -inf where nothing is seen or where a stretch reaches into the next.
 
-    In at least float32. None when there is nothing to add, unless it is needed anyway.
+    Contiguous [B, n, H*S, size], in at least float32; None when there is nothing to add.
     """
     b, h, s, _ = call.q_latent.shape
-    tokens, dtype = call.c_kv.shape[1], torch.promote_types(call.q_latent.dtype, torch.float32)
+    dtype = torch.promote_types(call.q_latent.dtype, torch.float32)
     if call.q_pe is not None and call.k_pe is not None:
-        rope_rows, keys = call.q_pe.reshape(b, h * s, -1).to(dtype), call.k_pe.to(dtype).transpose(1, 2)
-        bias = torch.baddbmm(torch.empty((), dtype=dtype), rope_rows, keys, beta=0, alpha=call.scale)
-        bias = bias.view(b, h, s, tokens)
-    elif needed or call.additive is not None or call.visible is not None:
-        bias = torch.zeros(b, h, s, tokens, dtype=dtype)
+        bias = _rotary_scores(call.q_pe.to(dtype), call.k_pe.to(dtype).unfold(1, size, step), call.scale)
+    elif size > step or call.additive is not None or call.visible is not None:
+        bias = torch.zeros(b, n, h * s, size, dtype=dtype)
     else:
         return None
+    by_query = bias.view(b, n, h, s, size)
     if call.additive is not None:
-        bias = bias.add_(call.additive.unsqueeze(1))
+        by_query.add_(_cut(call.additive, size, step))
     if call.visible is not None:
-        bias = bias.masked_fill_(~call.visible.unsqueeze(1), -math.inf)
+        by_query.masked_fill_(~_cut(call.visible, size, step), -math.inf)
+    if size > step:
+        bias[:, :-1, :, step:] = -math.inf
     return bias
+
+
+def _rotary_scores(q_pe: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """[B, n, H*S, size] of keys [B, n, P, size]. The library shares the stretches of a product out among threads; there
+    is a product a batch row, as stretches of several rows do not lie evenly apart."""
+    b, n, p, size = keys.shape
+    rows = q_pe.reshape(b, 1, -1, p).expand(b, n, -1, p)
+    scores = torch.empty(b, n, rows.shape[2], size, dtype=q_pe.dtype)
+    for one, row, key in zip(scores, rows, keys, strict=True):
+        torch.baddbmm(one, row, key, beta=0, alpha=scale, out=one)
+    return scores
+
+
+def _cut(x: Tensor, size: int, step: int) -> Tensor:
+    """A view [B, n, 1, S, size] of [B, S, T], sizes of 1 as they are."""
+    return (x.unsqueeze(1) if x.shape[2] == 1 else x.unfold(2, size, step).transpose(1, 2)).unsqueeze(2)

@@ -72,8 +72,12 @@ def portable_reasons(
     scale: float,
     causal: bool = False,
 ) -> list[str]:
-    """Why the portable kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
-    reasons = device_reasons(q_latent.device)
+    """Why the portable kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``.
+
+    On the wrong device that is all: every call on a CPU asks.
+    """
+    if reasons := device_reasons(q_latent.device):
+        return reasons
     dtypes = (torch.float32,) if interpreted() else (torch.float32, torch.bfloat16, torch.float16)
     if q_latent.dtype not in dtypes:
         reasons.append(f"dtype is {q_latent.dtype}, the kernel takes {', '.join(map(str, dtypes))}")
@@ -141,8 +145,11 @@ def hopper_reasons(
     scale: float,
     causal: bool = False,
 ) -> list[str]:
-    """Why the Hopper kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``."""
-    return hopper_device_reasons(q_latent.device) + hopper_shape_reasons(
+    """Why the Hopper kernel cannot run on these inputs; empty when it can. Called like ``mla_decode``.
+
+    On the wrong device that is all: every call on a CPU asks.
+    """
+    return hopper_device_reasons(q_latent.device) or hopper_shape_reasons(
         q_latent, q_pe, c_kv, k_pe, mask, block_table, descale, scale
     )
 

@@ -1,4 +1,4 @@
-"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows, where both parts of a query are tiles of their own.
+"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows: both parts of a query are tiles of their own.
 
 A product is not begun for nothing: the tensor cores queue a few, and then the warps that issue more of them stand
 still. So the scores of the next block are issued in pieces, 128 columns of one part of the queries each, and the

@@ -87,9 +87,10 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     v_even, v_odd = _columns_of(tile, 0, a_layout)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
-    if COLS <= 32:
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
-    elif gl.min(alpha, 0) < 1.0:  # seldom: maxima have SLACK
+    moved = True
+    if COLS > 32:  # fewer are sooner multiplied than looked at
+        moved = gl.min(alpha, 0) < 1.0
+    if moved:
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
     even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)

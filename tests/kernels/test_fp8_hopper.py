@@ -19,7 +19,6 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton, which the 
 
 from mlacompile.kernels.fp8_linear import hopper
 from mlacompile.kernels.fp8_linear.hopper_launch import (
-    SHARED_SM,
     SMEM,
     TILES,
     HopperTiles,
@@ -37,7 +36,6 @@ VARIANTS = [
     (1000, 24576, 1536, torch.float16, HopperTiles(128, 128)),
     (128, 2112, 7168, torch.bfloat16, HopperTiles(128, 64, 4)),
     (1, 136, 16, torch.bfloat16, HopperTiles(128, 64)),
-    (128, 24576, 1536, torch.bfloat16, HopperTiles(128, 64, 1, 2)),
 ]
 
 
@@ -64,9 +62,6 @@ def test_what_it_compiles_to(
     assert built.local_memory == built.spill_bytes == 0
     assert built.registers <= 168, "12 warps share the registers until the partitions take theirs"
     assert built.smem <= SMEM
-    if tiles.together > 1:
-        assert tiles.together * 384 * built.registers <= 65_536
-        assert tiles.together * (built.smem + 1024) <= SHARED_SM
 
 
 def python_item(

@@ -15,9 +15,7 @@ from mlacompile.kernels.fp8_linear.launch import Launch, sms_of, sum_launch
 SMEM = 232_448
 RESERVED = 2048  # bytes of shared memory for barriers and what warps are told when they begin
 GROUP_ROWS = 64  # of x that one product takes
-SHARED_SM = 233_472  # what all programs on an SM can have of it, of which each takes a KiB more than it asks for
 REGISTERS = 240  # of a thread that multiplies: three times 128 threads have 65,536, and the fetching ones 24
-SMALL_START, SMALL_REGISTERS = 80, 104  # of every thread at first, and of one that multiplies, with two programs an SM
 BAND_ROWS = 2048  # of x that all programs work on at once: 132 tiles of 256 × 128 are then as wide as high
 MOST_PARTS = 16
 # What a program takes, in cycles. They only rank tiles (docs/kernels.md).
@@ -30,22 +28,16 @@ SUM_BYTES = 3200  # a cycle, of partial results that are written and read again,
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """block_m: rows of x, 128 or 256. block_n: rows of the weight, up to 128. parts: of K, each an item of its own.
-
-    together: programs on an SM, so that one begins or ends a tile while the other multiplies: two only of 128 × 64.
-    """
+    """block_m: rows of x, 128 or 256. block_n: rows of the weight, up to 128. parts: of K, each an item of its own."""
 
     block_m: int
     block_n: int
     parts: int = 1
-    together: int = 1
 
     @property
     def stages(self) -> int:
         """As many as fit beside 64 rows of the result for each group of warps."""
-        each = SMEM if self.together == 1 else SHARED_SM // self.together - 1024
-        reserved = RESERVED if self.together == 1 else RESERVED // 4
-        room = each - reserved - 2 * GROUP_ROWS * self.block_n * 2
+        room = SMEM - RESERVED - 2 * GROUP_ROWS * self.block_n * 2
         return room // ((self.block_m + self.block_n) * SCALE_GROUP)
 
     @property
@@ -54,7 +46,7 @@ class HopperTiles:
         return BAND_ROWS // self.block_m
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.parts}" + (f"x{self.together}" if self.together > 1 else "")
+        return f"{self.block_m}x{self.block_n}x{self.parts}"
 
 
 TILES = (HopperTiles(256, 128), HopperTiles(128, 128), HopperTiles(128, 64))
@@ -111,11 +103,10 @@ def hopper_launches(
         "d_out": _descriptor(out, GROUP_ROWS, tiles.block_n), "p_part": partial, "M": m, "N": n, "K": k,
         "stride_xsm": x_descale.stride(0), "stride_xsk": x_descale.stride(1), "stride_sn": weight_descale.stride(0),
         "blocks_a_part": blocks_a_part, "parts": parts, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "STAGES": tiles.stages, "BAND": tiles.band, "REGS": REGISTERS if tiles.together == 1 else SMALL_REGISTERS,
+        "STAGES": tiles.stages, "BAND": tiles.band, "REGS": REGISTERS,
     }  # fmt: skip
     items = -(-m // tiles.block_m) * -(-n // tiles.block_n) * parts
-    options = {"num_warps": 4} if tiles.together == 1 else {"num_warps": 4, "maxnreg": SMALL_START}
-    launches = [Launch(_fp8_hopper_kernel, (min(items, sms * tiles.together),), arguments, options)]
+    launches = [Launch(_fp8_hopper_kernel, (min(items, sms),), arguments, {"num_warps": 4})]
     return launches if partial is None else [*launches, sum_launch(partial, out)]
 
 

@@ -106,6 +106,7 @@ def test_kernels_are_chosen_as_they_were_measured() -> None:
     assert chosen(2, 2112, 7168, False) == "gluon"
     assert chosen(2, 7168, 2048, False) == chosen(16, 2112, 7168, False) == "triton"
     assert chosen(128, 2112, 7168, True) == "triton"
-    assert chosen(128, 7168, 2048, True) == "cublas"
+    assert chosen(128, 7168, 2048, True) == "hopper"
+    assert chosen(512, 1024, 8192, True) == "cublas"
     x, weight = (torch.empty(n, 7168, device="cuda", dtype=torch.bfloat16) for n in (1, 2112))
     assert slower_in_fp8(x, weight) is None

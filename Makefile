@@ -49,7 +49,7 @@ demo: $(READY)  ## a small random DeepSeek-V3: what is rewritten, parity, time a
 	$(PY) -m mlacompile.cli demo
 
 test: $(READY)  ## the tests that need no GPU
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not gpu" $(PYTEST_ARGS) $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(PYTEST_ARGS) $(TESTS)
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS) $(TESTS)

@@ -118,7 +118,12 @@ def test_outliers_of_1e4_stay_where_they_are(kind: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_every_layer_is_absorbed_and_equal_to_eager_with_the_same_cache(kind: dict[str, str]) -> None:
+def test_every_layer_is_absorbed_on_its_bytes_and_equal_to_eager_with_the_same_cache(
+    kind: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    lowered = compiler.compile_rest
+    monkeypatch.setattr(compiler, "compile_rest", lambda gm, *rest: graphs.append(gm) or lowered(gm, *rest))
     model = small("deepseek_v3")
     want = decode(model, model, LatentCache(model.config, max_cache_len=LENGTH, **kind))
     compiled = torch.compile(model, backend=backend, options=EAGER, fullgraph=True)
@@ -132,18 +137,12 @@ def test_every_layer_is_absorbed_and_equal_to_eager_with_the_same_cache(kind: di
     (layout,) = {s.kv_layout for s in report.sites}
     assert layout.bytes_per_token == cache.layout.bytes_per_token
     assert layout.scale_bytes == cache.layout.scale_bytes
-
-
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_attention_reads_the_bytes_of_the_cache(kind: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the graph that is lowered nothing is dequantized, and no tensor of the cache's length is wider than it."""
-    graphs: list[torch.fx.GraphModule] = []
-    lowered = compiler.compile_rest
-    monkeypatch.setattr(compiler, "compile_rest", lambda gm, *rest: graphs.append(gm) or lowered(gm, *rest))
-    model = small("deepseek_v3")
-    compiled = torch.compile(model, backend=backend, options=EAGER)
-    decode(model, compiled, LatentCache(model.config, max_cache_len=LENGTH, **kind), steps=1)
     (graph,) = graphs
+    reads_the_bytes_of_the_cache(graph, kind)
+
+
+def reads_the_bytes_of_the_cache(graph: torch.fx.GraphModule, kind: dict[str, str]) -> None:
+    """In the graph that is lowered nothing is dequantized, and no tensor of the cache's length is wider than it."""
     called = Counter(getattr(n.target, "__name__", str(n.target)) for n in graph.graph.nodes)
     assert not any("dequantize" in name for name in called)
     assert called["fp8_quantize_reference"] == 2 * (1 + kind.get("rope_dtype", "").startswith("fp8"))

@@ -109,7 +109,10 @@ def test_every_fp8_value_is_widened_exactly(dtype: torch.dtype, flush: bool) -> 
         torch.set_flush_denormal(False)
 
 
-def test_of_an_fp8_cache_only_chunks_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("threads", "chunk"), [(1, 512), (2, 1024)])
+def test_of_an_fp8_cache_only_chunks_are_widened(threads: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk is as small as pays, 512 tokens, unless more threads want a stretch of 512 each."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     stored, said = quantized(make_inputs(LatentCase(1, 4, 1, 5000, 512, 64, torch.bfloat16, length=True)))
     said.tensors[6][0] = stored.tensors[6][0] = 3000  # type: ignore[index]
     widened: list[tuple[int, ...]] = []
@@ -117,7 +120,7 @@ def test_of_an_fp8_cache_only_chunks_are_widened(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu, "_widened", lambda c_kv, *rest: widened.append(c_kv.shape) or widen(c_kv, *rest))
     check(said, stored=stored)
     assert sum(shape[1] for shape in widened) == 3000, "tokens that nobody sees were looked at"
-    assert max(shape[1] for shape in widened) <= 512
+    assert max(shape[1] for shape in widened) == chunk
 
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)

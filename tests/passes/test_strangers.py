@@ -18,7 +18,7 @@ from tests.strangers_two import MORE, TwoRuns
 PROMPT = 5
 #: Lists that grow, and functions mapped anew, are others to Dynamo at every step, and each compiles anew.
 TOKEN_BY_TOKEN = ("pages and a flat batch", "rolled int8 codes")
-STEPS = {"weights made on the fly": 2, "mapped over the batch": 2}
+STEPS = {"weights made on the fly": 2, "mapped over the batch": 2, "rolled int8 codes": 4, "pages and a flat batch": 4}
 #: float32 rounding of sums of a few dozen terms, relative to the largest output.
 SINGLE = 1e-5
 ALL = {name: (make, batch, 1) for name, (make, batch) in STRANGERS.items()} | MORE

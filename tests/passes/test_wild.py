@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 from collections.abc import Callable
 
 import pytest
@@ -48,8 +50,14 @@ def steps(make: Callable[[], nn.Module], lengths: tuple[int, ...], dynamic: bool
     return errors
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "symbolic"])
-@pytest.mark.parametrize("style", STYLES)
+#: Where Dynamo is left to itself, lengths become symbolic from the second step on, so a style that is stepped through
+#: meets symbolic lengths either way: of those, one is told in advance. ``MLACOMPILE_FULL=1`` tells all.
+TOLD = ("engine, written out", *(name for name, (_, lengths) in STYLES.items() if len(lengths) == 1))
+FULL = os.environ.get("MLACOMPILE_FULL") == "1"
+CASES = [(s, d) for s, d in itertools.product(STYLES, (None, True)) if FULL or d is None or s in TOLD]
+
+
+@pytest.mark.parametrize(("style", "dynamic"), CASES, ids=lambda x: x if x in STYLES else "symbolic" if x else "static")
 def test_published_styles_are_absorbed(style: str, dynamic: bool | None) -> None:
     assert max(steps(*STYLES[style], dynamic)) <= 1e-5
     report = last_report()

@@ -67,7 +67,7 @@ def backend(
     if kwargs:
         raise OptionsError(f"unknown arguments {', '.join(map(repr, kwargs))}; pass options={{...}} and mode only")
     chosen, mode = Options.parse(options), check_mode(mode)
-    _allow_layer_by_layer()
+    allow_layer_by_layer()
     compiled, report = compile_graph(gm, example_inputs, chosen, mode)
     frame, compilation = _frame()
     JOURNAL.add(frame, compilation, report)
@@ -170,7 +170,8 @@ def _frame() -> tuple[Any, Any]:
     return compile_id.frame_id, compile_id.frame_compile_id
 
 
-def _allow_layer_by_layer() -> None:
+def allow_layer_by_layer() -> None:
+    """Let Dynamo keep as many versions of a function as models have layers: it looks before it asks any backend."""
     config = torch._dynamo.config
     if config.recompile_limit < RECOMPILE_LIMIT:
         log.debug("raising torch._dynamo.config.recompile_limit from %d to %d", config.recompile_limit, RECOMPILE_LIMIT)

@@ -19,10 +19,12 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from mlacompile.compiler import compile_graph
+from mlacompile.compiler import allow_layer_by_layer, compile_graph
 from mlacompile.errors import MLACompileError
 from mlacompile.options import Options
 from mlacompile.report import Product, Report
+
+_ANY = 1 << 30  # versions: explaining has no limit of its own
 
 
 def _meta_like(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -92,8 +94,11 @@ def _analyse(model: Any, args: Any, kwargs: Any, options: Options) -> tuple[Any,
 
     with _copies_are_meta():
         shadow, args, kwargs = copy.deepcopy((model, args, kwargs))
+    # To Dynamo every copy is another version of the model's code, and by default it gives up on the ninth: here, and
+    # when the model itself is compiled afterwards.
+    allow_layer_by_layer()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_ANY, accumulated_recompile_limit=_ANY):
             torch.compile(shadow, backend=analyse)(*args, **kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, MLACompileError):

@@ -124,17 +124,24 @@ def _weights(e, factor, unit, dtype: gl.constexpr, FACTORED: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
-    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before.
-
-    sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL.
-    """
+def _seen(s, t, lo, hi, sure, limit, CAUSAL: gl.constexpr, layout: gl.constexpr):
+    """Scores of a block, -inf where a row does not see a token. sure, limit: as for ``_softmax``."""
     if (t < lo) | (t + BLOCK > sure):
         o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
         if CAUSAL:
             s = gl.where((o_t >= lo)[None, :] & (o_t[None, :] < limit[:, None]), s, float("-inf"))
         else:
             s = gl.where(((o_t >= lo) & (o_t < hi))[None, :], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
+    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before.
+
+    sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL.
+    """
+    s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     return s, m_new, gl.exp2(m - m_new)
 

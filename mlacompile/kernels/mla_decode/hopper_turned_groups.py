@@ -22,6 +22,7 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _softmax
 from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    _fp8_products,
     _products,
     _report,
     _row_scale,
@@ -31,12 +32,6 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
 )
 
 GROUP = gl.constexpr(128)  # columns of a latent that share a factor
-
-
-@gluon.constexpr_function
-def _fp8_products():
-    """The layout of a product of keys in FP8."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32])
 
 
 @gluon.constexpr_function

@@ -18,11 +18,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
+from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
-from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _slot
-from mlacompile.kernels.mla_decode.hopper_turned_scores import HEADROOM, LEAST_FACTOR, _products, _with_rope
+from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    _fp8_products,
+    _live_factors,
+    _products,
+    _report,
+    _unit_of_p,
+    _with_rope,
+)
 
 SLACK = gl.constexpr(6)  # powers of two by which a row may exceed its maximum before that moves
 PANEL = gl.constexpr(128)  # columns of a piece
@@ -74,37 +81,11 @@ def _joined(first, second):
 
 
 @gluon.jit
-def _seen(s, t, lo, hi, sure, limit, CAUSAL: gl.constexpr, layout: gl.constexpr):
-    """Scores, -inf where a row does not see a token. sure, limit: as for ``_softmax``."""
-    if (t < lo) | (t + BLOCK > sure):
-        o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-        if CAUSAL:
-            s = gl.where((o_t >= lo)[None, :] & (o_t[None, :] < limit[:, None]), s, float("-inf"))
-        else:
-            s = gl.where(((o_t >= lo) & (o_t < hi))[None, :], s, float("-inf"))
-    return s
-
-
-@gluon.jit
-def _unit(x, stage, t, lo, hi, layout: gl.constexpr):
-    """The power of two in which P of a block is held, so that the largest factor of its tokens keeps it in float16."""
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, layout))
-    if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be anything
-        o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-        factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    largest = gl.maximum(gl.max(gl.abs(factors), 0), LEAST_FACTOR)
-    return ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + HEADROOM - SLACK)).to(gl.float32)
-
-
-@gluon.jit
 def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
-    columns: gl.constexpr = e.shape[1]
-    by_token: gl.constexpr = gl.SliceLayout(0, e.type.layout)
-    factors = x.factors.index(stage).slice(i * columns, columns, dim=0).load(by_token)
-    if (t < lo) | (t + BLOCK > hi):
-        o_t = t + i * columns + gl.arange(0, columns, by_token)
-        factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
+    quarter: gl.constexpr = _narrow(QUARTER)
+    some = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0)
+    factors = _live_factors(some, t + i * QUARTER, lo, hi, quarter)
     return (e * factors[None, :]).to(gl.float16)
 
 
@@ -119,7 +100,8 @@ def _publish_pieces(x, bar, s, m, total, row_scale, b, stage, ahead, s_next, t, 
     PIECES: gl.constexpr = 2 * WIDTH // PANEL
     BEFORE: gl.constexpr = PIECES // 2 - 1  # pieces that are issued before the exponentials
     quarter: gl.constexpr = _narrow(QUARTER)
-    unit = _unit(x, stage, t, lo, hi, layout)
+    largest = gl.max(gl.abs(_live_factors(x.factors.index(stage), t, lo, hi, layout)), 0)
+    unit = _unit_of_p(largest) + SLACK
     if MORE:
         s_next = _piece(x, ahead, s_next, 0, WIDTH)
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -133,6 +115,7 @@ def _publish_pieces(x, bar, s, m, total, row_scale, b, stage, ahead, s_next, t, 
     buffer = b & 1
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.alpha.index(buffer).store(alpha)
+    total = total * alpha
     left, right = _halves(s)
     s0, s1 = _halves(left)
     s2, s3 = _halves(right)
@@ -147,12 +130,13 @@ def _publish_pieces(x, bar, s, m, total, row_scale, b, stage, ahead, s_next, t, 
     e2 = gl.exp2(s2 * scale - exponent)
     s_next = _pieces(x, ahead, s_next, BEFORE + 2, PIECES - 1, MORE, WIDTH)
     e3 = gl.exp2(s3 * scale - exponent)
+    sums += e2 + e3
     p23 = _joined(_weighed(x, e2, stage, 2, t, lo, hi), _weighed(x, e3, stage, 3, t, lo, hi))
     s_next = _pieces(x, ahead, s_next, PIECES - 1, PIECES, MORE, WIDTH)
     x.p.index(buffer).store(gl.convert_layout(_joined(p01, p23), layout, assert_trivial=True))
     fence_async_shared()
     mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    total = total * alpha + gl.convert_layout(gl.sum(sums + (e2 + e3), 1), total.type.layout, assert_trivial=True)
+    total += gl.convert_layout(gl.sum(sums, 1), total.type.layout, assert_trivial=True)
     return m_new, total, s_next
 
 
@@ -161,13 +145,10 @@ def _scores_in_pieces(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
                       i_tile, n_tiles, scale_log2, H, S, T, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
                       STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block."""
-    first_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32]
-    )
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     PIECES: gl.constexpr = 2 * WIDTH // PANEL
-    s0 = gl.zeros((ROWS, BLOCK), gl.float32, first_layout)
+    s0 = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
     g = 0
     item = 0
     todo = share
@@ -198,20 +179,11 @@ def _scores_in_pieces(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         s = _with_rope(x, x.q_pe, s_next, stage, BLOCK_P, layout)
         m, total, _none = _publish_pieces(x, bar, s, m, total, row_scale, g, stage, stage, s_next, t, lo, hi,
                                            sure, limit, CAUSAL, False, WIDTH)  # fmt: skip
-        x.total.store(total)
-        mbarrier.arrive(bar.total, count=1)
+        _report(
+            x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S, by_row,
+            ROWS, ONE_QUERY,
+        )  # fmt: skip
         g += 1
-
-        r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row, ROWS)
-        lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
-        if (skip == 0) & (rest == 0):
-            o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
-            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
-        else:
-            gl.store(p_part_lse + _slot(part, skip) * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
-        if (skip == 0) & (i_tile == 0):
-            gl.store(p_parts + 2 * row, part)
-            gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
         item += 1
         todo -= taken
         row += 1

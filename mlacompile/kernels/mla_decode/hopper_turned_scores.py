@@ -26,6 +26,12 @@ def _products():
 
 
 @gluon.constexpr_function
+def _fp8_products():
+    """The layout of a product of keys in FP8."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32])
+
+
+@gluon.constexpr_function
 def _softmax_layout(STACKED):
     """The layout of scores: that of products, or without the parts of queries, which each thread adds by itself."""
     if not STACKED:
@@ -98,15 +104,23 @@ def _unit_of_p(largest):
 
 
 @gluon.jit
+def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
+    """Factors of the tokens from t on, by the columns of a layout. That of a token that nobody sees may be anything."""
+    N: gl.constexpr = factors.shape[0]
+    live = factors.load(gl.SliceLayout(0, layout))
+    if (t < lo) | (t + N > hi):
+        o_t = t + gl.arange(0, N, gl.SliceLayout(0, layout))
+        live = gl.where((o_t >= lo) & (o_t < hi), live, 0.0)
+    return live
+
+
+@gluon.jit
 def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr,
              STACKED: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P and alpha for ``_values``, and returns the running maximum and sum."""
     layout: gl.constexpr = _softmax_layout(STACKED)
     s = _together(s, STACKED)
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, layout))
-    if (t < lo) | (t + BLOCK > hi):  # the factor of a token that nobody sees may be anything
-        o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-        factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
     shift = _unit_of_p(gl.max(gl.abs(factors), 0))
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
     m = m + shift
@@ -147,10 +161,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
     That keeps the tensor cores busy. Without rotary keys ptxas sees a conflict in it, and would wait for every product.
     """
     AHEAD: gl.constexpr = BLOCK_P > 0
-    BEGUN: gl.constexpr = 1 if STACKED else 2  # products of the scores of a block
-    first_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32]
-    )
+    first_layout: gl.constexpr = _fp8_products()
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, _softmax_layout(STACKED))
     N: gl.constexpr = ROWS // 2 if STACKED else ROWS
@@ -176,7 +187,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, q, ahead, s0, STACKED)
-                s = warpgroup_mma_wait(BEGUN, deps=(s,))
+                s = warpgroup_mma_wait(1, deps=(s,))
             m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)

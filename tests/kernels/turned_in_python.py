@@ -229,6 +229,7 @@ class Language:
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
     join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
+    to_tensor = staticmethod(made)
     num_warps, static_range = staticmethod(lambda: _here.warps), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)

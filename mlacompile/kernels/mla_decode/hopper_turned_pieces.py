@@ -46,7 +46,7 @@ def _narrow(columns):
 def _piece(x, stage, s, i, WIDTH: gl.constexpr):
     """Issues piece i of a stage's scores: the small part of the queries first, it is added up more precisely."""
     PIECES: gl.constexpr = WIDTH // PANEL
-    zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
+    zero = _here(gl.to_tensor(0))  # or the addresses of both parts of the queries would be kept in registers
     columns: gl.constexpr = i % PIECES * PANEL
     q = x.q.index(zero + (1 - i // PIECES)).slice(columns, PANEL, dim=1)
     keys = x.k.index(stage).slice(columns, PANEL, dim=1).permute((1, 0))
@@ -85,23 +85,38 @@ def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
     quarter: gl.constexpr = _narrow(QUARTER)
     some = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0)
-    factors = _live_factors(some, t + i * QUARTER, lo, hi, quarter)
+    factors = _live_factors(some, t + i * QUARTER, lo, hi, gl.SliceLayout(0, quarter))
     return (e * factors[None, :]).to(gl.float16)
 
 
 @gluon.jit
-def _publish_pieces(x, bar, s, m, total, row_scale, b, stage, ahead, s_next, t, lo, hi, sure, limit,
+def _unit_of_block(x, stage, t, lo, hi):
+    """The exponent of the unit of a block's P. Every warp looks at all factors, so none waits for another."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
+    largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
+    return _unit_of_p(largest.to(gl.float32, bitcast=True)) + SLACK
+
+
+@gluon.jit
+def _scores_of_block(x, s, stage, t, lo, hi, BLOCK_P: gl.constexpr):
+    """Waits for the scores of a stage's latents, begins to add the rotary ones, and the unit of the block's P."""
+    unit = _unit_of_block(x, stage, t, lo, hi)
+    return _with_rope(x, x.q_pe, s, stage, BLOCK_P, _products()), unit
+
+
+@gluon.jit
+def _publish_pieces(x, bar, s, m, total, row_scale, unit, b, stage, ahead, s_next, t, lo, hi, sure, limit,
                     CAUSAL: gl.constexpr, MORE: gl.constexpr, WIDTH: gl.constexpr):  # fmt: skip
     """Softmax of block b, whose rotary scores were issued, between the pieces of the next block's if there are MORE.
 
-    Stores P and alpha for ``_values``. Returns the running maximum and sum, and the next scores, all of them issued.
+    Stores P and alpha for ``_values``. Returns the running maximum, sums of the tokens of each
+    column of a quarter, and the next scores, all of them issued.
     """
     layout: gl.constexpr = _products()
     PIECES: gl.constexpr = 2 * WIDTH // PANEL
     BEFORE: gl.constexpr = PIECES // 2 - 1  # pieces that are issued before the exponentials
     quarter: gl.constexpr = _narrow(QUARTER)
-    largest = gl.max(gl.abs(_live_factors(x.factors.index(stage), t, lo, hi, layout)), 0)
-    unit = _unit_of_p(largest) + SLACK
     if MORE:
         s_next = _piece(x, ahead, s_next, 0, WIDTH)
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -115,7 +130,7 @@ def _publish_pieces(x, bar, s, m, total, row_scale, b, stage, ahead, s_next, t, 
     buffer = b & 1
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.alpha.index(buffer).store(alpha)
-    total = total * alpha
+    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, quarter), assert_trivial=True)[:, None]
     left, right = _halves(s)
     s0, s1 = _halves(left)
     s2, s3 = _halves(right)
@@ -136,8 +151,7 @@ def _publish_pieces(x, bar, s, m, total, row_scale, b, stage, ahead, s_next, t, 
     x.p.index(buffer).store(gl.convert_layout(_joined(p01, p23), layout, assert_trivial=True))
     fence_async_shared()
     mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    total += gl.convert_layout(gl.sum(sums, 1), total.type.layout, assert_trivial=True)
-    return m_new, total, s_next
+    return m_new, total + sums, s_next
 
 
 @gluon.jit
@@ -156,7 +170,7 @@ def _scores_in_pieces(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
-        total = gl.full((ROWS,), 0.0, gl.float32, by_row)
+        total = gl.zeros((ROWS, QUARTER), gl.float32, _narrow(QUARTER))
 
         mbarrier.wait(bar.queries, item & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -166,19 +180,20 @@ def _scores_in_pieces(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         for i in gl.static_range(1, PIECES):
             s_next = _piece(x, stage, s_next, i, WIDTH)
         for _ in range(n - 1):
-            s = _with_rope(x, x.q_pe, s_next, stage, BLOCK_P, layout)
+            s, unit = _scores_of_block(x, s_next, stage, t, lo, hi, BLOCK_P)
             ahead = (g + 1) % STAGES
             mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-            m, total, s_next = _publish_pieces(x, bar, s, m, total, row_scale, g, stage, ahead, s_next, t, lo, hi,
+            m, total, s_next = _publish_pieces(x, bar, s, m, total, row_scale, unit, g, stage, ahead, s_next, t, lo, hi,
                                                sure, limit, CAUSAL, True, WIDTH)  # fmt: skip
             stage = ahead
             t += BLOCK
             g += 1
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
-        s = _with_rope(x, x.q_pe, s_next, stage, BLOCK_P, layout)
-        m, total, _none = _publish_pieces(x, bar, s, m, total, row_scale, g, stage, stage, s_next, t, lo, hi,
+        s, unit = _scores_of_block(x, s_next, stage, t, lo, hi, BLOCK_P)
+        m, total, _none = _publish_pieces(x, bar, s, m, total, row_scale, unit, g, stage, stage, s_next, t, lo, hi,
                                            sure, limit, CAUSAL, False, WIDTH)  # fmt: skip
+        total = gl.convert_layout(gl.sum(total, 1), by_row)
         _report(
             x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S, by_row,
             ROWS, ONE_QUERY,

@@ -88,8 +88,8 @@ def _key_scores(x, q, stage, s0, STACKED: gl.constexpr):
 @gluon.jit
 def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
     """Waits for the scores of a stage's latents, multiplies them with the factors, begins to add the rotary ones."""
+    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, s.type.layout))
     s = gl.convert_layout(s * factors[None, :], layout)
     if BLOCK_P > 0:
         s = warpgroup_mma(q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
@@ -105,11 +105,11 @@ def _unit_of_p(largest):
 
 @gluon.jit
 def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
-    """Factors of the tokens from t on, by the columns of a layout. That of a token that nobody sees may be anything."""
+    """Factors of the tokens from t on, 0 of those that nobody sees, which may be anything."""
     N: gl.constexpr = factors.shape[0]
-    live = factors.load(gl.SliceLayout(0, layout))
+    live = factors.load(layout)
     if (t < lo) | (t + N > hi):
-        o_t = t + gl.arange(0, N, gl.SliceLayout(0, layout))
+        o_t = t + gl.arange(0, N, layout)
         live = gl.where((o_t >= lo) & (o_t < hi), live, 0.0)
     return live
 
@@ -120,7 +120,7 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
     """Softmax of block b: stores P and alpha for ``_values``, and returns the running maximum and sum."""
     layout: gl.constexpr = _softmax_layout(STACKED)
     s = _together(s, STACKED)
-    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, gl.SliceLayout(0, layout))
     shift = _unit_of_p(gl.max(gl.abs(factors), 0))
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
     m = m + shift

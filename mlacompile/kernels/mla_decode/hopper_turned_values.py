@@ -34,9 +34,14 @@ def _add_products(even, odd, p, i, to_even, to_odd):
 
 
 @gluon.jit
-def _columns_of(tile, i, layout: gl.constexpr):
-    """Pairs of columns by STEP tokens: even columns and odd columns as left operands in float16."""
-    pairs = tile.slice(i * STEP, STEP, dim=0).permute((1, 0)).load(layout)
+def _pairs_of(tile, i, layout: gl.constexpr):
+    """Pairs of columns by STEP tokens, as left operands."""
+    return tile.slice(i * STEP, STEP, dim=0).permute((1, 0)).load(layout)
+
+
+@gluon.jit
+def _columns_of(pairs):
+    """Even columns and odd columns in float16."""
     return gl.inline_asm_elementwise(SPLIT, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
 
 
@@ -84,7 +89,8 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     COLS: gl.constexpr = even0.shape[1]
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     tile = words.index(first)
-    v_even, v_odd = _columns_of(tile, 0, a_layout)
+    v_even, v_odd = _columns_of(_pairs_of(tile, 0, a_layout))
+    pairs = _pairs_of(tile, 1, a_layout)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
     moved = True
@@ -95,14 +101,20 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
     even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):
-        v_even, v_odd = _columns_of(tile, i, a_layout)
+        v_even, v_odd = _columns_of(pairs)
+        if i + 1 < BLOCK // STEP:  # loaded before products are waited for
+            pairs = _pairs_of(tile, i + 1, a_layout)
+        elif TILES > 1:
+            pairs = _pairs_of(words.index(first + 1), 0, a_layout)
         even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
         even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
     if TILES > 1:
         tile = words.index(first + 1)
         b_p = _weights_of(x, weights, buffer, TILE + 1, COLS, GROUPS)
         for i in gl.static_range(BLOCK // STEP):
-            v_even, v_odd = _columns_of(tile, i, a_layout)
+            v_even, v_odd = _columns_of(pairs)
+            if i + 1 < BLOCK // STEP:
+                pairs = _pairs_of(tile, i + 1, a_layout)
             even1, odd1 = _add_products(v_even, v_odd, b_p, i, even1, odd1)
             even1, odd1 = warpgroup_mma_wait(2, deps=(even1, odd1))
     mbarrier.arrive(bar.empty.index(stage), count=1)

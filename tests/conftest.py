@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Inductor reads these when it is imported, here and in the processes that tests start. It would compile and load six
+# programs to see what this compiler can do, and start a process of its own to compile in beside every test process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -38,13 +38,16 @@ def padding(batch: int = 2) -> torch.Tensor:
 
 
 def decode(model: Any, run: Callable[..., Any], cache: Any, *, padded: bool = True, steps: int = STEPS) -> torch.Tensor:
-    """Logits of a few steps by ``run`` after a prompt that the plain model reads."""
+    """Logits of a few steps by ``run`` after a prompt that the plain model reads.
+
+    Called as a step on its own is, down to the strides of its tokens, so that nothing is compiled again for it.
+    """
     tokens = random_tokens(model.config, 2, PROMPT + steps)
     mask = padding() if padded else None
     with torch.no_grad():
         model(input_ids=tokens[:, :PROMPT], attention_mask=mask, past_key_values=cache)
         logits = [
-            run(input_ids=tokens[:, i : i + 1], attention_mask=mask, past_key_values=cache).logits
+            run(input_ids=tokens[:, i : i + 1].contiguous(), attention_mask=mask, past_key_values=cache).logits
             for i in range(PROMPT, PROMPT + steps)
         ]
     return torch.cat(logits, 1)
@@ -81,11 +84,11 @@ def full_by_one(cache: Any, run: Callable[..., Any], model: Any, room: int) -> N
     """Fill ``room`` more rows, then one too many: an error with the numbers, and not a byte or a length changed."""
     with torch.no_grad():
         for _ in range(room):
-            run(input_ids=torch.full((2, 1), 5), past_key_values=cache)
+            run(input_ids=torch.full((2, 1), 5), attention_mask=None, past_key_values=cache)
         layers = cache.latent_layers
         before = [{k: v.clone() for k, v in layer.store.arrays().items()} for layer in layers]
         with pytest.raises(CacheFullError, match=rf"holds {LENGTH} of {LENGTH} tokens and was handed 1 more"):
-            run(input_ids=torch.full((2, 1), 6), past_key_values=cache)
+            run(input_ids=torch.full((2, 1), 6), attention_mask=None, past_key_values=cache)
     for layer, arrays in zip(layers, before, strict=True):
         assert int(layer.get_seq_length()) == LENGTH
         for name, array in layer.store.arrays().items():

@@ -1,7 +1,13 @@
-"""Every test starts with nothing compiled; two test processes on two cores do not fight over threads."""
+"""Every test starts with nothing compiled; two test processes on two cores do not fight over threads.
+
+Tracing takes most of the time, and of that a tenth went into collecting garbage over and over and into texts for a log
+that nobody reads.
+"""
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -9,10 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Inductor reads these when it is imported, here and in the processes that tests start. It would compile and load six
+# programs to see what this compiler can do, and start a process of its own to compile in beside every test process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# PyTorch prints every graph of every stage for this logger once it has a handler, and pytest gives every logger one.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
+
+
+def pytest_collection_finish() -> None:
+    """Looking for garbage among all that was imported, every few hundred objects, takes longer than what it frees."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -83,18 +83,19 @@ def test_every_site_is_absorbed_and_only_its_up_projection_is_dequantized(
     graphs: list[torch.fx.GraphModule] = []
     lowered = compiler.compile_rest
     monkeypatch.setattr(compiler, "compile_rest", lambda gm, *more: graphs.append(gm) or lowered(gm, *more))
-    model = fp8_model()
+    layers = 2 if rest == "eager" else 1  # a second one has the same kernels, and they take long to compile
+    model = fp8_model(**SIZES | {"num_hidden_layers": layers})
     gc.collect()  # copies of weights that earlier tests left behind go with them
     earlier = set(derived._kept)
     want = decode(model, model)
     got = decode(model, torch.compile(model, backend=backend, options={"rest": rest}, fullgraph=True))
-    assert (last_report().absorbed, last_report().refused) == (2, 0), last_report()
+    assert (last_report().absorbed, last_report().refused) == (layers, 0), last_report()
     count = Counter(str(n.target) for n in graphs[0].graph.nodes)
-    assert count["mlacompile.fp8_linear.default"] == 2 * 7, "all but the up-projections are products in FP8 still"
+    assert count["mlacompile.fp8_linear.default"] == layers * 7, "all but the up-projections are products in FP8 still"
     assert count["mlacompile.fp8_dequantize_weight.default"] == 0, "once a weight version, not in every step"
     kept = [values for key, values in derived._kept.items() if key not in earlier]
     up = model.model.layers[0].self_attn.kv_b_proj
-    assert [tuple(t.shape) for k in kept for t in k.tensors] == [tuple(up.weight.shape)] * 2
+    assert [tuple(t.shape) for k in kept for t in k.tensors] == [tuple(up.weight.shape)] * layers
     # Against the same weights in float32: not rounding the latent leaves less error than FP8 products have.
     for name, module in list(model.named_modules()):
         if isinstance(module, FP8Linear):

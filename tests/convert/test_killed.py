@@ -27,7 +27,10 @@ def test_compressed_and_healed_in_spite_of_being_killed_at_ten_random_moments(
     source, text = with_tokenizer(save()), write_text(tmp_path / "text.txt", 5000)
     # A fork of a process that has trained cannot train, so children come from one that has only imported.
     fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(["mlacompile.convert.conversion", "transformers.models.llama.modeling_llama"])
+    pictures = ["matplotlib.figure", "matplotlib.backends.backend_svg"]
+    fresh.set_forkserver_preload(
+        ["mlacompile.convert.conversion", "transformers.models.llama.modeling_llama", *pictures]
+    )
 
     def begin(out: Path) -> Any:
         child = fresh.Process(target=_run, args=(source, out, text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -57,5 +59,6 @@ def test_layers_share_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     torch.testing.assert_close(got.logits, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     code = "".join(codes)
-    assert code.count(".cos()") == code.count(".sin()") == 1
+    for function in ("cos", "sin"):  # of a vector or, where one is wider than the table, of numbers one by one
+        assert len(re.findall(rf"\.{function}\(\)|std::{function}\(", code)) == 1
     assert "mlacompile.stored" not in code

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mlacompile.ops.visible_bounds  # noqa: F401  (registers the op)
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels.mla_prefill import attend as attend_module
 from mlacompile.kernels.mla_prefill.attend import attend

@@ -120,7 +120,9 @@ def compile_graph(
         if not pipeline.rewritten:
             raise _NothingToRewrite
         with pipeline.stage("lower"):
-            for node, (kernel, passed) in place(rewritten, options.kernel, pipeline.notes, pipeline.weights).items():
+            fused = options.rest == "inductor"
+            placed = place(rewritten, options.kernel, pipeline.notes, pipeline.weights, fused=fused)
+            for node, (kernel, passed) in placed.items():
                 pipeline.served(node, kernel, passed)
             before = take_out(rewritten)
         dump_graph(options.dump, pipeline.name, "6-lowered", rewritten)

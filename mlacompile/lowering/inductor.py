@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from mlacompile.lowering.cudagraphs import cudagraph_patches
+from mlacompile.lowering.select import shorten_calls
 from mlacompile.options import Options
 
 Compiled = Callable[..., Any]
@@ -20,6 +21,7 @@ def compile_rest(gm: GraphModule, example_inputs: Sequence[Any], options: Option
         return gm.forward  # type: ignore[return-value]
     from torch._inductor.compile_fx import compile_fx
 
+    shorten_calls(gm)
     return compile_fx(gm, list(example_inputs), config_patches=_patches(gm, example_inputs, options, mode))  # type: ignore[return-value]
 
 

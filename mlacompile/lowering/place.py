@@ -22,13 +22,14 @@ WRITES = False
 
 
 def place(
-    gm: GraphModule, wanted: str, notes: list[str], constant: Collection[Node] = ()
+    gm: GraphModule, wanted: str, notes: list[str], constant: Collection[Node] = (), *, fused: bool = True
 ) -> dict[Node, tuple[str, list[str]]]:
     """Choose kernels and write the choices into a rewritten graph.
 
     Args:
         wanted: the option ``kernel``. notes: receives what a user should know beyond single ops.
         constant: the inputs that nobody writes while the graph runs.
+        fused: whether Inductor compiles the graph.
     Returns:
         For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
     """
@@ -42,7 +43,7 @@ def place(
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
     inline_references(gm)
     if chosen and wanted == "auto":
-        place_cpu_rows(gm)
+        place_cpu_rows(gm, fused=fused)
         gm.graph.eliminate_dead_code()  # what nobody uses must not stand between a product and what follows it
         if placed := place_row_products(gm, constant) + place_head_products(gm, constant):
             notes.append(f"{placed} products with a single row read their weights by kernels made for that")

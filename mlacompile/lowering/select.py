@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
+import mlacompile.ops.mla_decode_placed  # noqa: F401  (registers the op)
 from mlacompile.geometry import scale_groups
 from mlacompile.kernels import registry
 from mlacompile.kernels.fp8_linear.supports import slower_than_16_bits
@@ -19,6 +20,7 @@ from mlacompile.ops import mla_decode_reference
 from mlacompile.ops.fp8_linear import E4M3, WEIGHT_ONLY_ROWS, block_grid, fp8_quantize_weight, lost_rows
 
 _DECODE_ARGS = 9
+_PLACED = torch.ops.mlacompile.mla_decode_placed.default
 
 
 def decode_nodes(gm: GraphModule) -> list[Node]:
@@ -45,6 +47,20 @@ def select(node: Node, wanted: str) -> tuple[str, list[str]]:
     # On a CPU, that a GPU kernel needs a GPU is no news.
     lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in passed.items() if device != "cpu"]
     return ("inductor" if best is None else best.name), lines
+
+
+def shorten_calls(gm: GraphModule) -> None:
+    """Let calls of the kernel for CPUs go to it directly; the last thing that is done to them, as no pass knows that
+    op."""
+    for node in decode_nodes(gm):
+        if node.kwargs.get("impl") != "cpu":
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, node.args)) | dict(node.kwargs)
+        tensors = tuple(given.get(name) for name in names[:_DECODE_ARGS] if name != "block_table")
+        settings = {"scale": given["scale"], "causal": given.get("causal", False)}
+        node.target, node.args, node.kwargs = _PLACED, tensors, settings
+        gm.recompile()
 
 
 def reads_fp8(wanted: str, q_latent: torch.Tensor, *args: Any, **settings: Any) -> bool:

@@ -136,11 +136,11 @@ def mla_decode(
         not; a NaN in a row that some query sees reaches that query and may reach others of its batch row.
     """
     _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale, impl)
-    c_kv = _last_dim_contiguous(c_kv)
-    k_pe = None if k_pe is None else _last_dim_contiguous(k_pe)
+    c_kv = last_dim_contiguous(c_kv)
+    k_pe = None if k_pe is None else last_dim_contiguous(k_pe)
     start, length = (None if x is None else x.contiguous() for x in (start, length))
-    block_table = None if block_table is None else _last_dim_contiguous(block_table)
-    descale = None if descale is None else _last_dim_contiguous(descale)
+    block_table = None if block_table is None else last_dim_contiguous(block_table)
+    descale = None if descale is None else last_dim_contiguous(descale)
     tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale)
     run = _implementation(impl, tensors, scale, causal)
     out, lse = run(*tensors, scale=scale, causal=causal)
@@ -184,7 +184,8 @@ def _mla_decode_fake(
     return q_latent.new_empty(b, h, s, r), q_latent.new_empty(b, h, s, dtype=torch.float32)
 
 
-def _last_dim_contiguous(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """A copy of what kernels cannot read, anything else as it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

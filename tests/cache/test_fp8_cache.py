@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 import mlacompile.compiler as compiler
+import mlacompile.ops.mla_decode_placed as placed_module
 from mlacompile import LatentCache, backend, last_report
 from mlacompile.cache.storage import Storage
 from mlacompile.errors import UnsupportedInputError
@@ -20,8 +20,6 @@ from mlacompile.testing.models import random_tokens, tiny_config, tiny_model
 from mlacompile.testing.registration import ensure_registered
 from tests.cache.test_latent_cache import EAGER, LENGTH, decode, full_by_one, generate, padding, relative, small
 from tests.ops.test_fp8_quantize import allowed
-
-mla_decode_module = import_module("mlacompile.ops.mla_decode")  # the package has a function of that name
 
 #: What is asked for, and the bytes of a token at the tiny models' rank 64 and rope 16, and at 512 and 64.
 KINDS: list[tuple[dict[str, str], int, int]] = [
@@ -165,13 +163,13 @@ def reads_the_bytes_of_the_cache(graph: torch.fx.GraphModule, kind: dict[str, st
 def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours hands the cache itself to the kernel, neither a copy nor what it was dequantized to."""
     given: list[torch.Tensor] = []
-    choose = mla_decode_module._implementation
+    kernel = placed_module.mla_decode_cpu
 
-    def spy(impl: str, tensors: tuple[torch.Tensor, ...], *settings: Any) -> Any:
+    def spy(*tensors: torch.Tensor, **settings: Any) -> Any:
         given.extend((tensors[2], tensors[8]))
-        return choose(impl, tensors, *settings)
+        return kernel(*tensors, **settings)
 
-    monkeypatch.setattr(mla_decode_module, "_implementation", spy)
+    monkeypatch.setattr(placed_module, "mla_decode_cpu", spy)
     model = small("minicpm3", num_hidden_layers=1)
     kind = {"dtype": "fp8_e4m3"}
     want = decode(model, model, LatentCache(model.config, max_cache_len=LENGTH, **kind), padded=False)

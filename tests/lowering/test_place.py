@@ -23,7 +23,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "kernels", lambda op: willing.get(op) or real(op))
     monkeypatch.setattr(single_row, "SMALLEST", 1)
     monkeypatch.setattr(single_row, "_one_row", lambda value, dim: value.shape[dim] == 1)
-    monkeypatch.setattr(place, "place_cpu_rows", lambda gm: 0)
+    monkeypatch.setattr(place, "place_cpu_rows", lambda gm, fused: 0)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "minicpm3"])

@@ -1,4 +1,5 @@
-"""``mla_decode`` on a CPU: one flash attention in which stretches of the context stand where heads usually do.
+"""``mla_decode`` on a CPU: a loop of our own in float32 (``cpu_loop.py``), and where that cannot be, as with masks and
+in 16 bits, one flash attention in which stretches of the context stand where heads usually do.
 
 PyTorch's flash attention for CPUs uses a block of keys for both products while the processor's cache holds it, but
 hands threads whole heads, and a latent cache has one. So the H*S rows become the queries of a single head, each "head"
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels.mla_decode.cpu_loop import loop_reasons, mla_decode_loop
 from mlacompile.kernels.mla_decode.supports import interpreted
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
@@ -120,6 +122,9 @@ def mla_decode_cpu(
     occupied = [w for w in windows if w[0] < w[1]]
     if not occupied or q_latent.numel() == 0:
         return q_latent.new_zeros(b, h, s, r), q_latent.new_full((b, h, s), -math.inf, dtype=torch.float32)
+    if not loop_reasons(q_latent, c_kv, mask, descale):
+        ends = ([c_kv.shape[1]] * b if length is None else length.tolist()) if causal and s > 1 else None
+        return mla_decode_loop(q_latent, q_pe, c_kv, k_pe, windows, ends, scale=scale, splits=stretches)
     first, end = min(w[0] for w in occupied), max(w[1] for w in occupied)
     if 2 * sum(w[1] - w[0] for w in occupied) < b * (end - first):  # most of the common window is dead
         rows = ([x if x is None or x.shape[0] == 1 else x[i : i + 1] for x in tensors] for i in range(b))

@@ -123,6 +123,16 @@ def test_parity(case: LatentCase, page: int) -> None:
     check(said, *turned(paged(stored, page) if page else stored))
 
 
+@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
+def test_a_full_gpu_repeats_itself_to_the_bit(heads: int, per: str) -> None:
+    """Many calls of a row a program: what two partitions race for shows in few of them."""
+    case = variant(batch=128, heads=heads, tokens=8192)
+    stored, _ = stored_as(make_inputs(case, device="cuda"), per, 64)
+    first = turned(stored)
+    for _ in range(40):
+        assert all(torch.equal(x, y) for x, y in zip(turned(stored), first, strict=True))
+
+
 @pytest.mark.parametrize(("case", "page"), GROUPED, ids=lambda x: f"page{x}" if isinstance(x, int) else str(x))
 def test_several_factors_a_token(case: LatentCase, page: int) -> None:
     stored, said = stored_as(make_inputs(case, device="cuda"), "block", page)

@@ -23,12 +23,12 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    _add_rope,
     _fp8_products,
     _live_factors,
     _products,
     _report,
     _unit_of_p,
-    _with_rope,
 )
 
 SLACK = gl.constexpr(6)  # powers of two by which a row may exceed its maximum before that moves
@@ -102,7 +102,9 @@ def _unit_of_block(x, stage, t, lo, hi):
 def _scores_of_block(x, s, stage, t, lo, hi, BLOCK_P: gl.constexpr):
     """Waits for the scores of a stage's latents, begins to add the rotary ones, and the unit of the block's P."""
     unit = _unit_of_block(x, stage, t, lo, hi)
-    return _with_rope(x, x.q_pe, s, stage, BLOCK_P, _products()), unit
+    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products()), unit
 
 
 @gluon.jit

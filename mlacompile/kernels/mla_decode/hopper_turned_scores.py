@@ -86,14 +86,20 @@ def _key_scores(x, q, stage, s0, STACKED: gl.constexpr):
 
 
 @gluon.jit
-def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
-    """Waits for the scores of a stage's latents, multiplies them with the factors, begins to add the rotary ones."""
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
-    s = warpgroup_mma_wait(0, deps=(s,))
+def _add_rope(x, q_pe, s, factors, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+    """Multiplies the scores of a stage's latents with the factors, and begins to add the rotary ones."""
     s = gl.convert_layout(s * factors[None, :], layout)
     if BLOCK_P > 0:
         s = warpgroup_mma(q_pe, x.pe.index(stage).permute((1, 0)), s, is_async=True)
     return s
+
+
+@gluon.jit
+def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
+    """Waits for the scores of a stage's latents, multiplies them with the factors, begins to add the rotary ones."""
+    s = warpgroup_mma_wait(0, deps=(s,))
+    factors = x.factors.index(stage).load(gl.SliceLayout(0, s.type.layout))
+    return _add_rope(x, q_pe, s, factors, stage, BLOCK_P, layout)
 
 
 @gluon.jit

@@ -84,13 +84,17 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     """Adds a block's products, and says that its stage is no longer needed.
 
     The one or two tiles of words are first and the one behind it; TILE: counted from the first columns of a latent.
+    AHEAD: words are loaded before the products of those before are waited for. Few rows wait for memory, not for that.
     """
+    AHEAD: gl.constexpr = even0.shape[1] > 32
     layout: gl.constexpr = even0.type.layout
     COLS: gl.constexpr = even0.shape[1]
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     tile = words.index(first)
-    v_even, v_odd = _columns_of(_pairs_of(tile, 0, a_layout))
-    pairs = _pairs_of(tile, 1, a_layout)
+    pairs = _pairs_of(tile, 0, a_layout)
+    v_even, v_odd = _columns_of(pairs)
+    if AHEAD:
+        pairs = _pairs_of(tile, 1, a_layout)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
     moved = True
@@ -101,10 +105,12 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
     even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):
+        if not AHEAD:
+            pairs = _pairs_of(tile, i, a_layout)
         v_even, v_odd = _columns_of(pairs)
-        if i + 1 < BLOCK // STEP:  # loaded before products are waited for
+        if AHEAD and i + 1 < BLOCK // STEP:
             pairs = _pairs_of(tile, i + 1, a_layout)
-        elif TILES > 1:
+        elif AHEAD and TILES > 1:
             pairs = _pairs_of(words.index(first + 1), 0, a_layout)
         even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
         even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
@@ -112,8 +118,10 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
         tile = words.index(first + 1)
         b_p = _weights_of(x, weights, buffer, TILE + 1, COLS, GROUPS)
         for i in gl.static_range(BLOCK // STEP):
+            if not AHEAD:
+                pairs = _pairs_of(tile, i, a_layout)
             v_even, v_odd = _columns_of(pairs)
-            if i + 1 < BLOCK // STEP:
+            if AHEAD and i + 1 < BLOCK // STEP:
                 pairs = _pairs_of(tile, i + 1, a_layout)
             even1, odd1 = _add_products(v_even, v_odd, b_p, i, even1, odd1)
             even1, odd1 = warpgroup_mma_wait(2, deps=(even1, odd1))

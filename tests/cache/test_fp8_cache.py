@@ -159,17 +159,31 @@ def reads_the_bytes_of_the_cache(graph: torch.fx.GraphModule, kind: dict[str, st
             assert value.shape[-1] <= 16, f"wider than rotary keys and factors: {node.format_node()}"
 
 
-@pytest.mark.parametrize("name", ["ours", "stock"])
-def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours hands the cache itself to the kernel, neither a copy nor what it was dequantized to."""
-    given: list[torch.Tensor] = []
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Latents and factors that compiled graphs hand to the kernel."""
+    found: list[torch.Tensor] = []
     kernel = placed_module.mla_decode_cpu
 
     def spy(*tensors: torch.Tensor, **settings: Any) -> Any:
-        given.extend((tensors[2], tensors[8]))
+        found.extend((tensors[2], tensors[8]))
         return kernel(*tensors, **settings)
 
     monkeypatch.setattr(placed_module, "mla_decode_cpu", spy)
+    return found
+
+
+def test_inductor_hands_the_cache_itself_to_the_kernel_of_a_padded_batch(given: list[torch.Tensor]) -> None:
+    model = small("deepseek_v3", num_hidden_layers=1)
+    cache = LatentCache(model.config, max_cache_len=LENGTH, dtype="fp8_e4m3")
+    decode(model, torch.compile(model, backend=backend), cache, steps=1)
+    memory = cache.latent_layers[0].store.bytes.untyped_storage().data_ptr()
+    assert {x.untyped_storage().data_ptr() for x in given} == {memory}
+
+
+@pytest.mark.parametrize("name", ["ours", "stock"])
+def test_through_inductor(name: str, given: list[torch.Tensor]) -> None:
+    """Ours hands the cache itself to the kernel, neither a copy nor what it was dequantized to."""
     model = small("minicpm3", num_hidden_layers=1)
     kind = {"dtype": "fp8_e4m3"}
     want = decode(model, model, LatentCache(model.config, max_cache_len=LENGTH, **kind), padded=False)

@@ -107,3 +107,17 @@ def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCa
     out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True))
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
+def test_nobody_is_waited_for_too_little(monkeypatch: pytest.MonkeyPatch, heads: int, per: str) -> None:
+    """Whoever is late, the result is the same to the bit: a stage or a buffer given back too early shows here."""
+    case = replace(CASE, heads=heads, batch=1, tokens=900)
+    stored, _ = quantized(make_inputs(case), per=per, rounded=per == "token")
+    stored = paged(stored, 64) if per == "token" else in_one_run(paged(stored, 64))
+    plan = HopperPlan(1, turned=True)
+    want = run(monkeypatch, stored, plan)
+    for seed in range(3):
+        with monkeypatch.context() as late:
+            turned_in_python.dawdle(late, seed)
+            assert all(torch.equal(x, y) for x, y in zip(run(late, stored, plan), want, strict=True))

@@ -7,7 +7,9 @@ registers do not exist here; that conversions between them move nothing is for t
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -289,6 +291,22 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
                 monkeypatch.setattr(module, name, value.fn)
             elif hasattr(value, "__wrapped__") and name.startswith("_"):
                 monkeypatch.setattr(module, name, value.__wrapped__)
+
+
+def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let every partition be late at times: with memory, with products and with copies."""
+    chance = random.Random(seed)
+
+    def late(method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **settings: Any) -> Any:
+            if chance.random() < 0.2:
+                time.sleep(0.004 * chance.random())
+            return method(*args, **settings)
+
+        return wrapped
+
+    for owner, name in ((Memory, "load"), (Memory, "store"), (Product, "compute"), (Descriptor, "load")):
+        monkeypatch.setattr(owner, name, late(getattr(owner, name)))
 
 
 TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total")

@@ -60,7 +60,7 @@ def shorten_calls(gm: GraphModule) -> None:
         tensors = tuple(given.get(name) for name in names[:_DECODE_ARGS] if name != "block_table")
         settings = {"scale": given["scale"], "causal": given.get("causal", False)}
         node.target, node.args, node.kwargs = _PLACED, tensors, settings
-        gm.recompile()
+    gm.recompile()
 
 
 def reads_fp8(wanted: str, q_latent: torch.Tensor, *args: Any, **settings: Any) -> bool:

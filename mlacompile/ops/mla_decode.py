@@ -18,6 +18,7 @@ from torch import Tensor
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.geometry import SCALE_GROUP, scale_groups
 from mlacompile.kernels import registry
+from mlacompile.kernels.mla_decode.supports import last_dim_contiguous
 from mlacompile.ops.fp8_quantize import FP8_DTYPES, fp8_dequantize_reference
 from mlacompile.visible import visible_tokens
 
@@ -182,11 +183,6 @@ def _mla_decode_fake(
     _check(q_latent, q_pe, c_kv, k_pe, mask, start, length, block_table, descale, impl)
     b, h, s, r = q_latent.shape
     return q_latent.new_empty(b, h, s, r), q_latent.new_empty(b, h, s, dtype=torch.float32)
-
-
-def last_dim_contiguous(x: Tensor) -> Tensor:
-    """A copy of what kernels cannot read, anything else as it is."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _check(

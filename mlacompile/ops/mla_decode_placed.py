@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mlacompile.kernels.mla_decode.cpu import mla_decode_cpu
-from mlacompile.ops.mla_decode import last_dim_contiguous
 
 _LIBRARY = torch.library.Library("mlacompile", "FRAGMENT")
 _LIBRARY.define(
@@ -21,23 +20,9 @@ _LIBRARY.define(
 )
 
 
-def _placed(
-    q_latent: Tensor,
-    q_pe: Tensor | None,
-    c_kv: Tensor,
-    k_pe: Tensor | None,
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: Tensor | None,
-    descale: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    c_kv = last_dim_contiguous(c_kv)
-    k_pe = None if k_pe is None else last_dim_contiguous(k_pe)
-    tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, None, descale)
-    out, lse = mla_decode_cpu(*tensors, scale=scale, causal=causal)
+def _placed(*tensors: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    *others, descale = tensors
+    out, lse = mla_decode_cpu(*others, None, descale, scale=scale, causal=causal)  # type: ignore[arg-type,misc]
     return out.contiguous(), lse.contiguous()  # the strides that graphs are compiled for
 
 

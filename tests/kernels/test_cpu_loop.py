@@ -75,7 +75,7 @@ def test_real_widths_by_threads(
 def narrower(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The loop as a processor with narrower vectors has it."""
     if platform.machine() != "x86_64":
-        pytest.skip("flags of another processor")
+        pytest.skip("the flags are of x86; the vectors of this processor are tested above")
     source, built = Path(cpu_loop.__file__).with_suffix(".cpp"), tmp_path / "loop.so"
     flags = [*request.param.split(), "-O2", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     subprocess.run([get_cpp_compiler(), *flags, source, "-o", built], check=True)
@@ -88,7 +88,7 @@ def narrower(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("narrower")
 def test_narrower_vectors() -> None:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("a processor without these")
+        pytest.skip("this processor has no AVX to run it; the vectors that it has are tested above")
     check(make_inputs(LatentCase(2, 20, 2, 400, 96, 24, torch.float32, causal=True, poison=True)))
 
 
@@ -121,13 +121,22 @@ def test_reads_the_cache_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_it_leaves_to_the_library(change: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(replace(LatentCase(1, 4, 1, 30, 32, 8, torch.float32), **change))
-    q_latent, _, c_kv, _, mask, *_ = inputs.tensors
+    q_latent, _, _, _, mask, *_ = inputs.tensors
     assert q_latent is not None
-    assert c_kv is not None
-    (reason,) = cpu_loop.loop_reasons(q_latent, c_kv, mask, None)
+    (reason,) = cpu_loop.loop_reasons(q_latent, mask, None)
     assert why in reason
     monkeypatch.setattr(cpu, "mla_decode_loop", None)
     cpu.mla_decode_cpu(*inputs.tensors, **inputs.keywords)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("which", [2, 3], ids=["latents", "rotary keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["loop", "library"])
+def test_values_of_a_token_that_lie_apart_are_copied(dtype: torch.dtype, which: int) -> None:
+    inputs = make_inputs(LatentCase(2, 4, 1, 30, 32, 8, dtype, length=True))
+    want = cpu.mla_decode_cpu(*inputs.tensors, **inputs.keywords)  # type: ignore[arg-type]
+    apart: list[Any] = list(inputs.tensors)
+    apart[which] = apart[which].mT.contiguous().mT
+    torch.testing.assert_close(cpu.mla_decode_cpu(*apart, **inputs.keywords), want)
 
 
 def test_without_a_compiler_the_library_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.cpu_loop import loop_reasons, mla_decode_loop
-from mlacompile.kernels.mla_decode.supports import interpreted
+from mlacompile.kernels.mla_decode.supports import interpreted, last_dim_contiguous
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _STRETCH = 512  # tokens; a shorter stretch costs more than the thread it occupies brings
@@ -116,13 +116,14 @@ def mla_decode_cpu(
     stretches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` for inputs that ``cpu_reasons`` has nothing against. stretches: None lets the shape decide."""
+    c_kv, k_pe = last_dim_contiguous(c_kv), None if k_pe is None else last_dim_contiguous(k_pe)
     tensors = (q_latent, q_pe, c_kv, k_pe, mask, start, length, None, descale)
     b, h, s, r = q_latent.shape
     windows = _windows(mask, start, length, b, c_kv.shape[1])
     occupied = [w for w in windows if w[0] < w[1]]
     if not occupied or q_latent.numel() == 0:
         return q_latent.new_zeros(b, h, s, r), q_latent.new_full((b, h, s), -math.inf, dtype=torch.float32)
-    if not loop_reasons(q_latent, c_kv, mask, descale):
+    if not loop_reasons(q_latent, mask, descale):
         ends = ([c_kv.shape[1]] * b if length is None else length.tolist()) if causal and s > 1 else None
         return mla_decode_loop(q_latent, q_pe, c_kv, k_pe, windows, ends, scale=scale, splits=stretches)
     first, end = min(w[0] for w in occupied), max(w[1] for w in occupied)

@@ -23,8 +23,8 @@ _SPLIT = 256  # tokens; below that, beginning and merging cost more than a threa
 Window = tuple[int, int]
 
 
-def loop_reasons(q_latent: Tensor, c_kv: Tensor, mask: Tensor | None, descale: Tensor | None) -> list[str]:
-    """Why the loop cannot take a call; empty when it can."""
+def loop_reasons(q_latent: Tensor, mask: Tensor | None, descale: Tensor | None) -> list[str]:
+    """Why the loop cannot take a call whose tokens have their values beside each other; empty when it can."""
     reasons = []
     if q_latent.dtype != torch.float32 or descale is not None:
         reasons.append("the loop knows float32 alone")
@@ -32,8 +32,6 @@ def loop_reasons(q_latent: Tensor, c_kv: Tensor, mask: Tensor | None, descale: T
         reasons.append("the loop knows no mask")
     if q_latent.shape[3] % _WIDEST:
         reasons.append(f"the rank is no multiple of {_WIDEST}")
-    if c_kv.stride(2) != 1:
-        reasons.append("the values of a token lie apart")
     if not reasons and library() is None:
         reasons.append("there is no C++ compiler")
     return reasons

@@ -17,6 +17,11 @@ TURNED_MAX_ROWS = 32  # with several factors a token: what is stacked, and so le
 _INT32 = 2**31
 
 
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """A copy of what kernels cannot read, anything else as it is."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 @cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -19,10 +19,11 @@ from mlacompile.kernels.mla_decode import (
     hopper_rows,
     hopper_turned,
     hopper_turned_groups,
-    hopper_turned_pieces,
+    hopper_turned_fetch,
     hopper_turned_room,
     hopper_turned_rows,
     hopper_turned_scores,
+    hopper_turned_turns,
     hopper_turned_values,
 )
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
@@ -31,9 +32,9 @@ from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_r
 from tests.kernels import turned_in_python
 
 MODULES = [
-    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_groups, hopper_turned_pieces,
-    hopper_turned_room,
-    hopper_turned_rows, hopper_turned_scores, hopper_turned_values,
+    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_fetch,
+    hopper_turned_groups, hopper_turned_room, hopper_turned_rows, hopper_turned_scores, hopper_turned_turns,
+    hopper_turned_values,
 ]  # fmt: skip
 
 

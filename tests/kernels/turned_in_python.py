@@ -309,8 +309,8 @@ def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         monkeypatch.setattr(owner, name, late(getattr(owner, name)))
 
 
-TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total")
-SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows")
+TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others")
+SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows", "m", "others")
 
 
 def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:

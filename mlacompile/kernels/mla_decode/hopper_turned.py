@@ -26,77 +26,15 @@ With several factors a token, one for each group of 128 columns, each group has 
 # No "from __future__ import annotations": the fields of an aggregate are types, not strings.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _unit
-from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
+from mlacompile.kernels.mla_decode.hopper_plan import _plan
 from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_stages
 from mlacompile.kernels.mla_decode.hopper_turned_groups import _scores_of_groups
-from mlacompile.kernels.mla_decode.hopper_turned_pieces import _scores_in_pieces
 from mlacompile.kernels.mla_decode.hopper_turned_room import _turned_setup
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
+from mlacompile.kernels.mla_decode.hopper_turned_turns import _scores_by_turns
 from mlacompile.kernels.mla_decode.hopper_turned_values import _values
-
-
-@gluon.jit
-def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B, T,
-                  apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH: gl.constexpr,
-                  BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Copies blocks into the stages, as soon as each has been used for the last time."""
-    BOX: gl.constexpr = d_c.block_type.shape[0]
-    PANEL: gl.constexpr = d_c.block_type.shape[1]
-    SUB: gl.constexpr = BLOCK // BOX
-    PANELS: gl.constexpr = WIDTH // PANEL
-    latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
-    pe = x.pe
-    if BLOCK_P > 0:
-        pe = x.pe._reinterpret(d_pe.dtype, [STAGES * SUB, BOX, BLOCK_P], d_pe.layout)
-    factors = x.factors._reinterpret(gl.float32, _boxes(STAGES * SUB, d_scale.block_type.shape), d_scale.layout)
-    g = 0
-    todo = share
-    while (row < B) & (todo > overhead):
-        _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        p_pages = p_table
-        if PAGE > 0:
-            p_pages += row.to(gl.int64) * stride_table
-        unit = row
-        if SUB == 1:
-            unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
-        for i in range(g, g + n):
-            stage = i % STAGES
-            ahead = unit
-            if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
-                ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
-            mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            full = bar.full.index(stage)
-            mbarrier.expect(full, BLOCK * (WIDTH + 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape)))
-            _copy(d_c, apart_c, 0, full, latents, stage * PANELS, PANELS,
-                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
-            _copy(d_scale, apart_scale, 0, full, factors, stage, 1,
-                  unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
-            if BLOCK_P > 0:
-                _copy(d_pe, apart_pe, 0, full, pe, stage, 1,
-                      unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
-            unit = ahead
-            t += BLOCK
-        g += n
-        todo -= taken
-        row += 1
-        position = 0
-
-
-@gluon.jit
-def _scores_of_tiles(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, STACKED: gl.constexpr, WIDTH: gl.constexpr,
-                     BLOCK_P: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-                     ONE_QUERY: gl.constexpr):  # fmt: skip
-    if STACKED or BLOCK_P == 0:
-        _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-                n_tiles, scale_log2, H, S, T, STACKED, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)  # fmt: skip
-    else:
-        _scores_in_pieces(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead,
-                          B, i_tile, n_tiles, scale_log2, H, S, T, WIDTH, BLOCK_P, STAGES, CAUSAL,
-                          ONE_QUERY)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead"])
@@ -129,25 +67,38 @@ def _mla_decode_hopper_turned_kernel(
                                  ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       0)),
+                       stride_ps, stride_pr, (), R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
+                       0, PAGE, False)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       1)),
+                       stride_ps, stride_pr, (), R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
+                       1, PAGE, False)),
             (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
                              T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
                              STAGES)),
         ], [4, 4, 1], [VALUE_REGS, VALUE_REGS, 24])  # fmt: skip
-    else:
+    elif not STACKED:
         gl.warp_specialize([
-            (_scores_of_tiles, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, STACKED, WIDTH, BLOCK_P, STAGES,
-                                CAUSAL, ONE_QUERY)),
+            (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY,
+                                0)),
+            (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY,
+                                1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       0)),
+                       stride_ps, stride_pr,
+                       (d_c, d_pe, d_scale, p_table, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns),
+                       R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS, 0, PAGE, True)),
+        ], [4, 8], [80, 176])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
+                       i_tile, n_tiles, scale_log2, H, S, T, STACKED, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
+            (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
+                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       stride_ps, stride_pr, (), R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
+                       0, PAGE, False)),
             (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
                              T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
                              STAGES)),

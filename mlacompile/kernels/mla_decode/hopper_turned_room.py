@@ -25,11 +25,14 @@ class TurnedTiles:
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
+    m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
+    others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total):
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.total = p, alpha, row_scale, total
+        self.m, self.others = m, others
 
 
 @aggregate
@@ -43,11 +46,14 @@ class TurnedSignals:
     queries: gl.shared_memory_descriptor
     total: gl.shared_memory_descriptor
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
+    m: gl.shared_memory_descriptor  # what a block's exponents count from, where two partitions take blocks by turns
+    others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total, rows):
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others):
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total, self.rows = queries, total, rows
+        self.m, self.others = m, others
 
 
 @gluon.constexpr_function
@@ -82,7 +88,13 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    TURNS: gl.constexpr = not STACKED
     q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
+    alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
+    m, others = alpha, alpha
+    if TURNS:
+        m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
+        others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     x = TurnedTiles(
         q,
         gl.allocate_shared_memory(dtype, [ROWS, ROPE], rope),
@@ -90,17 +102,21 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
         _room_of_factors(STAGES, GROUPS),
         _room_of_p(q, GROUPS),
-        gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
+        alpha,
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
+        m,
+        others,
     )
     SIDES: gl.constexpr = _sides(GROUPS)
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
-    queries, total = _barriers(1, SIDES), _barriers(1)
-    rows = total
+    queries, total = _barriers(2 if TURNS else 1, SIDES), _barriers(1)
+    rows, m_full, others_full = total, total, total
     if SIDES > 1:
         rows = _barriers(1, SIDES)
-    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows)
+    if TURNS:
+        m_full, others_full = _barriers(2), _barriers(1)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full)
     fence_async_shared()
     return x, bar

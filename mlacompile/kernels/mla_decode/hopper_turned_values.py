@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_next, _first_to_fetch
 from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 
@@ -132,10 +133,13 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 @gluon.jit
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
             n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
-            R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+            cache, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
             COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
-            GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
-    """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
+            GROUPS: gl.constexpr, SIDE: gl.constexpr, PAGE: gl.constexpr, FETCHES: gl.constexpr):  # fmt: skip
+    """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share.
+
+    FETCHES: no partition of its own sends for the cache.
+    """
     SIDES: gl.constexpr = _sides(GROUPS)
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
@@ -153,6 +157,11 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     g = 0
     item = 0
     todo = share
+    if FETCHES:
+        next_ = _first_to_fetch(row, position, share)
+        for begun in range(STAGES):
+            next_ = _fetch_next(x, bar, cache, next_, begun, p_start, p_length, overhead, B, T, WIDTH, BLOCK_P, PAGE,
+                                STAGES)
     while (row < B) & (todo > overhead):
         lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         if SIDES > 1:  # what the queries are stored over
@@ -163,7 +172,10 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, SIDE * N, N, ONE_QUERY,
         )  # fmt: skip
         fence_async_shared()
-        mbarrier.arrive(bar.queries, count=1)
+        if STACKED:
+            mbarrier.arrive(bar.queries, count=1)
+        else:
+            mbarrier.arrive(bar.queries.index(item & 1), count=1)
 
         even0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
@@ -181,6 +193,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
                 GROUPS,
             )  # fmt: skip
             mbarrier.arrive(bar.p_empty.index(buffer), count=1)
+            if FETCHES:
+                next_ = _fetch_next(x, bar, cache, next_, stage, p_start, p_length, overhead, B, T, WIDTH, BLOCK_P,
+                                    PAGE, STAGES)
             t += BLOCK
             g += 1
 

@@ -1,0 +1,97 @@
+"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by the warps that use them last."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _unit
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
+
+
+@gluon.jit
+def _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
+                 n_columns, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """Sends for a block's latents, factors and rotary keys."""
+    BOX: gl.constexpr = d_c.block_type.shape[0]
+    PANEL: gl.constexpr = d_c.block_type.shape[1]
+    SUB: gl.constexpr = BLOCK // BOX
+    PANELS: gl.constexpr = WIDTH // PANEL
+    latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
+    factors = x.factors._reinterpret(gl.float32, _boxes(STAGES * SUB, d_scale.block_type.shape), d_scale.layout)
+    full = bar.full.index(stage)
+    mbarrier.expect(full, BLOCK * (WIDTH + 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape)))
+    _copy(d_c, apart_c, 0, full, latents, stage * PANELS, PANELS, unit, p_pages, t, n_pages, n_columns, PAGE)
+    _copy(d_scale, apart_scale, 0, full, factors, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
+    if BLOCK_P > 0:
+        pe = x.pe._reinterpret(d_pe.dtype, [STAGES * SUB, BOX, BLOCK_P], d_pe.layout)
+        _copy(d_pe, apart_pe, 0, full, pe, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
+
+
+@gluon.jit
+def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B, T,
+                  apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH: gl.constexpr,
+                  BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Copies blocks into the stages, as soon as each has been used for the last time."""
+    SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
+    g = 0
+    todo = share
+    while (row < B) & (todo > overhead):
+        _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages += row.to(gl.int64) * stride_table
+        unit = row
+        if SUB == 1:
+            unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
+        for i in range(g, g + n):
+            stage = i % STAGES
+            ahead = unit
+            if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
+                ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
+            mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
+            _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
+                         n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+            unit = ahead
+            t += BLOCK
+        g += n
+        todo -= taken
+        row += 1
+        position = 0
+
+
+@gluon.jit
+def _first_to_fetch(row, position, share):
+    """Where fetching begins: the row after, the position in it, what is left of the share and of the item; the item's
+    row, token and unit."""
+    return row, position, share, row * 0, row, row * 0, row
+
+
+@gluon.jit
+def _fetch_next(x, bar, cache, at, stage, p_start, p_length, overhead, B, T, WIDTH: gl.constexpr,
+                BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Sends for the next block, if there is one, into a stage that is free. Returns where fetching goes on."""
+    d_c, d_pe, d_scale, p_table, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns = cache
+    row, position, todo, left, now, t, unit = at
+    SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
+    if (left == 0) & (row < B) & (todo > overhead):
+        _lo, _hi, _end, t, left, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        now = row
+        todo -= taken
+        row += 1
+        position = position * 0
+        unit = now
+        if (PAGE > 0) & (SUB == 1):
+            unit = _unit(p_table + now.to(gl.int64) * stride_table, now, t, n_pages, n_columns, PAGE)
+    if left > 0:
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages += now.to(gl.int64) * stride_table
+        _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
+                     n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+        left -= 1
+        t += BLOCK
+        if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
+            unit = _unit(p_pages, now, t, n_pages, n_columns, PAGE)
+    return row, position, todo, left, now, t, unit

@@ -1,0 +1,178 @@
+"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows: two groups of warps take blocks by turns.
+
+What a block takes is the instructions of its scores, in order: their products, the softmax, P. Two groups, each with
+every other block, have twice the time, and one multiplies while the other works on exponents.
+
+Blocks depend on one another by the maximum that exponents count from. Each group tells the other what it was after its
+block. It is only moved when a row exceeds it by 2^SLACK: earlier output then need not be multiplied for most blocks,
+and ``_values`` skip it. Sums stay with the group, and are put together at the end of an item.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mlacompile.kernels.mla_decode.hopper import LOWEST
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
+from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    _add_rope,
+    _fp8_products,
+    _live_factors,
+    _products,
+    _report,
+    _unit_of_p,
+)
+
+SLACK = gl.constexpr(6)  # powers of two by which a row may exceed its maximum before that moves
+QUARTER = gl.constexpr(16)  # tokens
+
+
+@gluon.constexpr_function
+def _narrow(columns):
+    """The layout of so many columns of scores, in the registers that they have among all of them."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.jit
+def _halves(s):
+    """Columns of scores, the first half and the second, each where it was."""
+    columns: gl.constexpr = s.shape[1] // 2
+    first, second = gl.split(s.reshape([ROWS, 2, columns]).permute((0, 2, 1)))
+    layout: gl.constexpr = _narrow(columns)
+    first = gl.convert_layout(first, layout, assert_trivial=True)
+    return first, gl.convert_layout(second, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _joined(first, second):
+    """The opposite of ``_halves``."""
+    columns: gl.constexpr = 2 * first.shape[1]
+    both = gl.join(first, second).permute((0, 2, 1)).reshape([ROWS, columns])
+    return gl.convert_layout(both, _narrow(columns), assert_trivial=True)
+
+
+@gluon.jit
+def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
+    """A quarter of P: exponentials times the factors of their tokens."""
+    quarter: gl.constexpr = _narrow(QUARTER)
+    some = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0)
+    factors = _live_factors(some, t + i * QUARTER, lo, hi, gl.SliceLayout(0, quarter))
+    return (e * factors[None, :]).to(gl.float16)
+
+
+@gluon.jit
+def _unit_of_block(x, stage, t, lo, hi):
+    """The exponent of the unit of a block's P. Every warp looks at all factors, so none waits for another."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
+    largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
+    return _unit_of_p(largest.to(gl.float32, bitcast=True)) + SLACK
+
+
+@gluon.jit
+def _scores_of_block(x, s0, stage, BLOCK_P: gl.constexpr):
+    """Scores of a stage; the small part of the queries first: it is added up more precisely."""
+    zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
+    keys = x.k.index(stage).permute((1, 0))
+    s = warpgroup_mma(x.q.index(zero + 1), keys, s0, use_acc=False, is_async=True)
+    s = warpgroup_mma(x.q.index(zero), keys, s, is_async=True)
+    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
+
+
+@gluon.jit
+def _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, lo, hi):
+    """Softmax of block b, after what the other group found. Stores P and alpha. Returns the new maximum and sums."""
+    layout: gl.constexpr = _products()
+    quarter: gl.constexpr = _narrow(QUARTER)
+    by_quarter: gl.constexpr = gl.SliceLayout(1, quarter)
+    buffer = b & 1
+    highest = gl.max(s, 1) * row_scale + unit
+    m_new = gl.where(highest > m_before + SLACK, highest, m_before)
+    x.m.index(buffer).store(m_new)
+    mbarrier.arrive(bar.m.index(buffer), count=1)
+    total = total * gl.convert_layout(gl.exp2(m - m_new), by_quarter, assert_trivial=True)[:, None]
+    exponent = gl.convert_layout(m_new, by_quarter, assert_trivial=True)[:, None]
+    scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
+    left, right = _halves(s)
+    s0, s1 = _halves(left)
+    s2, s3 = _halves(right)
+    e0 = gl.exp2(s0 * scale - exponent)
+    e1 = gl.exp2(s1 * scale - exponent)
+    total += e0 + e1
+    p01 = _joined(_weighed(x, e0, stage, 0, t, lo, hi), _weighed(x, e1, stage, 1, t, lo, hi))
+    e2 = gl.exp2(s2 * scale - exponent)
+    e3 = gl.exp2(s3 * scale - exponent)
+    total += e2 + e3
+    p23 = _joined(_weighed(x, e2, stage, 2, t, lo, hi), _weighed(x, e3, stage, 3, t, lo, hi))
+    mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
+    x.alpha.index(buffer).store(gl.exp2(m_before - m_new))
+    x.p.index(buffer).store(gl.convert_layout(_joined(p01, p23), layout, assert_trivial=True))
+    fence_async_shared()
+    mbarrier.arrive(bar.p_full.index(buffer), count=1)
+    return m_new, total
+
+
+@gluon.jit
+def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
+                     i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
+                     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+    """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2."""
+    layout: gl.constexpr = _products()
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    s0 = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
+    g = 0
+    item = 0
+    todo = share
+    while (row < B) & (todo > overhead):
+        lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
+        m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
+        total = gl.zeros((ROWS, QUARTER), gl.float32, _narrow(QUARTER))
+
+        mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
+        row_scale = x.row_scale.load(by_row) * scale_log2
+        first = (g + SIDE) & 1
+        t += first * BLOCK
+        for i in range(first, n, 2):
+            b = g + i
+            stage = b % STAGES
+            mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
+            s = _scores_of_block(x, s0, stage, BLOCK_P)
+            unit = _unit_of_block(x, stage, t, lo, hi)
+            if BLOCK_P > 0:
+                s = warpgroup_mma_wait(0, deps=(s,))
+            s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
+            if (i == n - 1) & ((row + 1 >= B) | (todo - taken <= overhead)):
+                _launch_later()
+            other = (b + 1) & 1
+            mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
+            m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
+            m, total = _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, lo, hi)
+            t += 2 * BLOCK
+        total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
+        g += n
+        if (g & 1) == SIDE:  # the last block was the other group's
+            x.others.index(0).store(total_of_rows)
+            x.others.index(1).store(m)
+            mbarrier.arrive(bar.others, count=1)
+        else:
+            mbarrier.wait(bar.others, item & 1)
+            total_of_rows += x.others.index(0).load(by_row) * gl.exp2(x.others.index(1).load(by_row) - m)
+            _report(
+                x, bar, m, total_of_rows, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H,
+                S, by_row, ROWS, ONE_QUERY,
+            )  # fmt: skip
+        item += 1
+        todo -= taken
+        row += 1
+        position = 0

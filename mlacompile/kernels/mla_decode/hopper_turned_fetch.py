@@ -1,4 +1,4 @@
-"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by the warps that use them last."""
+"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that compute their scores."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -59,39 +59,3 @@ def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, p
         todo -= taken
         row += 1
         position = 0
-
-
-@gluon.jit
-def _first_to_fetch(row, position, share):
-    """Where fetching begins: the row after, the position in it, what is left of the share and of the item; the item's
-    row, token and unit."""
-    return row, position, share, row * 0, row, row * 0, row
-
-
-@gluon.jit
-def _fetch_next(x, bar, cache, at, stage, p_start, p_length, overhead, B, T, WIDTH: gl.constexpr,
-                BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Sends for the next block, if there is one, into a stage that is free. Returns where fetching goes on."""
-    d_c, d_pe, d_scale, p_table, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns = cache
-    row, position, todo, left, now, t, unit = at
-    SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
-    if (left == 0) & (row < B) & (todo > overhead):
-        _lo, _hi, _end, t, left, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        now = row
-        todo -= taken
-        row += 1
-        position = position * 0
-        unit = now
-        if (PAGE > 0) & (SUB == 1):
-            unit = _unit(p_table + now.to(gl.int64) * stride_table, now, t, n_pages, n_columns, PAGE)
-    if left > 0:
-        p_pages = p_table
-        if PAGE > 0:
-            p_pages += now.to(gl.int64) * stride_table
-        _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
-                     n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
-        left -= 1
-        t += BLOCK
-        if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
-            unit = _unit(p_pages, now, t, n_pages, n_columns, PAGE)
-    return row, position, todo, left, now, t, unit

@@ -19,9 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlacompile.kernels.mla_decode.hopper import LOWEST
+from mlacompile.kernels.mla_decode.hopper_fetch import _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -123,10 +125,26 @@ def _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, l
 
 
 @gluon.jit
+def _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b, unit, p_pages, t, n_pages, n_columns,
+               WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Sends for block b when its stage has been used for the last time."""
+    stage = b % STAGES
+    mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
+    _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
+                 n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+
+
+@gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
-                     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
-    """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2."""
+                     i_tile, n_tiles, scale_log2, H, S, T, d_c, d_pe, d_scale, p_table, apart_c, apart_pe, apart_scale,
+                     n_pages, stride_table, n_columns, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                     STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+                     SIDE: gl.constexpr):  # fmt: skip
+    """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
+
+    Each group sends for its own blocks: for the next when P of this one is published.
+    """
+    SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
@@ -139,16 +157,28 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
         total = gl.zeros((ROWS, QUARTER), gl.float32, _narrow(QUARTER))
 
-        mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
-        row_scale = x.row_scale.load(by_row) * scale_log2
         first = (g + SIDE) & 1
         t += first * BLOCK
+        p_pages = p_table
+        if PAGE > 0:
+            p_pages += row.to(gl.int64) * stride_table
+        unit = row
+        if SUB == 1:
+            unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
+        if first < n:
+            _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, g + first, unit, p_pages, t, n_pages,
+                       n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+
+        mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
+        row_scale = x.row_scale.load(by_row) * scale_log2
         for i in range(first, n, 2):
             b = g + i
             stage = b % STAGES
+            if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
+                unit = _unit(p_pages, row, t + 2 * BLOCK, n_pages, n_columns, PAGE)
             mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
             s = _scores_of_block(x, s0, stage, BLOCK_P)
-            unit = _unit_of_block(x, stage, t, lo, hi)
+            unit_of_p = _unit_of_block(x, stage, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
@@ -157,8 +187,11 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             other = (b + 1) & 1
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
-            m, total = _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, lo, hi)
+            m, total = _publish_turn(x, bar, s, m, m_before, total, row_scale, unit_of_p, b, stage, t, lo, hi)
             t += 2 * BLOCK
+            if i + 2 < n:
+                _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t, n_pages,
+                           n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

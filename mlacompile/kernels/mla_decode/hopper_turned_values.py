@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_next, _first_to_fetch
 from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 
@@ -82,65 +81,91 @@ def _weights_of(x, weights, buffer, group: gl.constexpr, COLS: gl.constexpr, GRO
 @gluon.jit
 def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, even1, odd1, TILE: gl.constexpr,
                TILES: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
-    """Adds a block's products, and says that its stage is no longer needed.
+    """Adds a block's products, and says that its stage and its P are no longer needed.
 
     The one or two tiles of words are first and the one behind it; TILE: counted from the first columns of a latent.
-    AHEAD: words are loaded before the products of those before are waited for. Few rows wait for memory, not for that.
     """
-    AHEAD: gl.constexpr = even0.shape[1] > 32
     layout: gl.constexpr = even0.type.layout
     COLS: gl.constexpr = even0.shape[1]
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     tile = words.index(first)
     pairs = _pairs_of(tile, 0, a_layout)
     v_even, v_odd = _columns_of(pairs)
-    if AHEAD:
-        pairs = _pairs_of(tile, 1, a_layout)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
-    moved = True
-    if COLS > 32:  # fewer are sooner multiplied than looked at
-        moved = gl.min(alpha, 0) < 1.0
-    if moved:
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
     even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):
-        if not AHEAD:
-            pairs = _pairs_of(tile, i, a_layout)
+        pairs = _pairs_of(tile, i, a_layout)
         v_even, v_odd = _columns_of(pairs)
-        if AHEAD and i + 1 < BLOCK // STEP:
-            pairs = _pairs_of(tile, i + 1, a_layout)
-        elif AHEAD and TILES > 1:
-            pairs = _pairs_of(words.index(first + 1), 0, a_layout)
         even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
         even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
     if TILES > 1:
         tile = words.index(first + 1)
         b_p = _weights_of(x, weights, buffer, TILE + 1, COLS, GROUPS)
         for i in gl.static_range(BLOCK // STEP):
-            if not AHEAD:
-                pairs = _pairs_of(tile, i, a_layout)
+            pairs = _pairs_of(tile, i, a_layout)
             v_even, v_odd = _columns_of(pairs)
-            if AHEAD and i + 1 < BLOCK // STEP:
-                pairs = _pairs_of(tile, i + 1, a_layout)
             even1, odd1 = _add_products(v_even, v_odd, b_p, i, even1, odd1)
             even1, odd1 = warpgroup_mma_wait(2, deps=(even1, odd1))
     mbarrier.arrive(bar.empty.index(stage), count=1)
-    return warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
+    even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
+    mbarrier.arrive(bar.p_empty.index(buffer), count=1)
+    return even0, odd0, even1, odd1
+
+
+@gluon.jit
+def _moved(alpha):
+    """Whether any row counts from another maximum than before. Every warp looks at all rows: none waits for another."""
+    layout: gl.constexpr = gl.BlockedLayout([alpha.shape[0] // 32], [32], [gl.num_warps()], [0])
+    return gl.min(alpha.load(layout).to(gl.int32, bitcast=True), 0) < 0x3F800000  # numbers from 0 to 1, as their bits
+
+
+@gluon.jit
+def _add_wide_block(x, bar, words, p, g, stage, buffer, first, even0, odd0, even1, odd1,
+                    TILES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """The same for more than 32 rows, whose products take longer than what is loaded for them.
+
+    Words are loaded a step ahead. The last products are not waited for before the next block has begun: that is what
+    later blocks of an item begin with.
+    """
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    STEPS: gl.constexpr = BLOCK // STEP
+    v_even, v_odd = _columns_of(_pairs_of(words.index(first), 0, a_layout))
+    pairs = _pairs_of(words.index(first), 1, a_layout)
+    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
+    if _moved(x.alpha.index(buffer)):
+        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    b_p = p.index(buffer)
+    for i in gl.static_range(TILES * STEPS):
+        if i < STEPS:
+            even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
+        else:
+            even1, odd1 = _add_products(v_even, v_odd, b_p, i - STEPS, even1, odd1)
+        if i > 0 and i + 1 < TILES * STEPS:
+            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
+        if i + 1 < TILES * STEPS:
+            v_even, v_odd = _columns_of(pairs)
+            if i + 2 < TILES * STEPS:
+                pairs = _pairs_of(words.index(first + (i + 2) // STEPS), (i + 2) % STEPS, a_layout)
+            else:
+                mbarrier.arrive(bar.empty.index(stage), count=1)
+    even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
+    mbarrier.arrive(bar.p_empty.index(buffer), count=1)
+    return even0, odd0, even1, odd1
 
 
 @gluon.jit
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
             n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
-            cache, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+            R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
             COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
-            GROUPS: gl.constexpr, SIDE: gl.constexpr, PAGE: gl.constexpr, FETCHES: gl.constexpr):  # fmt: skip
-    """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share.
-
-    FETCHES: no partition of its own sends for the cache.
-    """
+            GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+    """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
+    WIDE: gl.constexpr = COLS > 32
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
     )
@@ -157,11 +182,6 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     g = 0
     item = 0
     todo = share
-    if FETCHES:
-        next_ = _first_to_fetch(row, position, share)
-        for begun in range(STAGES):
-            next_ = _fetch_next(x, bar, cache, next_, begun, p_start, p_length, overhead, B, T, WIDTH, BLOCK_P, PAGE,
-                                STAGES)
     while (row < B) & (todo > overhead):
         lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         if SIDES > 1:  # what the queries are stored over
@@ -188,14 +208,16 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             if (t < lo) | (t + BLOCK > hi):
                 for i in gl.static_range(TILES):
                     _clear_dead_words(words.index(EACH * stage + TILE + i), t, lo, hi)
-            even0, odd0, even1, odd1 = _add_block(
-                x, bar, words, weights, g, stage, buffer, EACH * stage + TILE, even0, odd0, even1, odd1, TILE, TILES,
-                GROUPS,
-            )  # fmt: skip
-            mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-            if FETCHES:
-                next_ = _fetch_next(x, bar, cache, next_, stage, p_start, p_length, overhead, B, T, WIDTH, BLOCK_P,
-                                    PAGE, STAGES)
+            if WIDE:
+                even0, odd0, even1, odd1 = _add_wide_block(
+                    x, bar, words, weights, g, stage, buffer, EACH * stage, even0, odd0, even1, odd1, TILES,
+                    layout,
+                )  # fmt: skip
+            else:
+                even0, odd0, even1, odd1 = _add_block(
+                    x, bar, words, weights, g, stage, buffer, EACH * stage + TILE, even0, odd0, even1, odd1, TILE,
+                    TILES, GROUPS,
+                )  # fmt: skip
             t += BLOCK
             g += 1
 

@@ -91,7 +91,7 @@ def _mla_decode_hopper_turned_kernel(
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        0)),
-        ], [4, 8], [80, 176])  # fmt: skip
+        ], [4, 8], [72, 184])  # fmt: skip
     else:
         gl.warp_specialize([
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,

@@ -10,23 +10,28 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 
 
 @gluon.jit
-def _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
-                 n_columns, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
-    """Sends for a block's latents, factors and rotary keys."""
+def _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages, n_columns,
+                WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+                I: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """Sends for part I of PARTS of a block's latents, and with the last for its factors and rotary keys."""
     BOX: gl.constexpr = d_c.block_type.shape[0]
     PANEL: gl.constexpr = d_c.block_type.shape[1]
     SUB: gl.constexpr = BLOCK // BOX
     PANELS: gl.constexpr = WIDTH // PANEL
+    SOME: gl.constexpr = PANELS // PARTS
+    LAST: gl.constexpr = I == PARTS - 1
+    MORE: gl.constexpr = 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape) if LAST else 0
     latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
-    factors = x.factors._reinterpret(gl.float32, _boxes(STAGES * SUB, d_scale.block_type.shape), d_scale.layout)
-    full = bar.full.index(stage)
-    mbarrier.expect(full, BLOCK * (WIDTH + 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape)))
-    _copy(d_c, apart_c, 0, full, latents, stage * PANELS, PANELS, unit, p_pages, t, n_pages, n_columns, PAGE)
-    _copy(d_scale, apart_scale, 0, full, factors, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
-    if BLOCK_P > 0:
-        pe = x.pe._reinterpret(d_pe.dtype, [STAGES * SUB, BOX, BLOCK_P], d_pe.layout)
-        _copy(d_pe, apart_pe, 0, full, pe, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
+    full = bar.full.index(stage * PARTS + I)
+    mbarrier.expect(full, BLOCK * (SOME * PANEL + MORE))
+    _copy(d_c, apart_c, I * SOME * PANEL, full, latents, stage * PANELS + I * SOME, SOME,
+          unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+    if LAST:
+        factors = x.factors._reinterpret(gl.float32, _boxes(STAGES * SUB, d_scale.block_type.shape), d_scale.layout)
+        _copy(d_scale, apart_scale, 0, full, factors, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
+        if BLOCK_P > 0:
+            pe = x.pe._reinterpret(d_pe.dtype, [STAGES * SUB, BOX, BLOCK_P], d_pe.layout)
+            _copy(d_pe, apart_pe, 0, full, pe, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
 
 
 @gluon.jit
@@ -51,8 +56,8 @@ def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, p
             if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
                 ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
             mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
-                         n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+            _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
+                        n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, 1)  # fmt: skip
             unit = ahead
             t += BLOCK
         g += n

@@ -46,7 +46,7 @@ class TurnedSignals:
     queries: gl.shared_memory_descriptor
     total: gl.shared_memory_descriptor
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
-    m: gl.shared_memory_descriptor  # what a block's exponents count from, where two partitions take blocks by turns
+    m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
 
     @gluon.constexpr_function
@@ -60,6 +60,12 @@ class TurnedSignals:
 def _sides(groups):
     """Partitions ``_values``. Eight warps have one P on the right, and a group of 128 columns is work for four."""
     return 2 if groups > 1 else 1
+
+
+@gluon.constexpr_function
+def _parts_of(width):
+    """Parts of a stage that come and go by themselves with more than 32 rows: what eight warps multiply at once."""
+    return width // 256
 
 
 @gluon.jit
@@ -109,7 +115,8 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         others,
     )
     SIDES: gl.constexpr = _sides(GROUPS)
-    full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
+    PARTS: gl.constexpr = _parts_of(WIDTH) if TURNS else 1
+    full, empty = _barriers(STAGES * PARTS), _barriers(STAGES * PARTS, SIDES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
     queries, total = _barriers(2 if TURNS else 1, SIDES), _barriers(1)
     rows, m_full, others_full = total, total, total

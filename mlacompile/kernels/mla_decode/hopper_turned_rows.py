@@ -28,13 +28,16 @@ def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl
     if STACKED:  # eight rows, and the same again
         o_row = o_row // 16 * 8 + o_row % 8
     o_row += i_tile * ROWS
+    o_c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    if not STACKED:  # or addresses would be kept in registers from one item to the next
+        zero = _here(gl.to_tensor(0))
+        o_row += zero
     if ONE_QUERY:
         o_h = o_row
         o_s = o_row * 0
     else:
         o_h = o_row % H
         o_s = o_row // H
-    o_c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     p_row = p + (o_h * stride_h + o_s * stride_s)[:, None] + (o_c * stride_r)[None, :]
     return gl.load(p_row, mask=(o_row < H * S)[:, None] & (o_c < D)[None, :], other=0.0)
 

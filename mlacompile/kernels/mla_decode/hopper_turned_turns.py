@@ -23,7 +23,8 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import _parts_of
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -80,15 +81,39 @@ def _unit_of_block(x, stage, t, lo, hi):
 
 
 @gluon.jit
-def _scores_of_block(x, s0, stage, BLOCK_P: gl.constexpr):
-    """Scores of a stage; the small part of the queries first: it is added up more precisely."""
+def _scores_of_block(x, bar, s, b, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of block b, part by part as they arrive; rotary ones are begun.
+
+    The small part of the queries goes first: it is added up more precisely.
+    """
+    PARTS: gl.constexpr = _parts_of(WIDTH)
+    COLUMNS: gl.constexpr = WIDTH // PARTS
+    stage = b % STAGES
     zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
-    keys = x.k.index(stage).permute((1, 0))
-    s = warpgroup_mma(x.q.index(zero + 1), keys, s0, use_acc=False, is_async=True)
-    s = warpgroup_mma(x.q.index(zero), keys, s, is_async=True)
+    for i in gl.static_range(PARTS):
+        mbarrier.wait(bar.full.index(stage * PARTS + i), (b // STAGES) & 1)
+        keys = x.k.index(stage).slice(i * COLUMNS, COLUMNS, dim=1).permute((1, 0))
+        q = x.q.index(zero + 1).slice(i * COLUMNS, COLUMNS, dim=1)
+        s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
+        q = x.q.index(zero).slice(i * COLUMNS, COLUMNS, dim=1)
+        s = warpgroup_mma(q, keys, s, is_async=True)
     factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
     return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
+
+
+@gluon.constexpr_function
+def _by_thread():
+    """The layout of what each thread sums up of its rows: four of them share a row."""
+    return gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+                                      [ROWS, 4])  # fmt: skip
+
+
+@gluon.jit
+def _of_thread(e):
+    """Sums of a quarter's tokens, of each thread by itself."""
+    e = gl.sum(gl.sum(e.reshape([ROWS, 2, 4, 2]), 3), 1)
+    return gl.convert_layout(e, _by_thread(), assert_trivial=True)
 
 
 @gluon.jit
@@ -100,9 +125,10 @@ def _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, l
     buffer = b & 1
     highest = gl.max(s, 1) * row_scale + unit
     m_new = gl.where(highest > m_before + SLACK, highest, m_before)
+    mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m_new)
+    x.alpha.index(buffer).store(gl.exp2(m_before - m_new))
     mbarrier.arrive(bar.m.index(buffer), count=1)
-    total = total * gl.convert_layout(gl.exp2(m - m_new), by_quarter, assert_trivial=True)[:, None]
     exponent = gl.convert_layout(m_new, by_quarter, assert_trivial=True)[:, None]
     scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
     left, right = _halves(s)
@@ -110,15 +136,14 @@ def _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, l
     s2, s3 = _halves(right)
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
-    total += e0 + e1
-    p01 = _joined(_weighed(x, e0, stage, 0, t, lo, hi), _weighed(x, e1, stage, 1, t, lo, hi))
+    p = _joined(_weighed(x, e0, stage, 0, t, lo, hi), _weighed(x, e1, stage, 1, t, lo, hi))
+    x.p.index(buffer).slice(0, 2 * QUARTER, dim=1).store(p)
+    sums = e0 + e1
     e2 = gl.exp2(s2 * scale - exponent)
     e3 = gl.exp2(s3 * scale - exponent)
-    total += e2 + e3
-    p23 = _joined(_weighed(x, e2, stage, 2, t, lo, hi), _weighed(x, e3, stage, 3, t, lo, hi))
-    mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
-    x.alpha.index(buffer).store(gl.exp2(m_before - m_new))
-    x.p.index(buffer).store(gl.convert_layout(_joined(p01, p23), layout, assert_trivial=True))
+    p = _joined(_weighed(x, e2, stage, 2, t, lo, hi), _weighed(x, e3, stage, 3, t, lo, hi))
+    x.p.index(buffer).slice(2 * QUARTER, 2 * QUARTER, dim=1).store(p)
+    total = total * gl.convert_layout(gl.exp2(m - m_new), gl.SliceLayout(1, _by_thread()), assert_trivial=True)[:, None] + _of_thread(sums + e2 + e3)
     fence_async_shared()
     mbarrier.arrive(bar.p_full.index(buffer), count=1)
     return m_new, total
@@ -127,11 +152,13 @@ def _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, l
 @gluon.jit
 def _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b, unit, p_pages, t, n_pages, n_columns,
                WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Sends for block b when its stage has been used for the last time."""
+    """Sends for the parts of block b, each when its room has been used for the last time."""
+    PARTS: gl.constexpr = _parts_of(WIDTH)
     stage = b % STAGES
-    mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
-    _fetch_block(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
-                 n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+    for i in gl.static_range(PARTS):
+        mbarrier.wait(bar.empty.index(stage * PARTS + i), ((b // STAGES) & 1) ^ 1)
+        _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
+                    n_columns, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)  # fmt: skip
 
 
 @gluon.jit
@@ -155,7 +182,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
-        total = gl.zeros((ROWS, QUARTER), gl.float32, _narrow(QUARTER))
+        total = gl.zeros((ROWS, 4), gl.float32, _by_thread())
 
         first = (g + SIDE) & 1
         t += first * BLOCK
@@ -173,12 +200,12 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         row_scale = x.row_scale.load(by_row) * scale_log2
         for i in range(first, n, 2):
             b = g + i
-            stage = b % STAGES
-            if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
-                unit = _unit(p_pages, row, t + 2 * BLOCK, n_pages, n_columns, PAGE)
-            mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
-            s = _scores_of_block(x, s0, stage, BLOCK_P)
-            unit_of_p = _unit_of_block(x, stage, t, lo, hi)
+            if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
+                ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(hi - 1, 0))  # or of the last, which the table has
+                page = gl.load(p_pages + ahead.to(gl.uint32) // PAGE)
+                unit = gl.minimum(gl.maximum(page, 0), n_pages - 1)
+            s = _scores_of_block(x, bar, s0, b, WIDTH, BLOCK_P, STAGES)
+            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
@@ -187,7 +214,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             other = (b + 1) & 1
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
-            m, total = _publish_turn(x, bar, s, m, m_before, total, row_scale, unit_of_p, b, stage, t, lo, hi)
+            m, total = _publish_turn(x, bar, s, m, m_before, total, row_scale, unit_of_p, b, b % STAGES, t, lo, hi)
             t += 2 * BLOCK
             if i + 2 < n:
                 _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t, n_pages,

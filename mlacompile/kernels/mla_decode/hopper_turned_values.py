@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _parts_of, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
@@ -123,7 +123,7 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, p, g, stage, buffer, first, even0, odd0, even1, odd1,
+def _add_wide_block(x, bar, words, p, g, stage, full, buffer, first, even0, odd0, even1, odd1,
                     TILES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """The same for more than 32 rows, whose products take longer than what is loaded for them.
 
@@ -134,10 +134,11 @@ def _add_wide_block(x, bar, words, p, g, stage, buffer, first, even0, odd0, even
     STEPS: gl.constexpr = BLOCK // STEP
     v_even, v_odd = _columns_of(_pairs_of(words.index(first), 0, a_layout))
     pairs = _pairs_of(words.index(first), 1, a_layout)
-    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
+    mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)
     if _moved(x.alpha.index(buffer)):
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     b_p = p.index(buffer)
     for i in gl.static_range(TILES * STEPS):
         if i < STEPS:
@@ -148,10 +149,12 @@ def _add_wide_block(x, bar, words, p, g, stage, buffer, first, even0, odd0, even
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < TILES * STEPS:
             v_even, v_odd = _columns_of(pairs)
+            if (i + 2) % STEPS == 0:
+                mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
+                if i + 2 < TILES * STEPS:
+                    mbarrier.wait(bar.full.index(stage * TILES + 1), full)
             if i + 2 < TILES * STEPS:
                 pairs = _pairs_of(words.index(first + (i + 2) // STEPS), (i + 2) % STEPS, a_layout)
-            else:
-                mbarrier.arrive(bar.empty.index(stage), count=1)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1
@@ -166,6 +169,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
     WIDE: gl.constexpr = COLS > 32
+    PARTS: gl.constexpr = _parts_of(WIDTH) if WIDE else 1
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
     )
@@ -204,13 +208,16 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         for _ in range(n):
             stage = g % STAGES
             buffer = g & 1
-            mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
+            full = (g // STAGES) & 1
+            mbarrier.wait(bar.full.index(stage * PARTS), full)
             if (t < lo) | (t + BLOCK > hi):
+                if PARTS > 1:
+                    mbarrier.wait(bar.full.index(stage * PARTS + 1), full)
                 for i in gl.static_range(TILES):
                     _clear_dead_words(words.index(EACH * stage + TILE + i), t, lo, hi)
             if WIDE:
                 even0, odd0, even1, odd1 = _add_wide_block(
-                    x, bar, words, weights, g, stage, buffer, EACH * stage, even0, odd0, even1, odd1, TILES,
+                    x, bar, words, weights, g, stage, full, buffer, EACH * stage, even0, odd0, even1, odd1, TILES,
                     layout,
                 )  # fmt: skip
             else:

@@ -123,41 +123,49 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, p, g, stage, full, buffer, first, even0, odd0, even1, odd1,
+def _add_wide_block(x, bar, words, p, g, stage, full, buffer, first, moved, more, even0, odd0, even1, odd1,
                     TILES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """The same for more than 32 rows, whose products take longer than what is loaded for them.
 
-    Words are loaded a step ahead. The last products are not waited for before the next block has begun: that is what
-    later blocks of an item begin with.
+    Words are loaded two steps ahead. moved: earlier output has to be multiplied. Returns also whether that is so for the
+    next block, if there is one MORE of this item: it is looked at while products run.
     """
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     STEPS: gl.constexpr = BLOCK // STEP
+    N: gl.constexpr = TILES * STEPS
     v_even, v_odd = _columns_of(_pairs_of(words.index(first), 0, a_layout))
     pairs = _pairs_of(words.index(first), 1, a_layout)
-    mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)
-    if _moved(x.alpha.index(buffer)):
+    later = _pairs_of(words.index(first), 2, a_layout)
+    if moved:
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    moved_next = moved
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     b_p = p.index(buffer)
-    for i in gl.static_range(TILES * STEPS):
+    for i in gl.static_range(N):
         if i < STEPS:
             even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
         else:
             even1, odd1 = _add_products(v_even, v_odd, b_p, i - STEPS, even1, odd1)
-        if i > 0 and i + 1 < TILES * STEPS:
+        if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
-        if i + 1 < TILES * STEPS:
+        if i + 1 < N:
             v_even, v_odd = _columns_of(pairs)
-            if (i + 2) % STEPS == 0:
-                mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
-                if i + 2 < TILES * STEPS:
-                    mbarrier.wait(bar.full.index(stage * TILES + 1), full)
-            if i + 2 < TILES * STEPS:
-                pairs = _pairs_of(words.index(first + (i + 2) // STEPS), (i + 2) % STEPS, a_layout)
+        if i + 2 < N:
+            pairs = later
+        if (i + 3) % STEPS == 0 and i + 3 < N:
+            mbarrier.wait(bar.full.index(stage * TILES + 1), full)
+        if i + 3 < N:
+            later = _pairs_of(words.index(first + (i + 3) // STEPS), (i + 3) % STEPS, a_layout)
+        if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
+            mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
+        if i == N - 3:
+            if more:
+                mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
+                moved_next = _moved(x.alpha.index(buffer ^ 1))
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1
+    return even0, odd0, even1, odd1, moved_next
 
 
 @gluon.jit
@@ -205,7 +213,8 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         odd0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
-        for _ in range(n):
+        moved = row < 0  # there is no earlier output
+        for done in range(n):
             stage = g % STAGES
             buffer = g & 1
             full = (g // STAGES) & 1
@@ -216,9 +225,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
                 for i in gl.static_range(TILES):
                     _clear_dead_words(words.index(EACH * stage + TILE + i), t, lo, hi)
             if WIDE:
-                even0, odd0, even1, odd1 = _add_wide_block(
-                    x, bar, words, weights, g, stage, full, buffer, EACH * stage, even0, odd0, even1, odd1, TILES,
-                    layout,
+                even0, odd0, even1, odd1, moved = _add_wide_block(
+                    x, bar, words, weights, g, stage, full, buffer, EACH * stage, moved, done + 1 < n, even0, odd0,
+                    even1, odd1, TILES, layout,
                 )  # fmt: skip
             else:
                 even0, odd0, even1, odd1 = _add_block(

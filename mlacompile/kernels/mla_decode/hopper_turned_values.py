@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _parts_of, _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
@@ -123,23 +123,40 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, p, g, stage, full, buffer, first, moved, more, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _first_words(bar, words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """Waits for a block, and loads what its first two steps multiply."""
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    stage = g % STAGES
+    full = (g // STAGES) & 1
+    mbarrier.wait(bar.full.index(stage * TILES), full)
+    if (t < lo) | (t + BLOCK > hi):
+        if TILES > 1:
+            mbarrier.wait(bar.full.index(stage * TILES + 1), full)
+        for i in gl.static_range(TILES):
+            _clear_dead_words(words.index(stage * TILES + i), t, lo, hi)
+    tile = words.index(stage * TILES)
+    return _pairs_of(tile, 0, a_layout), _pairs_of(tile, 1, a_layout)
+
+
+@gluon.jit
+def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, even0, odd0, even1, odd1,
+                    TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """The same for more than 32 rows, whose products take longer than what is loaded for them.
 
-    Words are loaded two steps ahead. moved: earlier output has to be multiplied. Returns also whether that is so for the
-    next block, if there is one MORE of this item: it is looked at while products run.
+    pairs, later: the first words, loaded before. moved: earlier output has to be multiplied. Returns both for the next
+    block, too, if there is one MORE of this item: while the last products run.
     """
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     STEPS: gl.constexpr = BLOCK // STEP
     N: gl.constexpr = TILES * STEPS
-    v_even, v_odd = _columns_of(_pairs_of(words.index(first), 0, a_layout))
-    pairs = _pairs_of(words.index(first), 1, a_layout)
-    later = _pairs_of(words.index(first), 2, a_layout)
+    stage = g % STAGES
+    buffer = g & 1
+    v_even, v_odd = _columns_of(pairs)
+    pairs = later
+    later = _pairs_of(words.index(stage * TILES), 2, a_layout)
     if moved:
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
-    moved_next = moved
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     b_p = p.index(buffer)
     for i in gl.static_range(N):
@@ -154,18 +171,18 @@ def _add_wide_block(x, bar, words, p, g, stage, full, buffer, first, moved, more
         if i + 2 < N:
             pairs = later
         if (i + 3) % STEPS == 0 and i + 3 < N:
-            mbarrier.wait(bar.full.index(stage * TILES + 1), full)
+            mbarrier.wait(bar.full.index(stage * TILES + 1), (g // STAGES) & 1)
         if i + 3 < N:
-            later = _pairs_of(words.index(first + (i + 3) // STEPS), (i + 3) % STEPS, a_layout)
+            later = _pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout)
         if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
             mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
-        if i == N - 3:
-            if more:
-                mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
-                moved_next = _moved(x.alpha.index(buffer ^ 1))
+    if more:
+        mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
+        moved = _moved(x.alpha.index(buffer ^ 1))
+        pairs, later = _first_words(bar, words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1, moved_next
+    return even0, odd0, even1, odd1, moved, pairs, later
 
 
 @gluon.jit
@@ -177,7 +194,6 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
     WIDE: gl.constexpr = COLS > 32
-    PARTS: gl.constexpr = _parts_of(WIDTH) if WIDE else 1
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
     )
@@ -213,29 +229,29 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         odd0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
-        moved = row < 0  # there is no earlier output
-        for done in range(n):
-            stage = g % STAGES
-            buffer = g & 1
-            full = (g // STAGES) & 1
-            mbarrier.wait(bar.full.index(stage * PARTS), full)
-            if (t < lo) | (t + BLOCK > hi):
-                if PARTS > 1:
-                    mbarrier.wait(bar.full.index(stage * PARTS + 1), full)
-                for i in gl.static_range(TILES):
-                    _clear_dead_words(words.index(EACH * stage + TILE + i), t, lo, hi)
-            if WIDE:
-                even0, odd0, even1, odd1, moved = _add_wide_block(
-                    x, bar, words, weights, g, stage, full, buffer, EACH * stage, moved, done + 1 < n, even0, odd0,
-                    even1, odd1, TILES, layout,
+        if WIDE:
+            moved = row < 0  # there is no earlier output
+            pairs, later = _first_words(bar, words, g, t, lo, hi, TILES, STAGES, layout)
+            for done in range(n):
+                even0, odd0, even1, odd1, moved, pairs, later = _add_wide_block(
+                    x, bar, words, weights, g, t, lo, hi, moved, done + 1 < n, pairs, later, even0, odd0, even1, odd1,
+                    TILES, STAGES, layout,
                 )  # fmt: skip
-            else:
+                t += BLOCK
+                g += 1
+        else:
+            for _ in range(n):
+                stage = g % STAGES
+                mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
+                if (t < lo) | (t + BLOCK > hi):
+                    for i in gl.static_range(TILES):
+                        _clear_dead_words(words.index(EACH * stage + TILE + i), t, lo, hi)
                 even0, odd0, even1, odd1 = _add_block(
-                    x, bar, words, weights, g, stage, buffer, EACH * stage + TILE, even0, odd0, even1, odd1, TILE,
+                    x, bar, words, weights, g, stage, g & 1, EACH * stage + TILE, even0, odd0, even1, odd1, TILE,
                     TILES, GROUPS,
                 )  # fmt: skip
-            t += BLOCK
-            g += 1
+                t += BLOCK
+                g += 1
 
         mbarrier.wait(bar.total, item & 1)
         total = x.total.slice(0, COLS, dim=0).load(by_row)

@@ -193,6 +193,13 @@ def _store(p: Pointer, value: Any, mask: Any = None) -> None:
 
 
 def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
+    if "mov.b32 $1, $2" in code:  # the word of two neighbours, in place of both
+        low, high = (np.asarray(args[0]).astype(np.uint16).astype(np.uint32)[..., i::2] for i in (0, 1))
+        return made(np.repeat(low | high << 16, 2, -1).view(np.int32))
+    if "e4m3x2" in code and np.asarray(args[0]).dtype == np.int32:  # words that stand in place of both
+        words = np.asarray(args[0]).view(np.uint32)
+        pairs = np.where(np.arange(words.shape[-1]) % 2, words >> 16, words & 0xFFFF)
+        return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))
     if "e4m3x2" in code:  # pairs of FP8 values to float16
         pairs = np.asarray(args[0])
         return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))

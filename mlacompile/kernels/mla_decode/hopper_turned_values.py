@@ -46,6 +46,26 @@ def _columns_of(pairs):
 
 
 @gluon.jit
+def _kept(pairs):
+    """Pairs as words, which a loop can keep in as many registers: as 16-bit numbers it would take them apart."""
+    words = gl.inline_asm_elementwise(
+        "mov.b32 $0, $2; mov.b32 $1, $2;", "=r,=r,r", [pairs], dtype=gl.int32, is_pure=True, pack=2
+    )
+    words, _same = gl.split(words.reshape([pairs.shape[0], pairs.shape[1] // 2, 2]))
+    return words
+
+
+@gluon.jit
+def _columns_of_words(words, layout: gl.constexpr):
+    """``_columns_of`` pairs that were kept."""
+    both = gl.join(words, words).reshape([words.shape[0], 2 * words.shape[1]])
+    both = gl.convert_layout(both, layout, assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        SPLIT, "=r,=r,r,r", [both], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def _clear_dead_words(words, t, lo, hi):
     """Zero the rows of a tile of words whose tokens nobody sees: 0 * NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -135,7 +155,7 @@ def _first_words(bar, words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.const
         for i in gl.static_range(TILES):
             _clear_dead_words(words.index(stage * TILES + i), t, lo, hi)
     tile = words.index(stage * TILES)
-    return _pairs_of(tile, 0, a_layout), _pairs_of(tile, 1, a_layout)
+    return _kept(_pairs_of(tile, 0, a_layout)), _kept(_pairs_of(tile, 1, a_layout))
 
 
 @gluon.jit
@@ -151,9 +171,9 @@ def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, e
     N: gl.constexpr = TILES * STEPS
     stage = g % STAGES
     buffer = g & 1
-    v_even, v_odd = _columns_of(pairs)
-    pairs = later
-    later = _pairs_of(words.index(stage * TILES), 2, a_layout)
+    v_even, v_odd = _columns_of_words(pairs, a_layout)
+    w = later
+    later = _kept(_pairs_of(words.index(stage * TILES), 2, a_layout))
     if moved:
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
@@ -167,13 +187,13 @@ def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, e
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:
-            v_even, v_odd = _columns_of(pairs)
+            v_even, v_odd = _columns_of_words(w, a_layout)
         if i + 2 < N:
-            pairs = later
+            w = later
         if (i + 3) % STEPS == 0 and i + 3 < N:
             mbarrier.wait(bar.full.index(stage * TILES + 1), (g // STAGES) & 1)
         if i + 3 < N:
-            later = _pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout)
+            later = _kept(_pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout))
         if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
             mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
     if more:

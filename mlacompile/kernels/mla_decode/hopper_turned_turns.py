@@ -117,45 +117,54 @@ def _of_thread(e):
 
 
 @gluon.jit
-def _publish_turn(x, bar, s, m, m_before, total, row_scale, unit, b, stage, t, lo, hi):
-    """Softmax of block b, after what the other group found. Stores P and alpha. Returns the new maximum and sums."""
-    layout: gl.constexpr = _products()
-    quarter: gl.constexpr = _narrow(QUARTER)
-    by_quarter: gl.constexpr = gl.SliceLayout(1, quarter)
+def _count_from(x, bar, s, m_before, row_scale, unit, b):
+    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``."""
     buffer = b & 1
     highest = gl.max(s, 1) * row_scale + unit
-    m_new = gl.where(highest > m_before + SLACK, highest, m_before)
+    m = gl.where(highest > m_before + SLACK, highest, m_before)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
-    x.m.index(buffer).store(m_new)
-    x.alpha.index(buffer).store(gl.exp2(m_before - m_new))
+    x.m.index(buffer).store(m)
+    x.alpha.index(buffer).store(gl.exp2(m_before - m))
     mbarrier.arrive(bar.m.index(buffer), count=1)
-    exponent = gl.convert_layout(m_new, by_quarter, assert_trivial=True)[:, None]
-    scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
-    left, right = _halves(s)
-    s0, s1 = _halves(left)
-    s2, s3 = _halves(right)
-    e0 = gl.exp2(s0 * scale - exponent)
-    e1 = gl.exp2(s1 * scale - exponent)
-    p = _joined(_weighed(x, e0, stage, 0, t, lo, hi), _weighed(x, e1, stage, 1, t, lo, hi))
-    x.p.index(buffer).slice(0, 2 * QUARTER, dim=1).store(p)
-    sums = e0 + e1
-    e2 = gl.exp2(s2 * scale - exponent)
-    e3 = gl.exp2(s3 * scale - exponent)
-    p = _joined(_weighed(x, e2, stage, 2, t, lo, hi), _weighed(x, e3, stage, 3, t, lo, hi))
-    x.p.index(buffer).slice(2 * QUARTER, 2 * QUARTER, dim=1).store(p)
-    total = total * gl.convert_layout(gl.exp2(m - m_new), gl.SliceLayout(1, _by_thread()), assert_trivial=True)[:, None] + _of_thread(sums + e2 + e3)
-    fence_async_shared()
-    mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    return m_new, total
+    return m
 
 
 @gluon.jit
-def _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b, unit, p_pages, t, n_pages, n_columns,
-               WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Sends for the parts of block b, each when its room has been used for the last time."""
+def _half_of_p(x, s, m, row_scale, buffer, stage, i: gl.constexpr, t, lo, hi):
+    """Exponentials of half a block's scores: stores P, and returns their sums in pairs."""
+    by_quarter: gl.constexpr = gl.SliceLayout(1, _narrow(QUARTER))
+    exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
+    scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
+    s0, s1 = _halves(s)
+    e0 = gl.exp2(s0 * scale - exponent)
+    e1 = gl.exp2(s1 * scale - exponent)
+    p = _joined(_weighed(x, e0, stage, 2 * i, t, lo, hi), _weighed(x, e1, stage, 2 * i + 1, t, lo, hi))
+    x.p.index(buffer).slice(2 * i * QUARTER, 2 * QUARTER, dim=1).store(p)
+    return e0 + e1
+
+
+@gluon.jit
+def _publish_turn(x, bar, s, m, m_before, total, row_scale, b, stage, t, lo, hi):
+    """Stores P of block b, whose exponents count from m, before from m_before. Returns the sums."""
+    by_thread: gl.constexpr = gl.SliceLayout(1, _by_thread())
+    buffer = b & 1
+    left, right = _halves(s)
+    sums = _half_of_p(x, left, m, row_scale, buffer, stage, 0, t, lo, hi)
+    sums += _half_of_p(x, right, m, row_scale, buffer, stage, 1, t, lo, hi)
+    fence_async_shared()
+    mbarrier.arrive(bar.p_full.index(buffer), count=1)
+    shrunk = gl.convert_layout(gl.exp2(m_before - m), by_thread, assert_trivial=True)
+    return total * shrunk[:, None] + _of_thread(sums)
+
+
+@gluon.jit
+def _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b, unit, p_pages, t, n_pages, n_columns,
+                 WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+                 FIRST: gl.constexpr, END: gl.constexpr):  # fmt: skip
+    """Sends for parts [FIRST, END) of block b, each when its room has been used for the last time."""
     PARTS: gl.constexpr = _parts_of(WIDTH)
     stage = b % STAGES
-    for i in gl.static_range(PARTS):
+    for i in gl.static_range(FIRST, END):
         mbarrier.wait(bar.empty.index(stage * PARTS + i), ((b // STAGES) & 1) ^ 1)
         _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
                     n_columns, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)  # fmt: skip
@@ -169,8 +178,11 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                      SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks: for the next when P of this one is published.
+    Each group sends for its own blocks, for the next while it works on this one: for the EARLY parts before P of this
+    one, because ``_values`` are done with them half a block earlier than with the others.
     """
+    PARTS: gl.constexpr = _parts_of(WIDTH)
+    EARLY: gl.constexpr = PARTS // 2
     SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -193,8 +205,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, g + first, unit, p_pages, t, n_pages,
-                       n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+            _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, g + first, unit, p_pages, t,
+                         n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS)  # fmt: skip
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -214,11 +226,16 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             other = (b + 1) & 1
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
-            m, total = _publish_turn(x, bar, s, m, m_before, total, row_scale, unit_of_p, b, b % STAGES, t, lo, hi)
+            earlier = m
+            m = _count_from(x, bar, s, m_before, row_scale, unit_of_p, b)
+            if i + 2 < n:
+                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages,
+                             t + 2 * BLOCK, n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, EARLY)  # fmt: skip
+            total = _publish_turn(x, bar, s, m, earlier, total, row_scale, b, b % STAGES, t, lo, hi)
             t += 2 * BLOCK
             if i + 2 < n:
-                _fetch_own(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t, n_pages,
-                           n_columns, WIDTH, BLOCK_P, PAGE, STAGES)  # fmt: skip
+                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t,
+                             n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS)  # fmt: skip
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

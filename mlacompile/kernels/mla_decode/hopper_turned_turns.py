@@ -144,17 +144,10 @@ def _half_of_p(x, s, m, row_scale, buffer, stage, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
-def _publish_turn(x, bar, s, m, m_before, total, row_scale, b, stage, t, lo, hi):
-    """Stores P of block b, whose exponents count from m, before from m_before. Returns the sums."""
+def _counted(total, m_before, m):
+    """Sums that counted from m_before, counted from m."""
     by_thread: gl.constexpr = gl.SliceLayout(1, _by_thread())
-    buffer = b & 1
-    left, right = _halves(s)
-    sums = _half_of_p(x, left, m, row_scale, buffer, stage, 0, t, lo, hi)
-    sums += _half_of_p(x, right, m, row_scale, buffer, stage, 1, t, lo, hi)
-    fence_async_shared()
-    mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    shrunk = gl.convert_layout(gl.exp2(m_before - m), by_thread, assert_trivial=True)
-    return total * shrunk[:, None] + _of_thread(sums)
+    return total * gl.convert_layout(gl.exp2(m_before - m), by_thread, assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -231,11 +224,17 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if i + 2 < n:
                 _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages,
                              t + 2 * BLOCK, n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, EARLY)  # fmt: skip
-            total = _publish_turn(x, bar, s, m, earlier, total, row_scale, b, b % STAGES, t, lo, hi)
-            t += 2 * BLOCK
+            left, right = _halves(s)
+            sums = _half_of_p(x, left, m, row_scale, b & 1, b % STAGES, 0, t, lo, hi)
             if i + 2 < n:
-                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t,
-                             n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS)  # fmt: skip
+                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages,
+                             t + 2 * BLOCK, n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, EARLY,
+                             PARTS)  # fmt: skip
+            sums += _half_of_p(x, right, m, row_scale, b & 1, b % STAGES, 1, t, lo, hi)
+            fence_async_shared()
+            mbarrier.arrive(bar.p_full.index(b & 1), count=1)
+            total = _counted(total, earlier, m) + _of_thread(sums)
+            t += 2 * BLOCK
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

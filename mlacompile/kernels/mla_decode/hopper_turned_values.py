@@ -143,19 +143,14 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _first_words(bar, words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
-    """Waits for a block, and loads what its first two steps multiply."""
+def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """What the first two steps of a block multiply, which has arrived."""
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    stage = g % STAGES
-    full = (g // STAGES) & 1
-    mbarrier.wait(bar.full.index(stage * TILES), full)
+    first = g % STAGES * TILES
     if (t < lo) | (t + BLOCK > hi):
-        if TILES > 1:
-            mbarrier.wait(bar.full.index(stage * TILES + 1), full)
         for i in gl.static_range(TILES):
-            _clear_dead_words(words.index(stage * TILES + i), t, lo, hi)
-    tile = words.index(stage * TILES)
-    return _kept(_pairs_of(tile, 0, a_layout)), _kept(_pairs_of(tile, 1, a_layout))
+            _clear_dead_words(words.index(first + i), t, lo, hi)
+    return _kept(_pairs_of(words.index(first), 0, a_layout)), _kept(_pairs_of(words.index(first), 1, a_layout))
 
 
 @gluon.jit
@@ -190,16 +185,14 @@ def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, e
             v_even, v_odd = _columns_of_words(w, a_layout)
         if i + 2 < N:
             w = later
-        if (i + 3) % STEPS == 0 and i + 3 < N:
-            mbarrier.wait(bar.full.index(stage * TILES + 1), (g // STAGES) & 1)
         if i + 3 < N:
             later = _kept(_pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout))
         if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
             mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
-        moved = _moved(x.alpha.index(buffer ^ 1))
-        pairs, later = _first_words(bar, words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+        moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
+        pairs, later = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1, moved, pairs, later
@@ -251,7 +244,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
             moved = row < 0  # there is no earlier output
-            pairs, later = _first_words(bar, words, g, t, lo, hi, TILES, STAGES, layout)
+            for i in gl.static_range(TILES):
+                mbarrier.wait(bar.full.index(g % STAGES * TILES + i), (g // STAGES) & 1)
+            pairs, later = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
                 even0, odd0, even1, odd1, moved, pairs, later = _add_wide_block(
                     x, bar, words, weights, g, t, lo, hi, moved, done + 1 < n, pairs, later, even0, odd0, even1, odd1,

@@ -239,6 +239,7 @@ class Language:
     split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
     join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
     to_tensor = staticmethod(made)
+    thread_barrier = staticmethod(lambda: None)
     num_warps, static_range = staticmethod(lambda: _here.warps), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)
@@ -316,8 +317,8 @@ def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         monkeypatch.setattr(owner, name, late(getattr(owner, name)))
 
 
-TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others")
-SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows", "m", "others")
+TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others", "p_last")
+SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows", "m", "others", "full_last", "empty_last")
 
 
 def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
+from mlacompile.kernels.mla_decode.hopper_turned_room import _full
 
 
 @gluon.jit
@@ -22,7 +23,7 @@ def _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stag
     LAST: gl.constexpr = I == PARTS - 1
     MORE: gl.constexpr = 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape) if LAST else 0
     latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
-    full = bar.full.index(stage * PARTS + I)
+    full = _full(bar, stage, I)
     mbarrier.expect(full, BLOCK * (SOME * PANEL + MORE))
     _copy(d_c, apart_c, I * SOME * PANEL, full, latents, stage * PANELS + I * SOME, SOME,
           unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip

@@ -27,12 +27,13 @@ class TurnedTiles:
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
     m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
+    p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P, which has only 32 columns then
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others):
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others, p_last):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.total = p, alpha, row_scale, total
-        self.m, self.others = m, others
+        self.m, self.others, self.p_last = m, others, p_last
 
 
 @aggregate
@@ -48,12 +49,17 @@ class TurnedSignals:
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
+    # Of the second half of each stage, if halves come and go by themselves. A wait for one barrier and another of
+    # the same array would have all warps wait for each other in between, so they are not in one array.
+    full_last: gl.shared_memory_descriptor
+    empty_last: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others):
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, full_last,
+                 empty_last):  # fmt: skip
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total, self.rows = queries, total, rows
-        self.m, self.others = m, others
+        self.m, self.others, self.full_last, self.empty_last = m, others, full_last, empty_last
 
 
 @gluon.constexpr_function
@@ -64,17 +70,37 @@ def _sides(groups):
 
 @gluon.constexpr_function
 def _parts_of(width):
-    """Parts of a stage that come and go by themselves with more than 32 rows: what eight warps multiply at once."""
+    """Parts of a stage, one or two, that come and go by themselves with more than 32 rows: eight warps multiply one."""
     return width // 256
 
 
 @gluon.jit
-def _room_of_p(q, GROUPS: gl.constexpr):
+def _full(bar, stage, i: gl.constexpr):
+    """The barrier of part i of a stage."""
+    if i == 0:
+        return bar.full.index(stage)
+    else:
+        return bar.full_last.index(stage)
+
+
+@gluon.jit
+def _empty(bar, stage, i: gl.constexpr):
+    if i == 0:
+        return bar.empty.index(stage)
+    else:
+        return bar.empty_last.index(stage)
+
+
+@gluon.jit
+def _room_of_p(q, GROUPS: gl.constexpr, TURNS: gl.constexpr):
     """Two blocks' P. With several factors a token each group has one, [2, groups * 32, 64], and they lie where the
     queries were, which are held in registers by then: so there is room for a fourth stage."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if GROUPS > 1:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
+    elif TURNS:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
+        half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+        return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
     else:
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], layout)
 
@@ -97,8 +123,10 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     TURNS: gl.constexpr = not STACKED
     q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
-    m, others = alpha, alpha
+    p = _room_of_p(q, GROUPS, TURNS)
+    m, others, p_last = alpha, alpha, p
     if TURNS:
+        p_last = _room_of_p(q, GROUPS, TURNS)
         m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     x = TurnedTiles(
@@ -107,16 +135,19 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
         _room_of_factors(STAGES, GROUPS),
-        _room_of_p(q, GROUPS),
+        p,
         alpha,
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         m,
         others,
+        p_last,
     )
     SIDES: gl.constexpr = _sides(GROUPS)
-    PARTS: gl.constexpr = _parts_of(WIDTH) if TURNS else 1
-    full, empty = _barriers(STAGES * PARTS), _barriers(STAGES * PARTS, SIDES)
+    full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
+    full_last, empty_last = full, empty
+    if TURNS:
+        full_last, empty_last = _barriers(STAGES), _barriers(STAGES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
     queries, total = _barriers(2 if TURNS else 1, SIDES), _barriers(1)
     rows, m_full, others_full = total, total, total
@@ -124,6 +155,6 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         rows = _barriers(1, SIDES)
     if TURNS:
         m_full, others_full = _barriers(2), _barriers(1)
-    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, full_last, empty_last)
     fence_async_shared()
     return x, bar

@@ -24,7 +24,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part
-from mlacompile.kernels.mla_decode.hopper_turned_room import _parts_of
+from mlacompile.kernels.mla_decode.hopper_turned_room import _empty, _full, _parts_of
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -91,7 +91,7 @@ def _scores_of_block(x, bar, s, b, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, S
     stage = b % STAGES
     zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
     for i in gl.static_range(PARTS):
-        mbarrier.wait(bar.full.index(stage * PARTS + i), (b // STAGES) & 1)
+        mbarrier.wait(_full(bar, stage, i), (b // STAGES) & 1)
         keys = x.k.index(stage).slice(i * COLUMNS, COLUMNS, dim=1).permute((1, 0))
         q = x.q.index(zero + 1).slice(i * COLUMNS, COLUMNS, dim=1)
         s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
@@ -139,7 +139,10 @@ def _half_of_p(x, s, m, row_scale, buffer, stage, i: gl.constexpr, t, lo, hi):
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
     p = _joined(_weighed(x, e0, stage, 2 * i, t, lo, hi), _weighed(x, e1, stage, 2 * i + 1, t, lo, hi))
-    x.p.index(buffer).slice(2 * i * QUARTER, 2 * QUARTER, dim=1).store(p)
+    if i == 0:
+        x.p.index(buffer).store(p)
+    else:
+        x.p_last.index(buffer).store(p)
     return e0 + e1
 
 
@@ -158,7 +161,7 @@ def _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b, 
     PARTS: gl.constexpr = _parts_of(WIDTH)
     stage = b % STAGES
     for i in gl.static_range(FIRST, END):
-        mbarrier.wait(bar.empty.index(stage * PARTS + i), ((b // STAGES) & 1) ^ 1)
+        mbarrier.wait(_empty(bar, stage, i), ((b // STAGES) & 1) ^ 1)
         _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
                     n_columns, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)  # fmt: skip
 
@@ -203,6 +206,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
+        gl.thread_barrier()  # once here, or the compiler has all warps wait for each other before each of a block's waits
         for i in range(first, n, 2):
             b = g + i
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
@@ -226,15 +230,14 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                              t + 2 * BLOCK, n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, EARLY)  # fmt: skip
             left, right = _halves(s)
             sums = _half_of_p(x, left, m, row_scale, b & 1, b % STAGES, 0, t, lo, hi)
-            if i + 2 < n:
-                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages,
-                             t + 2 * BLOCK, n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, EARLY,
-                             PARTS)  # fmt: skip
             sums += _half_of_p(x, right, m, row_scale, b & 1, b % STAGES, 1, t, lo, hi)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
+            if i + 2 < n:
+                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t,
+                             n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS)  # fmt: skip
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

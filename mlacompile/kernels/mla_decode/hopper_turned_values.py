@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _empty, _full, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
@@ -154,7 +154,7 @@ def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, even0, odd0, even1, odd1,
+def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, pairs, later, even0, odd0, even1, odd1,
                     TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """The same for more than 32 rows, whose products take longer than what is loaded for them.
 
@@ -173,12 +173,13 @@ def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, e
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    b_p = p.index(buffer)
     for i in gl.static_range(N):
+        half = x.p if i % STEPS < STEPS // 2 else x.p_last
+        b_p = half.index(buffer)
         if i < STEPS:
-            even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
+            even0, odd0 = _add_products(v_even, v_odd, b_p, i % (STEPS // 2), even0, odd0)
         else:
-            even1, odd1 = _add_products(v_even, v_odd, b_p, i - STEPS, even1, odd1)
+            even1, odd1 = _add_products(v_even, v_odd, b_p, i % (STEPS // 2), even1, odd1)
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:
@@ -188,7 +189,7 @@ def _add_wide_block(x, bar, words, p, g, t, lo, hi, moved, more, pairs, later, e
         if i + 3 < N:
             later = _kept(_pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout))
         if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
-            mbarrier.arrive(bar.empty.index(stage * TILES + i // STEPS), count=1)
+            mbarrier.arrive(_empty(bar, stage, i // STEPS), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
@@ -218,7 +219,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     N: gl.constexpr = (2 * COLS if STACKED else COLS) // SIDES  # rows of queries
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     words = x.k._reinterpret(gl.int16, [STAGES * EACH, BLOCK, PAIRS], square)
-    weights = x.p._reinterpret(gl.float16, [x.p.shape[0] * x.p.shape[1] // COLS, COLS, BLOCK], square)
+    weights = x.p
+    if not WIDE:
+        weights = x.p._reinterpret(gl.float16, [x.p.shape[0] * x.p.shape[1] // COLS, COLS, BLOCK], square)
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     g = 0
     item = 0
@@ -245,11 +248,11 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         if WIDE:
             moved = row < 0  # there is no earlier output
             for i in gl.static_range(TILES):
-                mbarrier.wait(bar.full.index(g % STAGES * TILES + i), (g // STAGES) & 1)
+                mbarrier.wait(_full(bar, g % STAGES, i), (g // STAGES) & 1)
             pairs, later = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
                 even0, odd0, even1, odd1, moved, pairs, later = _add_wide_block(
-                    x, bar, words, weights, g, t, lo, hi, moved, done + 1 < n, pairs, later, even0, odd0, even1, odd1,
+                    x, bar, words, g, t, lo, hi, moved, done + 1 < n, pairs, later, even0, odd0, even1, odd1,
                     TILES, STAGES, layout,
                 )  # fmt: skip
                 t += BLOCK

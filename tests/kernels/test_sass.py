@@ -207,6 +207,7 @@ def test_widening_in_place(variant: tuple[int, int, int, int, int, torch.dtype, 
 #: Every number of columns of the turned output and width of a latent, page size class and dtype.
 TURNED_VARIANTS = [
     (128, 1, 512, 64, 64, torch.bfloat16),
+    *([(40, 1, 256, 32, 32, torch.bfloat16)] if FULL else []),
     (16, 1, 512, 64, 64, torch.bfloat16),
     (16, 4, 512, 64, 0, torch.float16),
     (20, 1, 256, 32, 32, torch.bfloat16),
@@ -254,16 +255,17 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     heads, queries, rank, rope, page, _ = variant
     width = 256 if rank <= 256 else 512
     copies = -(-64 // page) if 0 < page < 64 else 1
-    assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies
     stacked = heads * queries <= 32
-    keys = 2 * (1 if stacked else 2) * width // 32  # before the loop and in it
+    places = 1 if stacked else 4  # two groups fetch, the first block of an item and later ones
+    assert main.counts["UTMALDG"] == (width // 128 + 1 + (1 if rope else 0)) * copies * places
+    keys = 2 * (1 if stacked else 2) * width // 32  # before the loop and in it, or in those of two groups
     assert main.counts["QGMMA"] == keys, "keys as they are"
     wide = 2 * rope // 16 + 4 * width // 128
     assert main.counts["HGMMA"] >= wide, "a product for 16 tokens of 64 even or odd columns"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
-    # In causal order limits of rows spill; with 64 rows one number of a thread is put aside once a block, no sum.
-    assert main.local_in_loops[0] <= (1 if not stacked else 4 if queries > 1 else 0)
+    # In causal order limits of rows spill; with 64 rows one number of a thread does where a block has dead tokens.
+    assert main.local_in_loops[0] <= (2 if not stacked else 4 if queries > 1 else 0)
     assert main.local_in_loops[1] == 0
     if stacked:
         assert main.local_memory == main.spill_bytes == 0

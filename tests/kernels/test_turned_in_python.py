@@ -18,13 +18,15 @@ from mlacompile.kernels.mla_decode import (
     hopper_room,
     hopper_rows,
     hopper_turned,
-    hopper_turned_groups,
+    hopper_turned_by_turns,
     hopper_turned_fetch,
+    hopper_turned_groups,
     hopper_turned_room,
     hopper_turned_rows,
     hopper_turned_scores,
-    hopper_turned_turns,
     hopper_turned_values,
+    hopper_turned_wide,
+    hopper_turned_words,
 )
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
@@ -32,9 +34,9 @@ from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_r
 from tests.kernels import turned_in_python
 
 MODULES = [
-    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_fetch,
-    hopper_turned_groups, hopper_turned_room, hopper_turned_rows, hopper_turned_scores, hopper_turned_turns,
-    hopper_turned_values,
+    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned,
+    hopper_turned_by_turns, hopper_turned_fetch, hopper_turned_groups, hopper_turned_room, hopper_turned_rows,
+    hopper_turned_scores, hopper_turned_values, hopper_turned_wide, hopper_turned_words,
 ]  # fmt: skip
 
 
@@ -77,6 +79,7 @@ CASES = [
     (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 32, 1),
     (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2),
     (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2),
+    (replace(CASE, heads=33, batch=9, tokens=180, **RAGGED), 64, 1),  # one to three blocks: groups sit items out
 ]
 
 
@@ -110,10 +113,12 @@ def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCa
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
-def test_nobody_is_waited_for_too_little(monkeypatch: pytest.MonkeyPatch, heads: int, per: str) -> None:
+@pytest.mark.parametrize(
+    ("heads", "per", "batch"), [(16, "token", 1), (64, "token", 1), (64, "token", 9), (16, "block", 1)]
+)
+def test_nobody_is_waited_for_too_little(monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int) -> None:
     """Whoever is late, the result is the same to the bit: a stage or a buffer given back too early shows here."""
-    case = replace(CASE, heads=heads, batch=1, tokens=900)
+    case = replace(CASE, heads=heads, batch=batch, tokens=900 // batch, length=batch > 1)
     stored, _ = quantized(make_inputs(case), per=per, rounded=per == "token")
     stored = paged(stored, 64) if per == "token" else in_one_run(paged(stored, 64))
     plan = HopperPlan(1, turned=True)

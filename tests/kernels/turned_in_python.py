@@ -278,7 +278,7 @@ def _barriers(count: int, arrivals: int = 1) -> Any:
 def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tuple[int, int, int]) -> None:
     """Let the functions of the kernel's modules run as Python."""
     replaced = {
-        "gl": Language(grid), "warpgroup_mma": _begin, "warpgroup_mma_init": lambda x: x, "warpgroup_mma_wait": _wait, "fence_async_shared": lambda: None,
+        "gl": Language(grid), "warpgroup_mma": _begin, "warpgroup_mma_wait": _wait, "fence_async_shared": lambda: None,
         "mbarrier": SimpleNamespace(
             wait=lambda barrier, parity: barrier.wait(int(parity)),
             expect=lambda barrier, size: barrier.change(1, size),

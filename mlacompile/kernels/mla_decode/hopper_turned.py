@@ -8,6 +8,9 @@ through registers:
     _scores   four warps: all scores, the softmax, P
     _values   eight warps: the output, turned: O^T = V^T * P^T, sums of pairs of columns by rows
 
+With more than 32 rows scores take longer than all else. Two groups of four warps then take blocks by turns, and each
+fetches its own (``hopper_turned_by_turns.py``).
+
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
 Both are multiplied with the same keys and add to one sum; up to 32 rows are STACKED, both parts in one tile, at the
 price of one, and held in registers. Rows are scaled by powers of two into the range of FP8, the rotary part with
@@ -29,11 +32,11 @@ from triton.experimental.gluon import language as gl
 
 from mlacompile.kernels.mla_decode.hopper_plan import _plan
 from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_turned_by_turns import _scores_by_turns
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_stages
 from mlacompile.kernels.mla_decode.hopper_turned_groups import _scores_of_groups
 from mlacompile.kernels.mla_decode.hopper_turned_room import _turned_setup
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
-from mlacompile.kernels.mla_decode.hopper_turned_turns import _scores_by_turns
 from mlacompile.kernels.mla_decode.hopper_turned_values import _values
 
 
@@ -60,6 +63,7 @@ def _mla_decode_hopper_turned_kernel(
     share, overhead, row, position = _plan(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
+    cache = (d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, p_table, stride_table, n_pages, n_columns)
     if GROUPS > 1:
         gl.warp_specialize([
             (_scores_of_groups, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
@@ -73,34 +77,30 @@ def _mla_decode_hopper_turned_kernel(
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        1)),
-            (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
-                             T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
-                             STAGES)),
+            (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
+                             PAGE, STAGES)),
         ], [4, 4, 1], [VALUE_REGS, VALUE_REGS, 24])  # fmt: skip
     elif not STACKED:
         gl.warp_specialize([
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, d_c, d_pe, d_scale, p_table, apart_c,
-                                apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE, STAGES,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH, BLOCK_P, PAGE, STAGES,
                                 CAUSAL, ONE_QUERY, 0)),
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, d_c, d_pe, d_scale, p_table, apart_c,
-                                apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE, STAGES,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH, BLOCK_P, PAGE, STAGES,
                                 CAUSAL, ONE_QUERY, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        0)),
-        ], [4, 8], [72, 184])  # fmt: skip
+        ], [4, 8], [256 - VALUE_REGS, VALUE_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, scale_log2, H, S, T, STACKED, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
+                       i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        0)),
-            (_fetch_stages, (x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B,
-                             T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH, BLOCK_P, PAGE,
-                             STAGES)),
+            (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
+                             PAGE, STAGES)),
         ], [8, 1], [VALUE_REGS, 24])  # fmt: skip

@@ -1,4 +1,8 @@
-"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that compute their scores."""
+"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that compute scores.
+
+``cache``: descriptors of latents, rotary keys and factors, how many rows of each lie between units, the block table:
+(d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, p_table, stride_table, n_pages, n_columns).
+"""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -11,21 +15,21 @@ from mlacompile.kernels.mla_decode.hopper_turned_room import _full
 
 
 @gluon.jit
-def _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages, n_columns,
-                WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-                I: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """Sends for part I of PARTS of a block's latents, and with the last for its factors and rotary keys."""
+def _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                STAGES: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """Sends for one of PARTS of a block's latents, and with the last for its factors and rotary keys."""
+    d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, _p_table, _stride_table, n_pages, n_columns = cache
     BOX: gl.constexpr = d_c.block_type.shape[0]
     PANEL: gl.constexpr = d_c.block_type.shape[1]
     SUB: gl.constexpr = BLOCK // BOX
     PANELS: gl.constexpr = WIDTH // PANEL
     SOME: gl.constexpr = PANELS // PARTS
-    LAST: gl.constexpr = I == PARTS - 1
+    LAST: gl.constexpr = PART == PARTS - 1
     MORE: gl.constexpr = 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape) if LAST else 0
     latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
-    full = _full(bar, stage, I)
+    full = _full(bar, stage, PART)
     mbarrier.expect(full, BLOCK * (SOME * PANEL + MORE))
-    _copy(d_c, apart_c, I * SOME * PANEL, full, latents, stage * PANELS + I * SOME, SOME,
+    _copy(d_c, apart_c, PART * SOME * PANEL, full, latents, stage * PANELS + PART * SOME, SOME,
           unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
     if LAST:
         factors = x.factors._reinterpret(gl.float32, _boxes(STAGES * SUB, d_scale.block_type.shape), d_scale.layout)
@@ -36,18 +40,25 @@ def _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stag
 
 
 @gluon.jit
-def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B, T,
-                  apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, WIDTH: gl.constexpr,
+def _pages_of(cache, row, PAGE: gl.constexpr):
+    """A batch row's line of the block table."""
+    p_table = cache[6]
+    if PAGE > 0:
+        p_table += row.to(gl.int64) * cache[7]
+    return p_table
+
+
+@gluon.jit
+def _fetch_stages(x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH: gl.constexpr,
                   BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Copies blocks into the stages, as soon as each has been used for the last time."""
-    SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
+    n_pages, n_columns = cache[8], cache[9]
+    SUB: gl.constexpr = BLOCK // cache[0].block_type.shape[0]
     g = 0
     todo = share
     while (row < B) & (todo > overhead):
         _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        p_pages = p_table
-        if PAGE > 0:
-            p_pages += row.to(gl.int64) * stride_table
+        p_pages = _pages_of(cache, row, PAGE)
         unit = row
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
@@ -57,8 +68,7 @@ def _fetch_stages(x, bar, d_c, d_pe, d_scale, p_start, p_length, p_table, row, p
             if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
                 ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
             mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
-                        n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, 1)  # fmt: skip
+            _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, 1)
             unit = ahead
             t += BLOCK
         g += n

@@ -45,7 +45,7 @@ def _two_of_each():
 def _factors_of(x, stage, group: gl.constexpr):
     """The factors of a stage's tokens for a group of columns, and for the group behind it."""
     first, second = x.factors.index(stage).slice(group, 2, dim=1).load(_two_of_each()).split()
-    layout: gl.constexpr = gl.SliceLayout(0, _softmax_layout(True))
+    layout: gl.constexpr = gl.SliceLayout(0, _softmax_layout())
     return (
         gl.convert_layout(first, layout, assert_trivial=True),
         gl.convert_layout(second, layout, assert_trivial=True),
@@ -98,7 +98,7 @@ def _begin(x, parts, stage, k: gl.constexpr, product, never, GROUPS: gl.constexp
 @gluon.jit
 def _added(s, product, factors):
     """s and the scores of rows in a product, times the factors of its group."""
-    return s + _together(product, True) * factors[None, :]
+    return s + _together(product) * factors[None, :]
 
 
 @gluon.jit
@@ -107,7 +107,7 @@ def _add_groups(x, parts, even, odd, stage, never, GROUPS: gl.constexpr, PRODUCT
 
     Returns the sums, the two products, whose registers are free, and the largest factor, found between two waits.
     """
-    s = gl.zeros((ROWS // 2, BLOCK), gl.float32, _softmax_layout(True))
+    s = gl.zeros((ROWS // 2, BLOCK), gl.float32, _softmax_layout())
     largest = 0.0
     for k in gl.static_range(0, PRODUCTS, 2):
         if k < GROUPS:
@@ -119,7 +119,7 @@ def _add_groups(x, parts, even, odd, stage, never, GROUPS: gl.constexpr, PRODUCT
         if k < GROUPS:
             s = _added(s, even, first)
         else:
-            s = s + _together(even, True)
+            s = s + _together(even)
         if k + 2 < PRODUCTS:
             even = _begin(x, parts, stage, k + 2, even, never, GROUPS)
         if k + 1 < PRODUCTS:
@@ -128,7 +128,7 @@ def _add_groups(x, parts, even, odd, stage, never, GROUPS: gl.constexpr, PRODUCT
             if k + 1 < GROUPS:
                 s = _added(s, odd, second)
             else:
-                s = s + _together(odd, True)
+                s = s + _together(odd)
             if k + 3 < PRODUCTS:
                 odd = _begin(x, parts, stage, k + 3, odd, never, GROUPS)
         if k == 0:
@@ -156,7 +156,7 @@ def _publish_groups(x, bar, s, largest, m, total, row_scale, b, stage, t, lo, hi
                     CAUSAL: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P of each group and alpha for ``_values``, returns the running maximum and sum."""
     shift = _unit_of_p(largest)
-    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout(True))
+    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout())
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
     buffer = b & 1
@@ -177,7 +177,7 @@ def _scores_of_groups(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
                       STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """``_scores``, of stacked queries, where there are several factors a token."""
     PRODUCTS: gl.constexpr = GROUPS + (1 if BLOCK_P > 0 else 0)  # of a block
-    by_row: gl.constexpr = gl.SliceLayout(1, _softmax_layout(True))
+    by_row: gl.constexpr = gl.SliceLayout(1, _softmax_layout())
     N: gl.constexpr = ROWS // 2
     even = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
     odd = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
@@ -193,7 +193,7 @@ def _scores_of_groups(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
 
         mbarrier.wait(bar.queries, item & 1)
         parts = _queries_of_groups(x, GROUPS, BLOCK_P)
-        row_scale = _row_scale(x, True) * scale_log2
+        row_scale = _row_scale(x) * scale_log2
         stage = g % STAGES
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
         even = _begin(x, parts, stage, 0, even, never, GROUPS)

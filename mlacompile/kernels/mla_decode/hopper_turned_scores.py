@@ -1,4 +1,4 @@
-"""Scores and softmax of ``hopper_turned.py``: what its first four warps do."""
+"""Scores and softmax of ``hopper_turned.py`` with up to 32 rows: both parts of their queries are rows of one tile."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _slot, _softmax
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
@@ -32,57 +32,41 @@ def _fp8_products():
 
 
 @gluon.constexpr_function
-def _softmax_layout(STACKED):
-    """The layout of scores: that of products, or without the parts of queries, which each thread adds by itself."""
-    if not STACKED:
-        return _products()
+def _softmax_layout():
+    """The layout of scores without the parts of queries, which each thread adds by itself."""
     columns, lanes = [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(columns, lanes, [[8, 0], [16, 0]], [], [ROWS // 2, BLOCK])
 
 
 @gluon.jit
-def _together(s, STACKED: gl.constexpr):
-    """Scores of rows, from the scores of both parts of their queries if those are rows of one tile."""
-    if STACKED:
-        s = gl.sum(s.reshape([ROWS // 16, 2, 8, BLOCK]), 1).reshape([ROWS // 2, BLOCK])
-        s = gl.convert_layout(s, _softmax_layout(STACKED), assert_trivial=True)
-    return s
+def _together(s):
+    """Scores of rows, from the scores of both parts of their queries."""
+    s = gl.sum(s.reshape([ROWS // 16, 2, 8, BLOCK]), 1).reshape([ROWS // 2, BLOCK])
+    return gl.convert_layout(s, _softmax_layout(), assert_trivial=True)
 
 
 @gluon.jit
-def _row_scale(x, STACKED: gl.constexpr):
+def _row_scale(x):
     """The power of two that each row's queries were divided by: both parts of a query have the same one."""
-    if STACKED:
-        both = x.row_scale.load(gl.SliceLayout(1, _products()))
-        one = gl.max(both.reshape([ROWS // 16, 2, 8]), 1).reshape([ROWS // 2])
-        return gl.convert_layout(one, gl.SliceLayout(1, _softmax_layout(STACKED)))
-    else:
-        return x.row_scale.load(gl.SliceLayout(1, _products()))
+    both = x.row_scale.load(gl.SliceLayout(1, _products()))
+    one = gl.max(both.reshape([ROWS // 16, 2, 8]), 1).reshape([ROWS // 2])
+    return gl.convert_layout(one, gl.SliceLayout(1, _softmax_layout()))
 
 
 @gluon.jit
-def _queries_of(x, first_layout: gl.constexpr, BLOCK_P: gl.constexpr, STACKED: gl.constexpr):
-    """Queries and their rotary parts as left operands of products: in registers if STACKED, else in shared memory."""
-    if STACKED:
-        q = x.q.index(0).load(gl.DotOperandLayout(0, first_layout, 4))
-        if BLOCK_P > 0:
-            return q, x.q_pe.load(gl.DotOperandLayout(0, _products(), 2))
-        else:
-            return q, q
+def _queries_of(x, first_layout: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Queries and their rotary parts as left operands of products, in registers."""
+    q = x.q.index(0).load(gl.DotOperandLayout(0, first_layout, 4))
+    if BLOCK_P > 0:
+        return q, x.q_pe.load(gl.DotOperandLayout(0, _products(), 2))
     else:
-        return x.q, x.q_pe
+        return q, q
 
 
 @gluon.jit
-def _key_scores(x, q, stage, s0, STACKED: gl.constexpr):
-    """Begins the scores of a stage's latents, the small part of the queries first: it is added up more precisely."""
-    keys = x.k.index(stage).permute((1, 0))
-    if STACKED:
-        return warpgroup_mma(q, keys, s0, use_acc=False, is_async=True)
-    else:
-        zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
-        s = warpgroup_mma(q.index(zero + 1), keys, s0, use_acc=False, is_async=True)
-        return warpgroup_mma(q.index(zero), keys, s, is_async=True)
+def _key_scores(x, q, stage, s0):
+    """Begins the scores of a stage's latents."""
+    return warpgroup_mma(q, x.k.index(stage).permute((1, 0)), s0, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -121,11 +105,10 @@ def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
 
 
 @gluon.jit
-def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr,
-             STACKED: gl.constexpr):  # fmt: skip
+def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P and alpha for ``_values``, and returns the running maximum and sum."""
-    layout: gl.constexpr = _softmax_layout(STACKED)
-    s = _together(s, STACKED)
+    layout: gl.constexpr = _softmax_layout()
+    s = _together(s)
     factors = _live_factors(x.factors.index(stage), t, lo, hi, gl.SliceLayout(0, layout))
     shift = _unit_of_p(gl.max(gl.abs(factors), 0))
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
@@ -160,7 +143,7 @@ def _report(x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest,
 
 @gluon.jit
 def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-            n_tiles, scale_log2, H, S, T, STACKED: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
+            n_tiles, scale_log2, H, S, T, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
             CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block. AHEAD: the scores of a block are begun before the softmax of the one before.
 
@@ -169,8 +152,8 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
     AHEAD: gl.constexpr = BLOCK_P > 0
     first_layout: gl.constexpr = _fp8_products()
     layout: gl.constexpr = _products()
-    by_row: gl.constexpr = gl.SliceLayout(1, _softmax_layout(STACKED))
-    N: gl.constexpr = ROWS // 2 if STACKED else ROWS
+    by_row: gl.constexpr = gl.SliceLayout(1, _softmax_layout())
+    N: gl.constexpr = ROWS // 2
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, first_layout)
     g = 0
     item = 0
@@ -182,22 +165,22 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         total = gl.full((N,), 0.0, gl.float32, by_row)
 
         mbarrier.wait(bar.queries, item & 1)
-        q, q_pe = _queries_of(x, first_layout, BLOCK_P, STACKED)
-        row_scale = _row_scale(x, STACKED) * scale_log2
+        q, q_pe = _queries_of(x, first_layout, BLOCK_P)
+        row_scale = _row_scale(x) * scale_log2
         stage = g % STAGES
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
-        s_next = _key_scores(x, q, stage, s0, STACKED)
+        s_next = _key_scores(x, q, stage, s0)
         for _ in range(n - 1):
             s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
             ahead = (g + 1) % STAGES
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, q, ahead, s0, STACKED)
+                s_next = _key_scores(x, q, ahead, s0)
                 s = warpgroup_mma_wait(1, deps=(s,))
-            m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
+            m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL)
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
-                s_next = _key_scores(x, q, ahead, s0, STACKED)
+                s_next = _key_scores(x, q, ahead, s0)
             stage = ahead
             t += BLOCK
             g += 1
@@ -206,7 +189,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
         if AHEAD:
             s = warpgroup_mma_wait(0, deps=(s,))
-        m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL, STACKED)
+        m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL)
         _report(
             x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S, by_row,
             N, ONE_QUERY,

@@ -3,90 +3,22 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _empty, _full, _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _full, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
-
-STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
-
-# Four e4m3 values, (even, odd) of one token and (even, odd) of the next, to float16: even of both, odd of both.
-SPLIT = gl.constexpr(
-    "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
-    "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+from mlacompile.kernels.mla_decode.hopper_turned_wide import _add_wide_block, _first_words
+from mlacompile.kernels.mla_decode.hopper_turned_words import (
+    STEP,
+    _add_products,
+    _clear_dead_words,
+    _columns_of,
+    _pairs_of,
+    _shrunk,
 )
-
-
-@gluon.jit
-def _add_products(even, odd, p, i, to_even, to_odd):
-    """Adds the products of STEP tokens of values and P."""
-    right = p.slice(i * STEP, STEP, dim=1).permute((1, 0))
-    to_even = warpgroup_mma(even, right, to_even, is_async=True)
-    return to_even, warpgroup_mma(odd, right, to_odd, is_async=True)
-
-
-@gluon.jit
-def _pairs_of(tile, i, layout: gl.constexpr):
-    """Pairs of columns by STEP tokens, as left operands."""
-    return tile.slice(i * STEP, STEP, dim=0).permute((1, 0)).load(layout)
-
-
-@gluon.jit
-def _columns_of(pairs):
-    """Even columns and odd columns in float16."""
-    return gl.inline_asm_elementwise(SPLIT, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
-
-
-@gluon.jit
-def _kept(pairs):
-    """Pairs as words, which a loop can keep in as many registers: as 16-bit numbers it would take them apart."""
-    words = gl.inline_asm_elementwise(
-        "mov.b32 $0, $2; mov.b32 $1, $2;", "=r,=r,r", [pairs], dtype=gl.int32, is_pure=True, pack=2
-    )
-    words, _same = gl.split(words.reshape([pairs.shape[0], pairs.shape[1] // 2, 2]))
-    return words
-
-
-@gluon.jit
-def _columns_of_words(words, layout: gl.constexpr):
-    """``_columns_of`` pairs that were kept."""
-    both = gl.join(words, words).reshape([words.shape[0], 2 * words.shape[1]])
-    both = gl.convert_layout(both, layout, assert_trivial=True)
-    return gl.inline_asm_elementwise(
-        SPLIT, "=r,=r,r,r", [both], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def _clear_dead_words(words, t, lo, hi):
-    """Zero the rows of a tile of words whose tokens nobody sees: 0 * NaN is NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
-    live = (o_t >= lo) & (o_t < hi)
-    for i in gl.static_range(words.shape[1] // 64):
-        panel = words.slice(i * 64, 64, dim=1)
-        panel.store(gl.where(live[:, None], panel.load(layout), 0))
-    fence_async_shared()
-
-
-@gluon.jit
-def _shrunk(even0, odd0, even1, odd1, alpha, TILES: gl.constexpr):
-    """Earlier output in units of a new maximum."""
-    alpha = alpha[None, :]
-    even0 *= alpha
-    odd0 *= alpha
-    if TILES > 1:
-        even1 *= alpha
-        odd1 *= alpha
-    return even0, odd0, even1, odd1
 
 
 @gluon.jit
@@ -133,70 +65,6 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1
-
-
-@gluon.jit
-def _moved(alpha):
-    """Whether any row counts from another maximum than before. Every warp looks at all rows: none waits for another."""
-    layout: gl.constexpr = gl.BlockedLayout([alpha.shape[0] // 32], [32], [gl.num_warps()], [0])
-    return gl.min(alpha.load(layout).to(gl.int32, bitcast=True), 0) < 0x3F800000  # numbers from 0 to 1, as their bits
-
-
-@gluon.jit
-def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
-    """What the first two steps of a block multiply, which has arrived."""
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    first = g % STAGES * TILES
-    if (t < lo) | (t + BLOCK > hi):
-        for i in gl.static_range(TILES):
-            _clear_dead_words(words.index(first + i), t, lo, hi)
-    return _kept(_pairs_of(words.index(first), 0, a_layout)), _kept(_pairs_of(words.index(first), 1, a_layout))
-
-
-@gluon.jit
-def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, pairs, later, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """The same for more than 32 rows, whose products take longer than what is loaded for them.
-
-    pairs, later: the first words, loaded before. moved: earlier output has to be multiplied. Returns both for the next
-    block, too, if there is one MORE of this item: while the last products run.
-    """
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    STEPS: gl.constexpr = BLOCK // STEP
-    N: gl.constexpr = TILES * STEPS
-    stage = g % STAGES
-    buffer = g & 1
-    v_even, v_odd = _columns_of_words(pairs, a_layout)
-    w = later
-    later = _kept(_pairs_of(words.index(stage * TILES), 2, a_layout))
-    if moved:
-        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
-    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    for i in gl.static_range(N):
-        half = x.p if i % STEPS < STEPS // 2 else x.p_last
-        b_p = half.index(buffer)
-        if i < STEPS:
-            even0, odd0 = _add_products(v_even, v_odd, b_p, i % (STEPS // 2), even0, odd0)
-        else:
-            even1, odd1 = _add_products(v_even, v_odd, b_p, i % (STEPS // 2), even1, odd1)
-        if i > 0 and i + 1 < N:
-            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
-        if i + 1 < N:
-            v_even, v_odd = _columns_of_words(w, a_layout)
-        if i + 2 < N:
-            w = later
-        if i + 3 < N:
-            later = _kept(_pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout))
-        if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
-            mbarrier.arrive(_empty(bar, stage, i // STEPS), count=1)
-    if more:
-        mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
-        moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        pairs, later = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
-    even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
-    mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1, moved, pairs, later
 
 
 @gluon.jit
@@ -249,10 +117,10 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             moved = row < 0  # there is no earlier output
             for i in gl.static_range(TILES):
                 mbarrier.wait(_full(bar, g % STAGES, i), (g // STAGES) & 1)
-            pairs, later = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
+            later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
-                even0, odd0, even1, odd1, moved, pairs, later = _add_wide_block(
-                    x, bar, words, g, t, lo, hi, moved, done + 1 < n, pairs, later, even0, odd0, even1, odd1,
+                even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
+                    x, bar, words, g, t, lo, hi, moved, done + 1 < n, later, latest, even0, odd0, even1, odd1,
                     TILES, STAGES, layout,
                 )  # fmt: skip
                 t += BLOCK

@@ -137,7 +137,7 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
 #: With up to so many rows (query, head) FP8 products were faster than widening in place wherever it was measured, with
 #: more where a batch can hold so many tokens: what begins and ends a row of the batch takes longer (docs/kernels.md).
 TURNED_ROWS = 32
-TURNED_TOKENS = 2**17
+TURNED_TOKENS = 2**15
 
 
 @dataclass(frozen=True)

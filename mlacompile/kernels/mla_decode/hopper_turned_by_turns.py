@@ -23,7 +23,7 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_room import _empty, _full, _parts_of
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
@@ -154,32 +154,30 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b, unit, p_pages, t, n_pages, n_columns,
-                 WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-                 FIRST: gl.constexpr, END: gl.constexpr):  # fmt: skip
+def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                 STAGES: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr):  # fmt: skip
     """Sends for parts [FIRST, END) of block b, each when its room has been used for the last time."""
     PARTS: gl.constexpr = _parts_of(WIDTH)
     stage = b % STAGES
     for i in gl.static_range(FIRST, END):
         mbarrier.wait(_empty(bar, stage, i), ((b // STAGES) & 1) ^ 1)
-        _fetch_part(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, stage, unit, p_pages, t, n_pages,
-                    n_columns, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)  # fmt: skip
+        _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
 
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, d_c, d_pe, d_scale, p_table, apart_c, apart_pe, apart_scale,
-                     n_pages, stride_table, n_columns, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                     STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+                     i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                     PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
                      SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks, for the next while it works on this one: for the EARLY parts before P of this
-    one, because ``_values`` are done with them half a block earlier than with the others.
+    Each group sends for its own blocks, for the next while it works on this one: for EARLY parts before P of this one,
+    because ``_values`` are done with their room half a block sooner.
     """
     PARTS: gl.constexpr = _parts_of(WIDTH)
     EARLY: gl.constexpr = PARTS // 2
-    SUB: gl.constexpr = BLOCK // d_c.block_type.shape[0]
+    n_pages, n_columns = cache[8], cache[9]
+    SUB: gl.constexpr = BLOCK // cache[0].block_type.shape[0]
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
@@ -194,19 +192,16 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
 
         first = (g + SIDE) & 1
         t += first * BLOCK
-        p_pages = p_table
-        if PAGE > 0:
-            p_pages += row.to(gl.int64) * stride_table
+        p_pages = _pages_of(cache, row, PAGE)
         unit = row
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, g + first, unit, p_pages, t,
-                         n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS)  # fmt: skip
+            _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS)
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
-        gl.thread_barrier()  # once here, or the compiler has all warps wait for each other before each of a block's waits
+        gl.thread_barrier()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
@@ -226,8 +221,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             earlier = m
             m = _count_from(x, bar, s, m_before, row_scale, unit_of_p, b)
             if i + 2 < n:
-                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages,
-                             t + 2 * BLOCK, n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, 0, EARLY)  # fmt: skip
+                _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
+                             EARLY)  # fmt: skip
             left, right = _halves(s)
             sums = _half_of_p(x, left, m, row_scale, b & 1, b % STAGES, 0, t, lo, hi)
             sums += _half_of_p(x, right, m, row_scale, b & 1, b % STAGES, 1, t, lo, hi)
@@ -236,8 +231,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
             if i + 2 < n:
-                _fetch_parts(x, bar, d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, b + 2, unit, p_pages, t,
-                             n_pages, n_columns, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS)  # fmt: skip
+                _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS)
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

@@ -1,0 +1,87 @@
+"""A block's share of the output of ``hopper_turned.py`` with more than 32 rows.
+
+Products take longer than what is loaded for them, so words are loaded two steps ahead, and the first words of the next
+block while the last products of this one run. What the next block's exponents count from is looked at then, too: for
+most blocks it is what they counted from before, and nothing of the output has to be multiplied.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_turned_room import _empty
+from mlacompile.kernels.mla_decode.hopper_turned_words import (
+    STEP,
+    _add_products,
+    _clear_dead_words,
+    _columns_of_words,
+    _kept,
+    _pairs_of,
+    _shrunk,
+)
+
+
+@gluon.jit
+def _moved(alpha):
+    """Whether any row counts from another maximum than before. Every warp looks at all rows: none waits for another."""
+    layout: gl.constexpr = gl.BlockedLayout([alpha.shape[0] // 32], [32], [gl.num_warps()], [0])
+    return gl.min(alpha.load(layout).to(gl.int32, bitcast=True), 0) < 0x3F800000  # numbers from 0 to 1, as their bits
+
+
+@gluon.jit
+def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """What the first two steps of a block multiply, which has arrived."""
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    first = g % STAGES * TILES
+    if (t < lo) | (t + BLOCK > hi):
+        for i in gl.static_range(TILES):
+            _clear_dead_words(words.index(first + i), t, lo, hi)
+    return _kept(_pairs_of(words.index(first), 0, a_layout)), _kept(_pairs_of(words.index(first), 1, a_layout))
+
+
+@gluon.jit
+def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
+                    TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Adds a block's products, and says that its stage and its P are no longer needed.
+
+    later, latest: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns
+    these for the next block, too, if there is one ``more`` of this item.
+    """
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    STEPS: gl.constexpr = BLOCK // STEP
+    N: gl.constexpr = TILES * STEPS
+    stage = g % STAGES
+    buffer = g & 1
+    v_even, v_odd = _columns_of_words(later, a_layout)
+    later = latest
+    latest = _kept(_pairs_of(words.index(stage * TILES), 2, a_layout))
+    if moved:
+        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
+    for i in gl.static_range(N):
+        half = x.p if i % STEPS < STEPS // 2 else x.p_last
+        b_p = half.index(buffer)
+        if i < STEPS:
+            even0, odd0 = _add_products(v_even, v_odd, b_p, i % (STEPS // 2), even0, odd0)
+        else:
+            even1, odd1 = _add_products(v_even, v_odd, b_p, i % (STEPS // 2), even1, odd1)
+        if i > 0 and i + 1 < N:
+            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
+        if i + 1 < N:
+            v_even, v_odd = _columns_of_words(later, a_layout)
+        if i + 2 < N:
+            later = latest
+        if i + 3 < N:
+            latest = _kept(_pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout))
+        if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
+            mbarrier.arrive(_empty(bar, stage, i // STEPS), count=1)
+    if more:
+        mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
+        moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
+        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+    even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
+    mbarrier.arrive(bar.p_empty.index(buffer), count=1)
+    return even0, odd0, even1, odd1, moved, later, latest

@@ -1,0 +1,78 @@
+"""Words of two FP8 columns: how ``hopper_turned.py`` makes left operands of a cache as it lies in shared memory."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+
+STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
+
+# Four e4m3 values, (even, odd) of one token and (even, odd) of the next, to float16: even of both, odd of both.
+SPLIT = gl.constexpr(
+    "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
+    "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+)
+
+
+@gluon.jit
+def _add_products(even, odd, p, i, to_even, to_odd):
+    """Adds the products of STEP tokens of values and P."""
+    right = p.slice(i * STEP, STEP, dim=1).permute((1, 0))
+    to_even = warpgroup_mma(even, right, to_even, is_async=True)
+    return to_even, warpgroup_mma(odd, right, to_odd, is_async=True)
+
+
+@gluon.jit
+def _pairs_of(tile, i, layout: gl.constexpr):
+    """Pairs of columns by STEP tokens, as left operands."""
+    return tile.slice(i * STEP, STEP, dim=0).permute((1, 0)).load(layout)
+
+
+@gluon.jit
+def _columns_of(pairs):
+    """Even columns and odd columns in float16."""
+    return gl.inline_asm_elementwise(SPLIT, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
+
+
+@gluon.jit
+def _kept(pairs):
+    """Pairs as words, which a loop can keep in as many registers: as 16-bit numbers it would take them apart."""
+    words = gl.inline_asm_elementwise(
+        "mov.b32 $0, $2; mov.b32 $1, $2;", "=r,=r,r", [pairs], dtype=gl.int32, is_pure=True, pack=2
+    )
+    words, _same = gl.split(words.reshape([pairs.shape[0], pairs.shape[1] // 2, 2]))
+    return words
+
+
+@gluon.jit
+def _columns_of_words(words, layout: gl.constexpr):
+    """``_columns_of`` pairs that were kept."""
+    both = gl.join(words, words).reshape([words.shape[0], 2 * words.shape[1]])
+    both = gl.convert_layout(both, layout, assert_trivial=True)
+    return gl.inline_asm_elementwise(SPLIT, "=r,=r,r,r", [both], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
+
+
+@gluon.jit
+def _clear_dead_words(words, t, lo, hi):
+    """Zero the rows of a tile of words whose tokens nobody sees: 0 * NaN is NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    live = (o_t >= lo) & (o_t < hi)
+    for i in gl.static_range(words.shape[1] // 64):
+        panel = words.slice(i * 64, 64, dim=1)
+        panel.store(gl.where(live[:, None], panel.load(layout), 0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _shrunk(even0, odd0, even1, odd1, alpha, TILES: gl.constexpr):
+    """Earlier output in units of a new maximum."""
+    alpha = alpha[None, :]
+    even0 *= alpha
+    odd0 *= alpha
+    if TILES > 1:
+        even1 *= alpha
+        odd1 *= alpha
+    return even0, odd0, even1, odd1

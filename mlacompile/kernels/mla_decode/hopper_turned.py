@@ -83,13 +83,11 @@ def _mla_decode_hopper_turned_kernel(
     elif not STACKED:
         gl.warp_specialize([
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, cache, p_q, p_qpe, stride_qb,
-                                stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr, R, P, WIDTH,
-                                BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, 0)),
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH, BLOCK_P, PAGE, STAGES,
+                                CAUSAL, ONE_QUERY, 0)),
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, cache, p_q, p_qpe, stride_qb,
-                                stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr, R, P, WIDTH,
-                                BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, 1)),
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH, BLOCK_P, PAGE, STAGES,
+                                CAUSAL, ONE_QUERY, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,

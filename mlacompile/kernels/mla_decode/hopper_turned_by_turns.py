@@ -25,7 +25,6 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_room import _empty, _full, _parts_of
-from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_few
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -167,10 +166,9 @@ def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, cache, p_q, p_qpe, stride_qb, stride_qh, stride_qs, stride_qr,
-                     stride_pb, stride_ph, stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr,
-                     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-                     ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+                     i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                     PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
+                     SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
     Each group sends for its own blocks, for the next while it works on this one: for EARLY parts before P of this one,
@@ -201,13 +199,6 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if first < n:
             _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS)
 
-        mbarrier.wait(bar.rows, (item & 1) ^ 1)  # what the queries are stored over
-        _convert_few(
-            x, p_q, p_qpe, row, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-            stride_ps, stride_pr, R, P, WIDTH, BLOCK_P, ROWS // 2 + SIDE * (ROWS // 4), ROWS // 4, ONE_QUERY,
-        )  # fmt: skip
-        fence_async_shared()
-        mbarrier.arrive(bar.queries.index(item & 1), count=1)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
         gl.thread_barrier()  # here once, or the compiler has warps wait for each other before each wait of a block

@@ -46,9 +46,7 @@ class TurnedSignals:
     p_empty: gl.shared_memory_descriptor
     queries: gl.shared_memory_descriptor
     total: gl.shared_memory_descriptor
-    rows: (
-        gl.shared_memory_descriptor
-    )  # an item's rows have left shared memory, where several partitions convert queries
+    rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
     # Of the second half of each stage, if halves come and go by themselves. A wait for one barrier and another of
@@ -151,12 +149,12 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     if TURNS:
         full_last, empty_last = _barriers(STAGES), _barriers(STAGES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
-    queries, total = _barriers(2 if TURNS else 1, 3 if TURNS else SIDES), _barriers(1)
+    queries, total = _barriers(2 if TURNS else 1, SIDES), _barriers(1)
     rows, m_full, others_full = total, total, total
     if SIDES > 1:
         rows = _barriers(1, SIDES)
     if TURNS:
-        rows, m_full, others_full = _barriers(1), _barriers(2), _barriers(1)
+        m_full, others_full = _barriers(2), _barriers(1)
     bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, full_last, empty_last)
     fence_async_shared()
     return x, bar

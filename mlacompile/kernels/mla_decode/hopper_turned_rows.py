@@ -106,24 +106,6 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
 
 
 @gluon.jit
-def _convert_few(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                 stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                 FIRST: gl.constexpr, N: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """The same for warps that have few registers: two rows of a warp at a time, whose parts are not STACKED."""
-    SOME: gl.constexpr = 2 * gl.num_warps()
-    p = p_q + i_b.to(gl.int64) * stride_qb
-    for first in gl.static_range(FIRST, FIRST + N, SOME):
-        q = _part_of_queries(p, i_tile, first, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, False, ONE_QUERY)
-        pe = q
-        if BLOCK_P > 0:
-            p_rope = p_qpe + i_b.to(gl.int64) * stride_pb
-            pe = _part_of_queries(
-                p_rope, i_tile, first, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, False, ONE_QUERY
-            )
-        _store_queries(x, q, pe, first, False, BLOCK_P)
-
-
-@gluon.jit
 def _turn_back(even, odd, share, through, CODE: gl.constexpr):
     """Normalize pairs of output columns and store them, as words, in rows of shared memory: [rows, pairs]."""
     words = gl.inline_asm_elementwise(

@@ -84,7 +84,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     EACH: gl.constexpr = WIDTH // (2 * PAIRS)  # tiles of a stage
     TILE: gl.constexpr = SIDE * EACH // SIDES  # the first that is multiplied here
     TILES: gl.constexpr = EACH // SIDES if SIDES == 1 else min(EACH // SIDES, GROUPS - TILE)
-    N: gl.constexpr = (2 * COLS if STACKED else COLS) // (2 if WIDE else SIDES)  # rows of queries
+    N: gl.constexpr = (2 * COLS if STACKED else COLS) // SIDES  # rows of queries
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     words = x.k._reinterpret(gl.int16, [STAGES * EACH, BLOCK, PAIRS], square)
     weights = x.p
@@ -158,7 +158,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         _store_rows(
             through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SIDE * W, W, R // 2, COLS, ONE_QUERY
         )
-        if SIDES > 1 or WIDE:
+        if SIDES > 1:
             mbarrier.arrive(bar.rows, count=1)
         item += 1
         todo -= taken

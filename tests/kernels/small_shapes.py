@@ -31,6 +31,19 @@ def main() -> None:
             mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
             torch.cuda.synchronize()
             print(impl, "ran", flush=True)
+    if "gluon" in impls:  # which is chosen for longer rows only
+        from mlacompile.kernels.mla_decode.hopper_launch import mla_decode_hopper
+        from mlacompile.kernels.mla_decode.plan import HopperPlan
+
+        q_latent, q_pe, c_kv, k_pe, mask, start, length, table, descale = paged(in_place, 64).tensors
+        assert q_latent is not None
+        assert c_kv is not None
+        mla_decode_hopper(
+            q_latent, q_pe, c_kv, k_pe, mask, start, length, table, descale, plan=HopperPlan(2, turned=True),
+            **in_place.keywords,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        print("FP8 products of 40 rows ran", flush=True)
 
 
 if __name__ == "__main__":

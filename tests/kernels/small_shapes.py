@@ -15,7 +15,7 @@ from mlacompile.ops import mla_decode
 from mlacompile.testing.latents import LatentCase, in_one_run, make_inputs, paged, quantized
 
 CASE = LatentCase(
-    batch=2, heads=20, tokens=150, rank=512, rope=64, dtype=torch.bfloat16, start=True, length=True, poison=True
+    batch=2, heads=20, tokens=152, rank=512, rope=64, dtype=torch.bfloat16, start=True, length=True, poison=True
 )
 
 

@@ -239,7 +239,6 @@ class Language:
     split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
     join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
     to_tensor = staticmethod(made)
-    thread_barrier = staticmethod(lambda: None)
     num_warps, static_range = staticmethod(lambda: _here.warps), range
     load, store = staticmethod(_load), staticmethod(_store)
     allocate_shared_memory = staticmethod(_allocate)
@@ -285,7 +284,7 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
             arrive=lambda barrier, count: barrier.change(count, 0),
         ),
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to), "_barriers": _barriers,
-        "_here": lambda x: x, "_launch_later": lambda: None,
+        "_here": lambda x: x, "_launch_later": lambda: None, "all_warps": lambda: None,
         "TurnedTiles": lambda *args: SimpleNamespace(**dict(zip(TILES, args, strict=True))),
         "TurnedSignals": lambda *args: SimpleNamespace(**dict(zip(SIGNALS, args, strict=True))),
     }  # fmt: skip

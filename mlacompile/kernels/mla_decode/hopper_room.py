@@ -10,6 +10,7 @@ from triton.language import core
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 
 aggregate = getattr(core, "aggregate", None) or core._aggregate
+all_warps = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed after Triton 3.6
 
 ROWS = gl.constexpr(64)  # rows of a tile: what one wgmma takes
 

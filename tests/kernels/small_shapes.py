@@ -35,13 +35,8 @@ def main() -> None:
         from mlacompile.kernels.mla_decode.hopper_launch import mla_decode_hopper
         from mlacompile.kernels.mla_decode.plan import HopperPlan
 
-        q_latent, q_pe, c_kv, k_pe, mask, start, length, table, descale = paged(in_place, 64).tensors
-        assert q_latent is not None
-        assert c_kv is not None
-        mla_decode_hopper(
-            q_latent, q_pe, c_kv, k_pe, mask, start, length, table, descale, plan=HopperPlan(2, turned=True),
-            **in_place.keywords,
-        )  # fmt: skip
+        plan = HopperPlan(2, turned=True)
+        mla_decode_hopper(*paged(in_place, 64).tensors, **in_place.keywords, plan=plan)  # type: ignore[arg-type]
         torch.cuda.synchronize()
         print("FP8 products of 40 rows ran", flush=True)
 

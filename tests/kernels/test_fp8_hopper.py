@@ -36,7 +36,7 @@ VARIANTS = [
     (1000, 24576, 1536, torch.float16, HopperTiles(128, 128)),
     (128, 2112, 7168, torch.bfloat16, HopperTiles(128, 64, 4)),
     (1, 136, 16, torch.bfloat16, HopperTiles(128, 64)),
-    (128, 24576, 1536, torch.bfloat16, HopperTiles(128, 64, kept=1)),
+    (128, 24576, 1536, torch.bfloat16, HopperTiles(128, 64, kept=True)),
 ]
 
 
@@ -114,7 +114,7 @@ def test_tiles_fit_and_fill_the_gpu() -> None:
         held = tile.stages(4096) * (tile.block_m + tile.block_n) * 128 + 2 * 64 * tile.block_n * 2
         assert SMEM - 2048 - (tile.block_m + tile.block_n) * 128 < held <= SMEM - 2048
     assert HopperTiles(256, 128).stages(7168) == 4
-    assert HopperTiles(128, 64, kept=1).stages(1536) == 4
+    assert HopperTiles(128, 64, kept=True).stages(1536) == 4
     assert choose_hopper_tiles(4096, 7168, 16384, 132) == HopperTiles(256, 128)
     assert choose_hopper_tiles(128, 24576, 1536, 132) == HopperTiles(128, 128), "no rows are wasted"
     assert choose_hopper_tiles(128, 2112, 7168, 132).parts > 3, "17 tiles would leave most of it idle"
@@ -128,12 +128,12 @@ def test_x_is_kept_only_where_it_fits() -> None:
         assert x_descale is not None
         hopper_launches(x, x_descale, weight, descale, x.new_empty((m, 256), dtype=torch.bfloat16), tiles)
 
-    launches(128, 1536, HopperTiles(128, 64, kept=1))
-    for m, k, tiles in ((129, 1536, HopperTiles(128, 64, kept=1)), (128, 2048, HopperTiles(128, 64, kept=1))):
+    launches(128, 1536, HopperTiles(128, 64, kept=True))
+    for m, k, tiles in ((129, 1536, HopperTiles(128, 64, kept=True)), (128, 2048, HopperTiles(128, 64, kept=True))):
         with pytest.raises(ValueError, match=f"{m} x {k}"):
             launches(m, k, tiles)
     with pytest.raises(ValueError, match="in one part"):
-        launches(128, 1024, HopperTiles(128, 64, 2, 1))
+        launches(128, 1024, HopperTiles(128, 64, 2, kept=True))
 
 
 def test_it_says_why_not() -> None:
@@ -170,8 +170,8 @@ def test_it_stands_between_tiles_and_cublas() -> None:
         (300, 200, 784, HopperTiles(128, 64, 2)),
         (130, 264, 1552, HopperTiles(128, 128)),
         (1, 8, 1040, HopperTiles(256, 128, 3)),
-        (100, 456, 784, HopperTiles(128, 64, kept=1)),
-        (128, 200, 144, HopperTiles(128, 64, kept=1)),
+        (100, 456, 784, HopperTiles(128, 64, kept=True)),
+        (128, 200, 144, HopperTiles(128, 64, kept=True)),
     ],
 )
 def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch) -> None:

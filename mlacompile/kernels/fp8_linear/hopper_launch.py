@@ -36,7 +36,7 @@ class HopperTiles:
     block_m: int
     block_n: int
     parts: int = 1
-    kept: int = 0
+    kept: bool = False
 
     def stages(self, k: int) -> int:
         """As many as fit beside 64 rows of the result for each group of warps, or beside all k columns of x."""
@@ -97,7 +97,7 @@ def hopper_launches(
     """The launches of the kernel, and of the sum if K is divided. Meta tensors do, to compile without a GPU.
 
     Raises:
-        ValueError: tiles that keep x where it has more rows than one, is cut, or does not fit.
+        ValueError: tiles that keep x where it has more rows than one, is cut, or leaves no room for two stages.
     """
     from mlacompile.kernels.fp8_linear.hopper import _fp8_hopper_kernel
 
@@ -105,7 +105,10 @@ def hopper_launches(
     sms = sms_of(x.device)
     tiles = tiles or choose_hopper_tiles(m, n, k, sms)
     if tiles.kept and (m > tiles.block_m or tiles.parts > 1 or tiles.stages(k) < 2):
-        raise ValueError(f"tiles {tiles} keep x in one part, with {tiles.block_m} rows at most; it is {m} x {k}")
+        raise ValueError(
+            f"tiles {tiles} keep x, of {tiles.block_m} rows at most, in one part, beside two stages or more; it is "
+            f"{m} x {k}, in {tiles.parts}, beside {tiles.stages(k)}: use tiles that do not keep it"
+        )
     blocks_a_part = -(-scale_groups(k) // tiles.parts)
     parts = -(-scale_groups(k) // blocks_a_part)
     partial = x.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None

@@ -12,12 +12,16 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 
 
 @gluon.jit
+def _page(p_pages, column, n_pages):
+    """An entry of a batch row's line of the block table, kept inside the cache whatever it says."""
+    return gl.minimum(gl.maximum(gl.load(p_pages + column), 0), n_pages - 1)
+
+
+@gluon.jit
 def _unit(p_pages, row, t, n_pages, n_columns, PAGE: gl.constexpr):
     """The page of a token, kept inside the cache whatever the table says; of a contiguous cache its batch row."""
     if PAGE > 0:
-        column = gl.minimum(t.to(gl.uint32) // PAGE, n_columns.to(gl.uint32) - 1)
-        page = gl.load(p_pages + column)
-        return gl.minimum(gl.maximum(page, 0), n_pages - 1)
+        return _page(p_pages, gl.minimum(t.to(gl.uint32) // PAGE, n_columns.to(gl.uint32) - 1), n_pages)
     else:
         return row
 

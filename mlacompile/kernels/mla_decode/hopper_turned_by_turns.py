@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlacompile.kernels.mla_decode.hopper import LOWEST
-from mlacompile.kernels.mla_decode.hopper_fetch import _unit
+from mlacompile.kernels.mla_decode.hopper_fetch import _page, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
-from mlacompile.kernels.mla_decode.hopper_turned_room import _empty, _full, _parts_of
+from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part, _parts_of
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -91,7 +91,7 @@ def _scores_of_block(x, bar, s, b, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, S
     stage = b % STAGES
     zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
     for i in gl.static_range(PARTS):
-        mbarrier.wait(_full(bar, stage, i), (b // STAGES) & 1)
+        mbarrier.wait(_of_part(bar.full, bar.full_last, stage, i), (b // STAGES) & 1)
         keys = x.k.index(stage).slice(i * COLUMNS, COLUMNS, dim=1).permute((1, 0))
         q = x.q.index(zero + 1).slice(i * COLUMNS, COLUMNS, dim=1)
         s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
@@ -160,7 +160,7 @@ def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_
     PARTS: gl.constexpr = _parts_of(WIDTH)
     stage = b % STAGES
     for i in gl.static_range(FIRST, END):
-        mbarrier.wait(_empty(bar, stage, i), ((b // STAGES) & 1) ^ 1)
+        mbarrier.wait(_of_part(bar.empty, bar.empty_last, stage, i), ((b // STAGES) & 1) ^ 1)
         _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
 
 
@@ -206,8 +206,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             b = g + i
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(hi - 1, 0))  # or of the last, which the table has
-                page = gl.load(p_pages + ahead.to(gl.uint32) // PAGE)
-                unit = gl.minimum(gl.maximum(page, 0), n_pages - 1)
+                unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
             s = _scores_of_block(x, bar, s0, b, WIDTH, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
             if BLOCK_P > 0:

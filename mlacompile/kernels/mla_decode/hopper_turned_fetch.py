@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_turned_room import _full
+from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part
 
 
 @gluon.jit
@@ -27,7 +27,7 @@ def _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH: gl.constexpr, BLO
     LAST: gl.constexpr = PART == PARTS - 1
     MORE: gl.constexpr = 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape) if LAST else 0
     latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
-    full = _full(bar, stage, PART)
+    full = _of_part(bar.full, bar.full_last, stage, PART)
     mbarrier.expect(full, BLOCK * (SOME * PANEL + MORE))
     _copy(d_c, apart_c, PART * SOME * PANEL, full, latents, stage * PANELS + PART * SOME, SOME,
           unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip

@@ -75,30 +75,22 @@ def _parts_of(width):
 
 
 @gluon.jit
-def _full(bar, stage, i: gl.constexpr):
-    """The barrier of part i of a stage."""
+def _of_part(first, last, stage, i: gl.constexpr):
+    """What a stage's part i has of two arrays: a barrier of the first part, or of the last."""
     if i == 0:
-        return bar.full.index(stage)
+        return first.index(stage)
     else:
-        return bar.full_last.index(stage)
+        return last.index(stage)
 
 
 @gluon.jit
-def _empty(bar, stage, i: gl.constexpr):
-    if i == 0:
-        return bar.empty.index(stage)
-    else:
-        return bar.empty_last.index(stage)
-
-
-@gluon.jit
-def _room_of_p(q, GROUPS: gl.constexpr, TURNS: gl.constexpr):
+def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
     """Two blocks' P. With several factors a token each group has one, [2, groups * 32, 64], and they lie where the
     queries were, which are held in registers by then: so there is room for a fourth stage."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if GROUPS > 1:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
-    elif TURNS:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
+    elif not STACKED:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
         half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
     else:
@@ -120,13 +112,12 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    TURNS: gl.constexpr = not STACKED
     q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
-    p = _room_of_p(q, GROUPS, TURNS)
+    p = _room_of_p(q, GROUPS, STACKED)
     m, others, p_last = alpha, alpha, p
-    if TURNS:
-        p_last = _room_of_p(q, GROUPS, TURNS)
+    if not STACKED:
+        p_last = _room_of_p(q, GROUPS, STACKED)
         m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     x = TurnedTiles(
@@ -146,14 +137,14 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     SIDES: gl.constexpr = _sides(GROUPS)
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
     full_last, empty_last = full, empty
-    if TURNS:
+    if not STACKED:
         full_last, empty_last = _barriers(STAGES), _barriers(STAGES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
-    queries, total = _barriers(2 if TURNS else 1, SIDES), _barriers(1)
+    queries, total = _barriers(1 if STACKED else 2, SIDES), _barriers(1)
     rows, m_full, others_full = total, total, total
     if SIDES > 1:
         rows = _barriers(1, SIDES)
-    if TURNS:
+    if not STACKED:
         m_full, others_full = _barriers(2), _barriers(1)
     bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, full_last, empty_last)
     fence_async_shared()

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _full, _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 from mlacompile.kernels.mla_decode.hopper_turned_wide import _add_wide_block, _first_words
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
@@ -75,7 +75,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
-    WIDE: gl.constexpr = COLS > 32
+    WIDE: gl.constexpr = not STACKED
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
     )
@@ -104,10 +104,10 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, SIDE * N, N, ONE_QUERY,
         )  # fmt: skip
         fence_async_shared()
-        if STACKED:
-            mbarrier.arrive(bar.queries, count=1)
-        else:
+        if WIDE:
             mbarrier.arrive(bar.queries.index(item & 1), count=1)
+        else:
+            mbarrier.arrive(bar.queries, count=1)
 
         even0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd0 = gl.zeros((PAIRS, COLS), gl.float32, layout)
@@ -116,7 +116,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         if WIDE:
             moved = row < 0  # there is no earlier output
             for i in gl.static_range(TILES):
-                mbarrier.wait(_full(bar, g % STAGES, i), (g // STAGES) & 1)
+                mbarrier.wait(_of_part(bar.full, bar.full_last, g % STAGES, i), (g // STAGES) & 1)
             later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
                 even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(

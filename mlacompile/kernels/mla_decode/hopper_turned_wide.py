@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_room import _empty
+from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     STEP,
     _add_products,
@@ -77,7 +77,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
         if i + 3 < N:
             latest = _kept(_pairs_of(words.index(stage * TILES + (i + 3) // STEPS), (i + 3) % STEPS, a_layout))
         if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
-            mbarrier.arrive(_empty(bar, stage, i // STEPS), count=1)
+            mbarrier.arrive(_of_part(bar.empty, bar.empty_last, stage, i // STEPS), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived

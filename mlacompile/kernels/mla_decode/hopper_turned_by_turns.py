@@ -67,7 +67,11 @@ def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
     quarter: gl.constexpr = _narrow(QUARTER)
     some = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0)
-    factors = _live_factors(some, t + i * QUARTER, lo, hi, gl.SliceLayout(0, quarter))
+    factors = some.load(gl.SliceLayout(0, quarter))
+    # As ``_live_factors``, but asked once a block and reckoned in the branch alone: registers are short.
+    if (t < lo) | (t + BLOCK > hi):
+        o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, gl.SliceLayout(0, quarter))
+        factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
     return (e * factors[None, :]).to(gl.float16)
 
 
@@ -205,7 +209,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         for i in range(first, n, 2):
             b = g + i
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
-                ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(hi - 1, 0))  # or of the last, which the table has
+                ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
             s = _scores_of_block(x, bar, s0, b, WIDTH, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)

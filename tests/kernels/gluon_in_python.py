@@ -37,7 +37,6 @@ class Number(int):
 class Pointer:
     def __init__(self, array: np.ndarray[Any, Any], offset: Any = 0) -> None:
         self.array, self.offset = array, offset
-        self.dtype = SimpleNamespace(element_ty=None)
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.array, self.offset + offset)

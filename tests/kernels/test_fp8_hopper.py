@@ -36,7 +36,6 @@ VARIANTS = [
     (1000, 24576, 1536, torch.float16, HopperTiles(128, 128)),
     (128, 2112, 7168, torch.bfloat16, HopperTiles(128, 64, 4)),
     (1, 136, 16, torch.bfloat16, HopperTiles(128, 64)),
-    (128, 24576, 1536, torch.bfloat16, HopperTiles(128, 64, kept=True)),
 ]
 
 
@@ -111,29 +110,14 @@ def test_what_runs_at_once_reads_few_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_tiles_fit_and_fill_the_gpu() -> None:
     for tile in TILES:
-        held = tile.stages(4096) * (tile.block_m + tile.block_n) * 128 + 2 * 64 * tile.block_n * 2
+        held = tile.stages * (tile.block_m + tile.block_n) * 128 + 2 * 64 * tile.block_n * 2
         assert SMEM - 2048 - (tile.block_m + tile.block_n) * 128 < held <= SMEM - 2048
-    assert HopperTiles(256, 128).stages(7168) == 4
-    assert HopperTiles(128, 64, kept=True).stages(1536) == 4
+    assert HopperTiles(256, 128).stages == 4
     assert choose_hopper_tiles(4096, 7168, 16384, 132) == HopperTiles(256, 128)
     assert choose_hopper_tiles(128, 24576, 1536, 132) == HopperTiles(128, 128), "no rows are wasted"
     assert choose_hopper_tiles(128, 2112, 7168, 132).parts > 3, "17 tiles would leave most of it idle"
     assert choose_hopper_tiles(128, 136, 100, 132).parts == 1, "there is one block only"
     assert cycles(HopperTiles(256, 128), 8192, 8192, 8192, 132) < cycles(HopperTiles(128, 128), 8192, 8192, 8192, 132)
-
-
-def test_x_is_kept_only_where_it_fits() -> None:
-    def launches(m: int, k: int, tiles: HopperTiles) -> None:
-        x, x_descale, weight, descale = make_product(m, 256, k, quantized=True).tensors
-        assert x_descale is not None
-        hopper_launches(x, x_descale, weight, descale, x.new_empty((m, 256), dtype=torch.bfloat16), tiles)
-
-    launches(128, 1536, HopperTiles(128, 64, kept=True))
-    for m, k, tiles in ((129, 1536, HopperTiles(128, 64, kept=True)), (128, 2048, HopperTiles(128, 64, kept=True))):
-        with pytest.raises(ValueError, match=f"{m} x {k}"):
-            launches(m, k, tiles)
-    with pytest.raises(ValueError, match="in one part"):
-        launches(128, 1024, HopperTiles(128, 64, 2, kept=True))
 
 
 def test_it_says_why_not() -> None:
@@ -170,8 +154,6 @@ def test_it_stands_between_tiles_and_cublas() -> None:
         (300, 200, 784, HopperTiles(128, 64, 2)),
         (130, 264, 1552, HopperTiles(128, 128)),
         (1, 8, 1040, HopperTiles(256, 128, 3)),
-        (100, 456, 784, HopperTiles(128, 64, kept=True)),
-        (128, 200, 144, HopperTiles(128, 64, kept=True)),
     ],
 )
 def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,22 +173,20 @@ def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pyte
         items=-(-m // tiles.block_m) * -(-n // tiles.block_n) * tiles.parts,
     )  # fmt: skip
     block_m, block_n, stages = tiles.block_m, tiles.block_n, 3
-    kept = blocks if tiles.kept else 0
     for program in range(programs):
         room = SimpleNamespace(
-            x=gluon_in_python.Memory(np.full((kept or stages, block_m, 128), np.nan)),
+            x=gluon_in_python.Memory(np.full((stages, block_m, 128), np.nan)),
             w=gluon_in_python.Memory(np.full((stages, block_n, 128), np.nan)),
             out=gluon_in_python.Memory(np.full((2, 64, block_n), np.nan)),
             full=gluon_in_python.Barriers(gluon_in_python.Barrier(1) for _ in range(stages)),
             empty=gluon_in_python.Barriers(gluon_in_python.Barrier(2) for _ in range(stages)),
         )
-        apart = gluon_in_python.Pointer(partial) if tiles.parts > 1 or kept else None
         shared = (
-            room, work, gluon_in_python.Descriptor(out), apart,
+            room, work, gluon_in_python.Descriptor(out), gluon_in_python.Pointer(partial) if tiles.parts > 1 else None,
             gluon_in_python.Pointer(x_descale.ravel()), gluon_in_python.Pointer(descale.ravel()), m, n, blocks, 1,
             blocks,
         )  # fmt: skip
-        sizes = (block_m, block_n, stages, tiles.band, kept)
+        sizes = (block_m, block_n, stages, tiles.band)
         both = (gluon_in_python.Descriptor(x), gluon_in_python.Descriptor(weight))
         gluon_in_python.run(
             program,
@@ -216,5 +196,5 @@ def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pyte
                 lambda: hopper._fetch.fn(room, work, *both, *sizes),  # noqa: B023
             ],
         )
-    got = partial.reshape(tiles.parts, m, n).sum(0) if tiles.parts > 1 or kept else out
+    got = partial.reshape(tiles.parts, m, n).sum(0) if tiles.parts > 1 else out
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-9)

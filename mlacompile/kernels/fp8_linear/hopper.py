@@ -10,9 +10,6 @@ bits of a sum of FP8 products. While one group of warps adds, the tensor cores w
 A tile of 256 × 128 is what registers hold: 128 sums a thread, and 64 of one block of 64 rows. It is what L2 can feed:
 the larger a tile, the less it reads for its products.
 
-Where x has no more rows than a tile and few columns, a program may keep all of it (KEPT blocks): each tile then reads
-the weight alone, of which more stages fit, and results go straight to memory, as there is no room to turn them in.
-
 The upper 64 rows of a group leave, through shared memory by TMA, while the tensor cores work on the last block of the
 lower ones; the next item and its first scales are looked up then, and _fetch is a few blocks into it.
 """
@@ -42,9 +39,9 @@ store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 class Room:
     """Shared memory and barriers of a program."""
 
-    x: gl.shared_memory_descriptor  # [STAGES, BLOCK_M, 128], or all blocks of K: [KEPT, BLOCK_M, 128]
+    x: gl.shared_memory_descriptor  # [STAGES, BLOCK_M, 128]
     w: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, 128]
-    out: gl.shared_memory_descriptor  # [2, 64, BLOCK_N], one for each group of warps; unused if x is kept
+    out: gl.shared_memory_descriptor  # [2, 64, BLOCK_N], one for each group of warps
     full: gl.shared_memory_descriptor  # [STAGES, 1]
     empty: gl.shared_memory_descriptor  # [STAGES, 1]
 
@@ -88,11 +85,8 @@ def _item(work, i, BAND: gl.constexpr):
 
 @gluon.jit
 def _fetch(room, work, d_x, d_w, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-           BAND: gl.constexpr, KEPT: gl.constexpr):  # fmt: skip
-    """Copies block after block, as soon as both groups have multiplied what its stage held before.
-
-    KEPT: x comes with the blocks of the first tile only.
-    """
+           BAND: gl.constexpr):  # fmt: skip
+    """Copies block after block, as soon as both groups have multiplied what its stage held before."""
     g = 0
     for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
         i_m, i_n, _part, first, end = _item(work, i, BAND)
@@ -100,28 +94,20 @@ def _fetch(room, work, d_x, d_w, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, S
             stage = g % STAGES
             mbarrier.wait(room.empty.index(stage), ((g // STAGES) & 1) ^ 1)
             full = room.full.index(stage)
-            if KEPT > 0:
-                if g < KEPT:
-                    mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K)
-                    load_tile(d_x, [0, k * BLOCK_K], full, room.x.index(k))
-                else:
-                    mbarrier.expect(full, BLOCK_N * BLOCK_K)
-                load_tile(d_w, [i_n * BLOCK_N, k * BLOCK_K], full, room.w.index(stage))
-            else:
-                mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K)
-                load_tile(d_w, [i_n * BLOCK_N, k * BLOCK_K], full, room.w.index(stage))
-                load_tile(d_x, [i_m * BLOCK_M, k * BLOCK_K], full, room.x.index(stage))
+            mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K)
+            load_tile(d_w, [i_n * BLOCK_N, k * BLOCK_K], full, room.w.index(stage))
+            load_tile(d_x, [i_m * BLOCK_M, k * BLOCK_K], full, room.x.index(stage))
             g += 1
 
 
 @gluon.jit
-def _product(room, stage, slot, at, block, never):
-    """Begins the product of one block: rows at … at + 63 of x by all columns of the tile. slot: where x is.
+def _product(room, stage, at, block, never):
+    """Begins the product of one block: rows at … at + 63 of x by all columns of the tile.
 
     never: false, but the compiler must not know. So it takes the product to add to block, what was there before, and
     keeps it in the same registers; there are none for another.
     """
-    left = room.x.index(slot).slice(at, ROWS, dim=0)
+    left = room.x.index(stage).slice(at, ROWS, dim=0)
     return warpgroup_mma(left, room.w.index(stage).permute((1, 0)), block, use_acc=never, is_async=True)
 
 
@@ -137,12 +123,12 @@ def _added(acc, block, factor):
 
 @gluon.jit
 def _sent(acc, out, d_out, p_part, row, column, part, M, N, BLOCK_N: gl.constexpr):
-    """Store 64 rows of a tile: by TMA, which leaves out what is beyond the edges, or from registers, to p_part."""
+    """Store 64 rows of a tile: as float32 if K is in parts, else by TMA, which leaves out what is beyond the edges."""
     if p_part is not None:
         o_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
         o_n = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, acc.type.layout))
         at = p_part + (part.to(gl.int64) * M + o_m)[:, None] * N + o_n[None, :]
-        gl.store(at, acc.to(p_part.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+        gl.store(at, acc, mask=(o_m < M)[:, None] & (o_n < N)[None, :])
     else:
         tma.store_wait(0)
         out.store(acc.to(out.dtype))
@@ -171,7 +157,7 @@ def _begin(work, i, p_x_descale, p_descale, o_row, o_zero, M, stride_xsm, stride
 @gluon.jit
 def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xsm, stride_xsk, stride_sn,
               GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-              BAND: gl.constexpr, KEPT: gl.constexpr):  # fmt: skip
+              BAND: gl.constexpr):  # fmt: skip
     """Rows of group GROUP, 0 or 1, of every tile: BLOCK_M / 2, 64 at a time. Scales are read a block ahead."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32]
@@ -197,11 +183,10 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
         lower = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         # Triton 3.6 loses a number of blocks that is carried from item to item (its loop-aware CSE): it is found anew.
         first = part * work.blocks_a_part
-        for k in range(first + 1, gl.minimum(first + work.blocks_a_part, work.blocks)):
+        for _ in range(first + 1, gl.minimum(first + work.blocks_a_part, work.blocks)):
             stage = g % STAGES
-            slot = k - 1 if KEPT > 0 else stage
             mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
-            block = _product(room, stage, slot, UPPER, block, never)
+            block = _product(room, stage, UPPER, block, never)
             upper_factor = upper_scale * w_scale
             lower_factor = lower_scale * w_scale
             o_w += 1
@@ -214,7 +199,7 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
             block = warpgroup_mma_wait(0, deps=(block,))
             if TWO:
                 upper = _added(upper, block, upper_factor)
-                block = _product(room, stage, slot, LOWER, block, never)
+                block = _product(room, stage, LOWER, block, never)
                 block = warpgroup_mma_wait(0, deps=(block,))
                 mbarrier.arrive(room.empty.index(stage), count=1)
                 lower = _added(lower, block, lower_factor)
@@ -223,16 +208,15 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
                 upper = _added(upper, block, upper_factor)
             g += 1
         stage = g % STAGES
-        slot = work.blocks - 1 if KEPT > 0 else stage
         mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
-        block = _product(room, stage, slot, UPPER, block, never)
+        block = _product(room, stage, UPPER, block, never)
         block = warpgroup_mma_wait(0, deps=(block,))
         if not TWO:
             mbarrier.arrive(room.empty.index(stage), count=1)
         upper = _added(upper, block, upper_scale * w_scale)
         lower_factor = lower_scale * w_scale
         if TWO:
-            block = _product(room, stage, slot, LOWER, block, never)
+            block = _product(room, stage, LOWER, block, never)
         # Where the next item is, and its first scales, while the tensor cores work.
         ahead_row, ahead_column, ahead_part, o_upper, o_lower, o_w, upper_scale, lower_scale, w_scale = _begin(
             work, gl.minimum(i + gl.num_programs(0), work.items - 1), p_x_descale, p_descale, o_row, o_zero,
@@ -245,24 +229,25 @@ def _multiply(room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xs
             lower = _added(lower, block, lower_factor)
             _sent(lower, out, d_out, p_part, row + ROWS, column, part, M, N, BLOCK_N)
         g += 1
-    if p_part is not None and KEPT == 0:
+    if p_part is not None:
         _launch_later()
     tma.store_wait(0)
 
 
 @gluon.jit
-def _room(d_x, d_w, d_out, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr):
+def _room(d_x, d_w, d_out, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    x = gl.allocate_shared_memory(d_x.dtype, [KEPT if KEPT > 0 else STAGES, BLOCK_M, BLOCK_K], d_x.layout)
-    w = gl.allocate_shared_memory(d_w.dtype, [STAGES, BLOCK_N, BLOCK_K], d_w.layout)
-    out = w
-    if KEPT == 0:
-        out = gl.allocate_shared_memory(d_out.dtype, [2, ROWS, BLOCK_N], d_out.layout)
-    room = Room(x, w, out, full, empty)
+    room = Room(
+        gl.allocate_shared_memory(d_x.dtype, [STAGES, BLOCK_M, BLOCK_K], d_x.layout),
+        gl.allocate_shared_memory(d_w.dtype, [STAGES, BLOCK_N, BLOCK_K], d_w.layout),
+        gl.allocate_shared_memory(d_out.dtype, [2, ROWS, BLOCK_N], d_out.layout),
+        full,
+        empty,
+    )
     fence_async_shared()
     return room
 
@@ -271,25 +256,24 @@ def _room(d_x, d_w, d_out, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES:
 def _fp8_hopper_kernel(
     d_x, p_x_descale, d_w, p_descale, d_out, p_part, M, N, K, stride_xsm, stride_xsk, stride_sn, blocks_a_part, parts,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, REGS: gl.constexpr,
-    KEPT: gl.constexpr, num_warps: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (as many programs as run at once,). d_x, d_w: descriptors of [M, K] and [N, K]; beyond is read as zeros.
 
     d_out: of [M, N], in boxes of 64 rows. p_part: float32 [parts, M, N] if K is in parts, each of blocks_a_part blocks
-    of 128, else None. BLOCK_M: 128 or 256. BLOCK_N: up to 128. KEPT: blocks of K if a program keeps all of x, BLOCK_M
-    rows at most, and p_part is the result, else 0.
+    of 128, else None. BLOCK_M: 128 or 256. BLOCK_N: up to 128.
     """
-    room = _room(d_x, d_w, d_out, BLOCK_M, BLOCK_N, STAGES, KEPT)
+    room = _room(d_x, d_w, d_out, BLOCK_M, BLOCK_N, STAGES)
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     work = Work(tiles_m, tiles_n, gl.cdiv(K, BLOCK_K), blocks_a_part, tiles_m * tiles_n * parts)
     gl.warp_specialize(
         [
             (_multiply, (room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xsm, stride_xsk, stride_sn, 0,
-                         BLOCK_M, BLOCK_N, STAGES, BAND, KEPT)),
+                         BLOCK_M, BLOCK_N, STAGES, BAND)),
             (_multiply, (room, work, d_out, p_part, p_x_descale, p_descale, M, N, stride_xsm, stride_xsk, stride_sn, 1,
-                         BLOCK_M, BLOCK_N, STAGES, BAND, KEPT)),
-            (_fetch, (room, work, d_x, d_w, BLOCK_M, BLOCK_N, STAGES, BAND, KEPT)),
+                         BLOCK_M, BLOCK_N, STAGES, BAND)),
+            (_fetch, (room, work, d_x, d_w, BLOCK_M, BLOCK_N, STAGES, BAND)),
         ],
         [4, 1],
         [REGS, 24],

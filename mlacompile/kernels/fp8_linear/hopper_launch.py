@@ -28,21 +28,15 @@ SUM_BYTES = 3200  # a cycle, of partial results that are written and read again,
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """block_m: rows of x, 128 or 256. block_n: rows of the weight, up to 128. parts: of K, each an item of its own.
-
-    kept: a program keeps all of x, at most block_m rows of few columns, in one part. Not measured, so not chosen.
-    """
+    """block_m: rows of x, 128 or 256. block_n: rows of the weight, up to 128. parts: of K, each an item of its own."""
 
     block_m: int
     block_n: int
     parts: int = 1
-    kept: bool = False
 
-    def stages(self, k: int) -> int:
-        """As many as fit beside 64 rows of the result for each group of warps, or beside all k columns of x."""
-        if self.kept:
-            room = SMEM - RESERVED - scale_groups(k) * self.block_m * SCALE_GROUP
-            return max(room, 0) // (self.block_n * SCALE_GROUP)
+    @property
+    def stages(self) -> int:
+        """As many as fit beside 64 rows of the result for each group of warps."""
         room = SMEM - RESERVED - 2 * GROUP_ROWS * self.block_n * 2
         return room // ((self.block_m + self.block_n) * SCALE_GROUP)
 
@@ -52,7 +46,7 @@ class HopperTiles:
         return BAND_ROWS // self.block_m
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.parts}{'-kept' * self.kept}"
+        return f"{self.block_m}x{self.block_n}x{self.parts}"
 
 
 TILES = (HopperTiles(256, 128), HopperTiles(128, 128), HopperTiles(128, 64))
@@ -94,33 +88,22 @@ def hopper_launches(
     x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, out: Tensor,
     tiles: HopperTiles | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of the kernel, and of the sum if K is divided. Meta tensors do, to compile without a GPU.
-
-    Raises:
-        ValueError: tiles that keep x where it has more rows than one, is cut, or leaves no room for two stages.
-    """
+    """The launches of the kernel, and of the sum if K is divided. Meta tensors do, to compile without a GPU."""
     from mlacompile.kernels.fp8_linear.hopper import _fp8_hopper_kernel
 
     (m, k), n = x.shape, weight.shape[0]
     sms = sms_of(x.device)
     tiles = tiles or choose_hopper_tiles(m, n, k, sms)
-    if tiles.kept and (m > tiles.block_m or tiles.parts > 1 or tiles.stages(k) < 2):
-        raise ValueError(
-            f"tiles {tiles} keep x, of {tiles.block_m} rows at most, in one part, beside two stages or more; it is "
-            f"{m} x {k}, in {tiles.parts}, beside {tiles.stages(k)}: use tiles that do not keep it"
-        )
     blocks_a_part = -(-scale_groups(k) // tiles.parts)
     parts = -(-scale_groups(k) // blocks_a_part)
     partial = x.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
     arguments = {
         "d_x": _descriptor(x, tiles.block_m, SCALE_GROUP), "p_x_descale": x_descale,
         "d_w": _descriptor(weight, tiles.block_n, SCALE_GROUP), "p_descale": weight_descale,
-        "d_out": _descriptor(out, GROUP_ROWS, tiles.block_n), "M": m, "N": n, "K": k,
-        "p_part": out if tiles.kept else partial,
+        "d_out": _descriptor(out, GROUP_ROWS, tiles.block_n), "p_part": partial, "M": m, "N": n, "K": k,
         "stride_xsm": x_descale.stride(0), "stride_xsk": x_descale.stride(1), "stride_sn": weight_descale.stride(0),
         "blocks_a_part": blocks_a_part, "parts": parts, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "STAGES": tiles.stages(k), "BAND": tiles.band, "REGS": REGISTERS,
-        "KEPT": scale_groups(k) if tiles.kept else 0,
+        "STAGES": tiles.stages, "BAND": tiles.band, "REGS": REGISTERS,
     }  # fmt: skip
     items = -(-m // tiles.block_m) * -(-n // tiles.block_n) * parts
     launches = [Launch(_fp8_hopper_kernel, (min(items, sms),), arguments, {"num_warps": 4})]

@@ -43,6 +43,7 @@ PEERS = ("bf16", "cublas")
 #: Of --also: how a kernel whose tiles can be named runs, module and function, and what its numbers make.
 TILED = {
     "hopper": ("mlacompile.kernels.fp8_linear.hopper_launch", "fp8_linear_hopper", "HopperTiles"),
+    "stream": ("mlacompile.kernels.fp8_linear.stream_launch", "fp8_linear_stream", "StreamTiles"),
     "triton": ("mlacompile.kernels.fp8_linear.launch", "fp8_linear_tiles", "Tiles"),
 }
 SHAPES = "24576x1536,7168x16384,2112x7168,32768x512,36864x7168,7168x18432,128*512x128,128*128x512"

@@ -12,6 +12,8 @@ from mlacompile.kernels.fp8_linear.supports import (
     hopper_slower,
     rows_reasons,
     rows_slower,
+    stream_reasons,
+    stream_slower,
     tiles_reasons,
     tiles_slower,
 )
@@ -36,6 +38,12 @@ def _hopper(*args: Any) -> Tensor:
     return fp8_linear_hopper(*args)
 
 
+def _stream(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.stream_launch import fp8_linear_stream
+
+    return fp8_linear_stream(*args)
+
+
 def _blas(*args: Any) -> Tensor:
     from mlacompile.kernels.fp8_linear.blas import fp8_linear_blas
 
@@ -45,6 +53,7 @@ def _blas(*args: Any) -> Tensor:
 KERNELS = (
     Kernel("gluon", "fp8_linear", rows_reasons, _rows, rows_slower),
     Kernel("triton", "fp8_linear", tiles_reasons, _tiles, tiles_slower),
+    Kernel("stream", "fp8_linear", stream_reasons, _stream, stream_slower),
     Kernel("hopper", "fp8_linear", hopper_reasons, _hopper, hopper_slower),
     Kernel("cublas", "fp8_linear", blas_reasons, _blas),
 )

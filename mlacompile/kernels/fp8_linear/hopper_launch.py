@@ -76,8 +76,7 @@ def fp8_linear_hopper(
     tiles: HopperTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """The op by the Hopper kernel, for inputs that ``hopper_reasons`` has nothing against."""
-    # Graphs choose a kernel before there is memory to look at; what TMA cannot address then is copied.
-    x, weight = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, weight))
+    x, weight = aligned(x), aligned(weight)
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
     for launch in hopper_launches(x, x_descale, weight, weight_descale, out, tiles):
         launch()
@@ -98,9 +97,9 @@ def hopper_launches(
     parts = -(-scale_groups(k) // blocks_a_part)
     partial = x.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
     arguments = {
-        "d_x": _descriptor(x, tiles.block_m, SCALE_GROUP), "p_x_descale": x_descale,
-        "d_w": _descriptor(weight, tiles.block_n, SCALE_GROUP), "p_descale": weight_descale,
-        "d_out": _descriptor(out, GROUP_ROWS, tiles.block_n), "p_part": partial, "M": m, "N": n, "K": k,
+        "d_x": descriptor(x, tiles.block_m, SCALE_GROUP), "p_x_descale": x_descale,
+        "d_w": descriptor(weight, tiles.block_n, SCALE_GROUP), "p_descale": weight_descale,
+        "d_out": descriptor(out, GROUP_ROWS, tiles.block_n), "p_part": partial, "M": m, "N": n, "K": k,
         "stride_xsm": x_descale.stride(0), "stride_xsk": x_descale.stride(1), "stride_sn": weight_descale.stride(0),
         "blocks_a_part": blocks_a_part, "parts": parts, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "STAGES": tiles.stages, "BAND": tiles.band, "REGS": REGISTERS,
@@ -110,7 +109,12 @@ def hopper_launches(
     return launches if partial is None else [*launches, sum_launch(partial, out)]
 
 
-def _descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def aligned(t: Tensor) -> Tensor:
+    """t where TMA can address it. Graphs choose a kernel before there is memory to look at; then it is copied."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Blocks of so many rows and columns, in lines of 128 bytes as ``wgmma`` reads them."""
     bits = 8 * t.itemsize
     apart = t.stride(0) if t.stride(0) * t.itemsize % 16 == 0 else 128 // bits  # of a single row it may be anything

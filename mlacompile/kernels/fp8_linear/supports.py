@@ -61,6 +61,16 @@ def hopper_reasons(
     return reasons
 
 
+def stream_reasons(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why the Hopper kernel for few rows cannot run on these inputs; empty when it can."""
+    reasons = hopper_reasons(x, x_descale, weight, weight_descale, dtype)
+    if x.shape[-2] > 2 * TILE_ROWS:
+        reasons.append(f"x has {x.shape[-2]} rows, the kernel takes up to {2 * TILE_ROWS}")
+    return reasons
+
+
 def blas_reasons(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
@@ -101,6 +111,13 @@ def tiles_slower(
     if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
         return []
     return [f"kernels for many rows are faster with {m} rows by a weight of {n}"]
+
+
+def stream_slower(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why another kernel is faster where both can serve (measured, docs/kernels.md)."""
+    return ["not measured yet"]
 
 
 def hopper_slower(

@@ -1,0 +1,97 @@
+"""The Hopper kernel of ``fp8_linear`` for few rows on a GPU against float64: edges, cut tiles, whole ones, graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlacompile.kernels.fp8_linear.supports import stream_reasons
+from mlacompile.ops.fp8_linear import fp8_linear
+from mlacompile.testing.scaled import KINDS, Product, exact, make_product, worst
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+TILES = [(64, 128, 0), (64, 256, 0), (128, 128, 0), (64, 128, 1), (128, 128, 1)]
+#: (m, n, k): rows and columns beyond a tile and short of it, tiles in two pieces and in many, more than programs.
+SHAPES = [(1, 8, 16), (17, 200, 144), (64, 2112, 7168), (50, 576, 1552), (64, 20000, 784), (33, 128, 8192)]
+
+
+def run(product: Product, dtype: torch.dtype, tiles: tuple[int, int, int]) -> torch.Tensor:
+    from mlacompile.kernels.fp8_linear.stream_launch import StreamTiles, fp8_linear_stream
+
+    assert not stream_reasons(*product.tensors, dtype)
+    assert product.x_descale is not None
+    return fp8_linear_stream(
+        product.x, product.x_descale, product.weight, product.weight_descale, dtype, StreamTiles(*tiles)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_parity(m: int, n: int, k: int, kind: str) -> None:
+    for tiles in TILES:
+        product = make_product(m * tiles[0] // 64, n, k, quantized=True, kind=kind, device="cuda")
+        for dtype in (torch.bfloat16, torch.float16):
+            want, bound = exact(product, dtype)
+            if dtype == torch.float16:  # what it cannot hold becomes infinite
+                bound = torch.where(want.abs() > 6e4, torch.inf, bound)
+            got = run(product, dtype, tiles)
+            assert got.is_contiguous()
+            assert got.dtype == dtype
+            wrong = worst(got.where(bound.isfinite(), 0), want.where(bound.isfinite(), 0), bound)
+            assert not wrong, f"{tiles}: {wrong}"
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_strided_inputs(tiles: tuple[int, int, int]) -> None:
+    product = make_product(60, 1256, 512, quantized=True, device="cuda")
+    assert product.x_descale is not None
+    want = run(product, torch.bfloat16, tiles)
+    wide = torch.zeros(60, 768, dtype=torch.uint8, device="cuda")
+    wide[:, 128:640] = product.x.view(torch.uint8)
+    x = wide.view(product.x.dtype)[:, 128:640]
+    weight = torch.cat([product.weight.view(torch.uint8)] * 2, 1).view(product.weight.dtype)[:, 512:]
+    turned = product.x_descale.t().contiguous().t()
+    assert turned.stride() == (1, 60)
+    got = run(Product(x, turned, weight, product.weight_descale), torch.bfloat16, tiles)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, int, int]) -> None:
+    product = make_product(60, 384, 1024, quantized=True, device="cuda")
+    assert product.x_descale is not None
+    product.weight_descale[1, 3] = torch.nan
+    product.x_descale[33, 5] = torch.inf
+    product.x.view(torch.uint8)[59, 1000] = 0x7F  # NaN in e4m3
+    bad = run(product, torch.bfloat16, tiles).isfinite().logical_not()
+    assert bad[:, 128:256].all()
+    assert bad[[33, 59]].all()
+    bad[:, 128:256] = bad[[33, 59]] = False
+    assert not bad.any()
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_replays_from_a_graph(tiles: tuple[int, int, int]) -> None:
+    """And comes to the same bits every time, one call behind the other: none begins before its pieces are read."""
+    product = make_product(64, 2112, 2048, quantized=True, device="cuda")
+    want = run(product, torch.bfloat16, tiles)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [run(product, torch.bfloat16, tiles) for _ in range(5)]
+    for _ in range(50):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(out, want) for out in outs)
+
+
+def test_it_can_be_asked_for() -> None:
+    product = make_product(48, 1024, 1024, quantized=True, device="cuda")
+    got = fp8_linear(*product.tensors, torch.bfloat16, impl="stream")
+    assert not worst(got, *exact(product, torch.bfloat16))

@@ -54,9 +54,11 @@ BACKENDS: dict[str, dict[str, Any] | None] = {
     "mlacompile-nographs": {"backend": "mlacompile", "options": {"cudagraphs": False}},
     "mlacompile-fp8-weights": {"backend": "mlacompile", "options": {"fp8": "all"}},
     "mlacompile-fp8": {"backend": "mlacompile", "options": {"fp8": "all"}},
+    "mlacompile-fp8-token": {"backend": "mlacompile", "options": {"fp8": "all"}},
 }
-#: Backends that run a copy of the model whose linear layers are in FP8 alone; the last with a LatentCache in FP8 too.
-QUANTIZED = ("mlacompile-fp8-weights", "mlacompile-fp8")
+#: Backends that run a copy of the model whose linear layers are in FP8 alone, and the scales of the FP8 LatentCache
+#: that they read, or None where they read the cache as it is.
+QUANTIZED = {"mlacompile-fp8-weights": None, "mlacompile-fp8": "block", "mlacompile-fp8-token": "token"}
 #: How far from the eager run of the same quantized model, on the same cache, such a backend may be.
 FP8_LIMIT = 2e-2
 DEFAULTS = {
@@ -155,7 +157,7 @@ def run_shape(name: str, model: Any, batch: int, context: int, args: argparse.Na
             beside: Tensor | None = eager
             row.eager_vs_reference = own_error
             if backend in QUANTIZED:
-                own, held = in_fp8(model, cache, latent=backend == "mlacompile-fp8")
+                own, held = in_fp8(model, cache, QUANTIZED[backend])
                 beside = None
                 if reference is not None:
                     beside = decode(own, held, tokens, context).clone()
@@ -171,7 +173,7 @@ def run_shape(name: str, model: Any, batch: int, context: int, args: argparse.Na
                 # FP8 itself costs more than rounding in the dtype of the model, and an eager run expands the cache by
                 # products that quantize it: that is exact only where it was in FP8 before.
                 row.parity = None
-                if backend == "mlacompile-fp8" and row.error_vs_eager is not None:
+                if QUANTIZED[backend] and row.error_vs_eager is not None:
                     row.parity = row.error_vs_eager <= FP8_LIMIT
             del own, held, exact
         except Exception as error:  # one backend that fails (out of memory, say) must not take the others with it
@@ -180,16 +182,17 @@ def run_shape(name: str, model: Any, batch: int, context: int, args: argparse.Na
     return rows
 
 
-def in_fp8(model: Any, cache: Any, *, latent: bool) -> tuple[Any, Any]:
-    """A copy of the model in FP8, its own weights released, and with ``latent`` the same tokens in an FP8 cache."""
+def in_fp8(model: Any, cache: Any, scales: str | None) -> tuple[Any, Any]:
+    """A copy of the model in FP8, its own weights released, and the same tokens, in an FP8 cache unless ``scales`` is
+    None."""
     import mlacompile
 
     copied = copy.deepcopy(model)
     mlacompile.quantize(copied)
-    if not latent:
+    if scales is None:
         return copied, cache
     length = cache.layers[0].keys.shape[-2]
-    latents = mlacompile.LatentCache(model.config, max_cache_len=length, dtype="fp8_e4m3")
+    latents = mlacompile.LatentCache(model.config, max_cache_len=length, dtype="fp8_e4m3", scales=scales)
     for new, old in zip(latents.layers, cache.layers, strict=True):
         batch = old.keys.shape[0]
         new.initialize(batch, old.keys.dtype, old.keys.device)

@@ -20,6 +20,7 @@ _FAMILIES = {
     "row_product": "mlacompile.kernels.row_product",
     "write_latents": "mlacompile.kernels.write_latents",
     "fp8_linear": "mlacompile.kernels.fp8_linear",
+    "fp8_stacked": "mlacompile.kernels.fp8_stacked",
 }
 
 

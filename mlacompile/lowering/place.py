@@ -13,6 +13,7 @@ from mlacompile.lowering.read_early import read_early
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
 from mlacompile.lowering.share_bounds import share_bounds
 from mlacompile.lowering.single_row import place_head_products, place_row_products
+from mlacompile.lowering.stack_products import stack_products
 from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
 
@@ -47,6 +48,8 @@ def place(
         gm.graph.eliminate_dead_code()  # what nobody uses must not stand between a product and what follows it
         if placed := place_row_products(gm, constant) + place_head_products(gm, constant):
             notes.append(f"{placed} products with a single row read their weights by kernels made for that")
+        if placed := stack_products(gm):
+            notes.append(f"{placed} pairs of FP8 products of the same rows are one launch each")
     gm.graph.eliminate_dead_code()
     store_before_spreading(gm)
     read_early(gm)

@@ -139,7 +139,7 @@ def fp8_linear(
         UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
     """
     check_weight("fp8_linear", weight, weight_descale)
-    _check_left(x, x_descale, weight)
+    check_left("fp8_linear", x, x_descale, weight)
     if impl == "auto":
         best, _ = registry.best("fp8_linear", x, x_descale, weight, weight_descale, dtype)
         impl = "reference" if best is None else best.name
@@ -167,7 +167,8 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
 
 
-def _check_left(x: Tensor, x_descale: Tensor | None, weight: Tensor) -> None:
+def check_left(op: str, x: Tensor, x_descale: Tensor | None, weight: Tensor) -> None:
+    """Raise UnsupportedInputError unless x, in FP8 with these scales or not, can be multiplied with such a weight."""
     *heads, _, k = weight.shape
     fits = x.dim() == weight.dim() and list(x.shape[:-2]) == heads and x.shape[-1] == k
     want = [*x.shape[:-1], scale_groups(k)]
@@ -179,7 +180,7 @@ def _check_left(x: Tensor, x_descale: Tensor | None, weight: Tensor) -> None:
         scales = "none" if x_descale is None else f"{x_descale.dtype} {list(x_descale.shape)}"
         rows = ", ".join([*map(str, heads), "M"])
         raise UnsupportedInputError(
-            f"fp8_linear: got x of {x.dtype} {list(x.shape)} with scales {scales} for a weight {list(weight.shape)}; "
+            f"{op}: got x of {x.dtype} {list(x.shape)} with scales {scales} for a weight {list(weight.shape)}; "
             f"expected [{rows}, {k}], either {E4M3} with torch.float32 scales [{rows}, {want[-1]}], "
             "fp8_quantize(x, 128, …), or of 16 or 32 bits with no scales"
         )

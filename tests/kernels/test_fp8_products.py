@@ -66,7 +66,8 @@ def test_few_rows_pass_nothing_through_shared_memory(m: int, n: int, k: int, hea
     ],
 )
 def test_tiles_run_on_wgmma(m: int, n: int, k: int, heads: int, quantized: bool, product: str) -> None:
-    launches = tiles_launches(*meta(m, n, k, heads, quantized))
+    x, x_descale, weight, descale, out = meta(m, n, k, heads, quantized)
+    launches = tiles_launches(x, x_descale, [weight], [descale], out)
     main, *rest = [compile_for(x.kernel, x.arguments, x.options, name=x.kernel.__name__) for x in launches]
     print(table([main, *rest]))
     assert main.counts[product] > 0
@@ -74,6 +75,17 @@ def test_tiles_run_on_wgmma(m: int, n: int, k: int, heads: int, quantized: bool,
     assert main.counts["UTMALDG"] > 0, "tiles should come by TMA"
     assert main.spill_bytes == main.local_memory == main.serialized == 0
     assert len(rest) == (n < 16384 and not heads), "K is divided where one weight has few tiles"
+
+
+def test_tiles_of_two_weights() -> None:
+    x, x_descale, weight, descale, _ = meta(64, 1536, 7168, 0, True)
+    _, _, other, other_descale, out = meta(64, 576, 7168, 0, True)
+    out = torch.empty(64, 1536 + 576, dtype=out.dtype, device="meta")
+    main, _ = tiles_launches(x, x_descale, [weight, other], [descale, other_descale], out)
+    built = compile_for(main.kernel, main.arguments, main.options)
+    assert main.grid[0] == (1536 + 576) // 64
+    assert built.counts["QGMMA"] == 2 * 4, "a loop for each weight"
+    assert built.spill_bytes == built.local_memory == built.serialized == 0
 
 
 def test_tiles_fill_the_gpu() -> None:
@@ -90,7 +102,7 @@ def test_kernels_say_why_not() -> None:
         assert "CUDA device" in "; ".join(kernel.supports(*product.tensors, torch.bfloat16))
     with pytest.raises(UnsupportedInputError, match=r"impl='triton' cannot take these inputs.*CUDA device"):
         fp8_linear(*product.tensors, torch.bfloat16, impl="triton")
-    with pytest.raises(UnsupportedInputError, match="no kernel 'fast'; it has gluon, triton, hopper, cublas"):
+    with pytest.raises(UnsupportedInputError, match="no kernel 'fast'; it has gluon, triton, stream, hopper, cublas"):
         fp8_linear(*product.tensors, torch.bfloat16, impl="fast")
     assert blas_reasons(*product.tensors, torch.bfloat16)
 

@@ -7,6 +7,7 @@ import torch
 
 from mlacompile.kernels.fp8_linear.supports import stream_reasons
 from mlacompile.ops.fp8_linear import fp8_linear
+from mlacompile.ops.fp8_stacked import fp8_stacked
 from mlacompile.testing.scaled import KINDS, Product, exact, make_product, worst
 
 pytestmark = [
@@ -95,3 +96,31 @@ def test_it_can_be_asked_for() -> None:
     product = make_product(48, 1024, 1024, quantized=True, device="cuda")
     got = fp8_linear(*product.tensors, torch.bfloat16, impl="stream")
     assert not worst(got, *exact(product, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "k"), [(64, (1536, 576), 7168), (20, (1280, 200), 784), (128, (256, 16384), 144)]
+)
+@pytest.mark.parametrize("impl", ["stream", "triton", "triton weight only", "auto"])
+def test_two_weights_in_one_launch(m: int, rows: tuple[int, int], k: int, impl: str) -> None:
+    first, second = (make_product(m, n, k, quantized="only" not in impl, kind="outliers", device="cuda") for n in rows)
+    second = Product(first.x, first.x_descale, second.weight, second.weight_descale)
+    weights, descales = [first.weight, second.weight], [first.weight_descale, second.weight_descale]
+    got = fp8_stacked(first.x, first.x_descale, weights, descales, torch.bfloat16, impl=impl.split()[0])
+    assert got.is_contiguous()
+    for part, product in zip(got.split(rows, 1), (first, second), strict=True):
+        assert not worst(part, *exact(product, torch.bfloat16))
+
+
+def test_launches_on_two_streams_do_not_take_each_others_flags() -> None:
+    products = [make_product(64, 2112, 7168, quantized=True, seed=seed, device="cuda") for seed in (1, 2)]
+    wants = [run(product, torch.bfloat16, TILES[0]) for product in products]
+    streams = [torch.cuda.Stream() for _ in products]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        gots = []
+        for product, stream in zip(products, streams, strict=True):
+            with torch.cuda.stream(stream):
+                gots.append(run(product, torch.bfloat16, TILES[0]))
+        torch.cuda.synchronize()
+        assert all(torch.equal(got, want) for got, want in zip(gots, wants, strict=True))

@@ -124,8 +124,16 @@ def fp8_linear_tiles(
     tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """The op by the kernels for any number of rows, for inputs that ``tiles_reasons`` has nothing against."""
-    out = x.new_empty((*x.shape[:-1], weight.shape[-2]), dtype=dtype)
-    for launch in tiles_launches(x, x_descale, weight, weight_descale, out, tiles):
+    return fp8_stacked_tiles(x, x_descale, [weight], [weight_descale], dtype, tiles)
+
+
+def fp8_stacked_tiles(
+    x: Tensor, x_descale: Tensor | None, weights: Sequence[Tensor], descales: Sequence[Tensor], dtype: torch.dtype,
+    tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """As above, by one weight or two."""
+    out = x.new_empty((*x.shape[:-1], sum(w.shape[-2] for w in weights)), dtype=dtype)
+    for launch in tiles_launches(x, x_descale, weights, descales, out, tiles):
         launch()
     return out
 
@@ -164,13 +172,13 @@ def rows_launch(
 
 
 def tiles_launches(
-    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, out: Tensor,
+    x: Tensor, x_descale: Tensor | None, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Tensor,
     tiles: Tiles | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of the kernel for any number of rows, and of the sum if K is divided."""
     from mlacompile.kernels.fp8_linear.tiles import _fp8_tiles_kernel
 
-    m, (n, k) = x.shape[-2], weight.shape[-2:]
+    weight, (m, k), n = weights[0], x.shape[-2:], out.shape[-1]
     heads = weight.shape[0] if weight.dim() == 3 else 1
     tiles = tiles or choose_tiles(m, n, k, heads, sms_of(x.device))
     groups = -(-k // SCALE_GROUP)
@@ -179,13 +187,15 @@ def tiles_launches(
     split = parts > 1
     target = x.new_empty((parts, m, n), dtype=torch.float32) if split else out
     by_head = weight.dim() == 3
-    (xsb, xsm, xsk), (sb, sn, _) = map(_three_strides, (x_descale, weight_descale))
+    (xsb, xsm, xsk), (sb, sn, _), (_, sn2, _) = map(_three_strides, (x_descale, descales[0], descales[-1]))
     arguments = {
         "d_x": _descriptor(x, tiles.block_m), "p_x_descale": x_descale,
-        "d_w": _descriptor(weight, tiles.block_n), "p_descale": weight_descale, "p_out": target,
-        "M": m, "N": n, "K": k, "K_PART": part, "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk,
-        "stride_sb": sb, "stride_sn": sn, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "BY_HEAD": by_head, "SPLIT": split, "STAGES": tiles.stages,
+        "d_w": _descriptor(weight, tiles.block_n), "p_descale": descales[0],
+        "d_w2": _descriptor(weights[-1], tiles.block_n), "p_descale2": descales[-1], "p_out": target,
+        "M": m, "N": n, "N1": weight.shape[-2], "K": k, "K_PART": part,
+        "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk, "stride_sb": sb,
+        "stride_sn": sn, "stride_sn2": sn2, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BY_HEAD": by_head, "SPLIT": split,
+        "STAGES": tiles.stages, "TWO": len(weights) == 2,
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
     launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]

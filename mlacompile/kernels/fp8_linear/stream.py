@@ -43,7 +43,8 @@ def _borders(begin, end, blocks):
 
 
 @gluon.jit
-def _fetch(room, d_x, d_w, begin, end, blocks, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def _fetch(room, d_x, d_w, d_w2, begin, end, blocks, N1, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+           STAGES: gl.constexpr, TWO: gl.constexpr):  # fmt: skip
     """Copies the blocks of a stretch, each as soon as all groups have multiplied what its stage held before."""
     head, tail = _borders(begin, end, blocks)
     for g in range(end - begin):
@@ -53,7 +54,11 @@ def _fetch(room, d_x, d_w, begin, end, blocks, BLOCK_M: gl.constexpr, BLOCK_N: g
         mbarrier.wait(room.empty.index(stage), ((g // STAGES) & 1) ^ 1)
         full = room.full.index(stage)
         mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K)
-        load_tile(d_w, [at // blocks * BLOCK_N, at % blocks * BLOCK_K], full, room.w.index(stage))
+        row = at // blocks * BLOCK_N
+        if TWO and row >= N1:
+            load_tile(d_w2, [row - N1, at % blocks * BLOCK_K], full, room.w.index(stage))
+        else:
+            load_tile(d_w, [row, at % blocks * BLOCK_K], full, room.w.index(stage))
         load_tile(d_x, [0, at % blocks * BLOCK_K], full, room.x.index(stage))
 
 
@@ -100,9 +105,10 @@ def _collected(acc, p_part, p_flag, i, live):
 
 
 @gluon.jit
-def _multiply(room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, blocks, share, M, N, stride_xsm,
-              stride_xsk, stride_sn, UPPER: gl.constexpr, LEFT: gl.constexpr, GROUP: gl.constexpr,
-              GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _multiply(room, d_out, p_part, p_flag, p_x_descale, p_descale, p_descale2, begin, end, blocks, share, M, N, N1,
+              stride_xsm, stride_xsk, stride_sn, stride_sn2, UPPER: gl.constexpr, LEFT: gl.constexpr,
+              GROUP: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+              TWO: gl.constexpr):  # fmt: skip
     """64 rows from UPPER by 128 columns from LEFT of each tile. Scales are read two blocks ahead."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 32]
@@ -122,9 +128,14 @@ def _multiply(room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, b
             tile = at // blocks
             first = at % blocks
             last = gl.minimum(first + stop - at, blocks) - 1
-            o_w = o_zero + gl.minimum(tile * BLOCK_N + LEFT, N - 1) // BLOCK_K * stride_sn
-            x_scale, w_scale = _scales(p_x_descale, p_descale, o_x, o_w, first, stride_xsk)
-            x_next, w_next = _scales(p_x_descale, p_descale, o_x, o_w, gl.minimum(first + 1, last), stride_xsk)
+            row = gl.minimum(tile * BLOCK_N + LEFT, N - 1)  # of the weight
+            p_w = p_descale
+            o_w = o_zero + row // BLOCK_K * stride_sn
+            if TWO and row >= N1:
+                p_w = p_descale2
+                o_w = o_zero + (row - N1) // BLOCK_K * stride_sn2
+            x_scale, w_scale = _scales(p_x_descale, p_w, o_x, o_w, first, stride_xsk)
+            x_next, w_next = _scales(p_x_descale, p_w, o_x, o_w, gl.minimum(first + 1, last), stride_xsk)
             acc = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
             for k in range(first, last + 1):
                 stage = g % STAGES
@@ -137,7 +148,7 @@ def _multiply(room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, b
                 factor = x_scale * w_scale
                 x_scale = x_next
                 w_scale = w_next
-                x_next, w_next = _scales(p_x_descale, p_descale, o_x, o_w, gl.minimum(k + 2, last), stride_xsk)
+                x_next, w_next = _scales(p_x_descale, p_w, o_x, o_w, gl.minimum(k + 2, last), stride_xsk)
                 block = warpgroup_mma_wait(0, deps=(block,))
                 mbarrier.arrive(room.empty.index(stage), count=1)
                 acc = _added(acc, block, factor)
@@ -157,15 +168,17 @@ def _multiply(room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, b
 
 @gluon.jit(do_not_specialize=["M", "share"])
 def _fp8_stream_kernel(
-    d_x, p_x_descale, d_w, p_descale, d_out, p_part, p_flag, M, N, K, stride_xsm, stride_xsk, stride_sn, share,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGS: gl.constexpr, num_warps: gl.constexpr,
+    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, d_out, p_part, p_flag, M, N, N1, K, stride_xsm, stride_xsk,
+    stride_sn, stride_sn2, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    REGS: gl.constexpr, TWO: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs,), each with ``share`` blocks of the line. d_x, d_w: descriptors of [M, K] and [N, K], M at most
-    BLOCK_M; beyond is read as zeros. d_out: of [M, N], in boxes of 64 rows by 128. p_part: float32 [programs,
-    groups, 64, 128]. p_flag: int32 [programs, groups], zeros, which are zeros afterwards; nobody else may use them at the
-    same time. BLOCK_M: 64 or 128. BLOCK_N: 128, or 256 with 64 rows.
+    """Grid: (programs,), each with ``share`` blocks of the line. A program waits for programs before it only, which are
+    on the device by then: they are started in order.
 
-    A program waits for programs before it, which are on the device by then: they are started in order.
+    d_x, d_w: descriptors of [M, K], M at most BLOCK_M, and [N, K]; what is beyond is read as zeros. TWO: weight rows
+    from N1 on, a multiple of BLOCK_N, are those of a second weight. d_out: of [M, N], in boxes of 64 rows by 128.
+    p_part: float32 [programs, groups, 64, 128]. p_flag: int32 [programs, groups], zeros, which are zeros again
+    afterwards; nobody else may use them at the same time. BLOCK_M: 64 or 128. BLOCK_N: 128, or 256 with 64 rows.
     """
     GROUPS: gl.constexpr = BLOCK_M * BLOCK_N // (ROWS * COLUMNS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -188,9 +201,10 @@ def _fp8_stream_kernel(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, blocks, share, M, N,
-                             stride_xsm, stride_xsk, stride_sn, 0, 0, 0, GROUPS, BLOCK_N, STAGES)),
-                (_fetch, (room, d_x, d_w, begin, end, blocks, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (room, d_out, p_part, p_flag, p_x_descale, p_descale, p_descale2, begin, end, blocks, share,
+                             M, N, N1, stride_xsm, stride_xsk, stride_sn, stride_sn2, 0, 0, 0, GROUPS, BLOCK_N, STAGES,
+                             TWO)),
+                (_fetch, (room, d_x, d_w, d_w2, begin, end, blocks, N1, BLOCK_M, BLOCK_N, STAGES, TWO)),
             ],
             [1],
             [24],
@@ -198,12 +212,13 @@ def _fp8_stream_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, blocks, share, M, N,
-                             stride_xsm, stride_xsk, stride_sn, 0, 0, 0, GROUPS, BLOCK_N, STAGES)),
-                (_multiply, (room, d_out, p_part, p_flag, p_x_descale, p_descale, begin, end, blocks, share, M, N,
-                             stride_xsm, stride_xsk, stride_sn, BLOCK_M - ROWS, BLOCK_N - COLUMNS, 1, GROUPS, BLOCK_N,
-                             STAGES)),
-                (_fetch, (room, d_x, d_w, begin, end, blocks, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (room, d_out, p_part, p_flag, p_x_descale, p_descale, p_descale2, begin, end, blocks, share,
+                             M, N, N1, stride_xsm, stride_xsk, stride_sn, stride_sn2, 0, 0, 0, GROUPS, BLOCK_N, STAGES,
+                             TWO)),
+                (_multiply, (room, d_out, p_part, p_flag, p_x_descale, p_descale, p_descale2, begin, end, blocks, share,
+                             M, N, N1, stride_xsm, stride_xsk, stride_sn, stride_sn2, BLOCK_M - ROWS,
+                             BLOCK_N - COLUMNS, 1, GROUPS, BLOCK_N, STAGES, TWO)),
+                (_fetch, (room, d_x, d_w, d_w2, begin, end, blocks, N1, BLOCK_M, BLOCK_N, STAGES, TWO)),
             ],
             [4, 1],
             [REGS, 24],

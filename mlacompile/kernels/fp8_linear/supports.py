@@ -11,6 +11,8 @@ from mlacompile.kernels.mla_decode.supports import capability_of, device_reasons
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
 NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …
+WIDE = 16384  # weights of fewer rows are read as fast by tiles of more programs
+WIDEN_ROWS = 16  # of x: with more, a tile of 64 rows is not wasted
 MANY_ROWS = 4096  # … unless rows of x make up for it
 FEW_ROWS = 256  # of x: with more, by sums of …
 DEEP = 4096  # … more products than this, cuBLASLt is faster than the Hopper kernel
@@ -107,17 +109,29 @@ def tiles_slower(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
     """Why kernels for more rows are faster where they can serve (measured, docs/kernels.md)."""
-    m, n = x.shape[-2], weight.shape[-2]
+    m, (n, k) = x.shape[-2], weight.shape[-2:]
+    if x_descale is not None and weight.dim() == 2 and stream_faster(m, n, k):
+        return [f"equal stretches of the weight are read faster with {m} rows by [{n}, {k}]"]
     if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
         return []
     return [f"kernels for many rows are faster with {m} rows by a weight of {n}"]
+
+
+def stream_faster(m: int, n: int, k: int) -> bool:
+    """Whether the Hopper kernel for few rows is the fastest for m rows by [n, k] (measured, docs/kernels.md)."""
+    if m <= WIDEN_ROWS or m > 2 * TILE_ROWS:
+        return False
+    if m <= TILE_ROWS:
+        return k >= DEEP and n >= (NARROW if m <= TILE_ROWS // 2 else WIDE)
+    return n >= WIDE
 
 
 def stream_slower(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
     """Why another kernel is faster where both can serve (measured, docs/kernels.md)."""
-    return ["not measured yet"]
+    m, (n, k) = x.shape[-2], weight.shape[-2:]
+    return [] if stream_faster(m, n, k) else [f"tiles of {m} rows by [{n}, {k}] are faster when they are not cut"]
 
 
 def hopper_slower(

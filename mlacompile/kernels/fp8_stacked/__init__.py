@@ -1,0 +1,65 @@
+"""Kernels of ``fp8_stacked``: those of ``fp8_linear`` that take two weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels.fp8_linear.supports import (
+    stream_reasons,
+    stream_slower,
+    tiles_reasons,
+    tiles_slower,
+)
+from mlacompile.kernels.registry import Kernel
+
+_Reasons = Callable[[Tensor, Tensor | None, Tensor, Tensor, torch.dtype], list[str]]
+
+
+def _for_each(reasons: _Reasons) -> Callable[..., list[str]]:
+    """What a kernel has against any of the weights, or against two of them."""
+
+    def of_both(
+        x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype
+    ) -> list[str]:
+        found = [r for w, s in zip(weights, descales, strict=True) for r in reasons(x, x_descale, w, s, dtype)]
+        if weights[0].shape[0] % SCALE_GROUP:
+            found.append(f"the first weight has {weights[0].shape[0]} rows, not a multiple of {SCALE_GROUP}")
+        return list(dict.fromkeys(found))
+
+    return of_both
+
+
+def _for_all(slower: _Reasons) -> Callable[..., list[str]]:
+    """Why a kernel is slower by as large a weight as both are."""
+
+    def of_both(
+        x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype
+    ) -> list[str]:
+        rows = sum(w.shape[0] for w in weights)
+        both = torch.empty((rows, weights[0].shape[1]), dtype=weights[0].dtype, device="meta")
+        return slower(x, x_descale, both, descales[0], dtype)
+
+    return of_both
+
+
+def _tiles(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.launch import fp8_stacked_tiles
+
+    return fp8_stacked_tiles(*args)
+
+
+def _stream(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.stream_launch import fp8_stacked_stream
+
+    return fp8_stacked_stream(*args)
+
+
+KERNELS = (
+    Kernel("triton", "fp8_stacked", _for_each(tiles_reasons), _tiles, _for_all(tiles_slower)),
+    Kernel("stream", "fp8_stacked", _for_each(stream_reasons), _stream, _for_all(stream_slower)),
+)

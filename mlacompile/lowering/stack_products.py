@@ -1,0 +1,77 @@
+"""FP8 products of the same few rows: two of them become one launch.
+
+    fp8_linear(x, s, w₀, …), fp8_linear(x, s, w₁, …)   →   mlacompile::fp8_stacked(x, s, [w₀, w₁], …), in two parts
+
+Weights that were in FP8 before the graph was made are those of a checkpoint and stay where they are; those that
+``passes/quantize.py`` puts in FP8 are one weight from the beginning.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+import mlacompile.ops.fp8_stacked  # noqa: F401  (registers the op)
+from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels import registry
+from mlacompile.passes.emit import Emitter
+
+aten = torch.ops.aten
+_FP8_LINEAR = torch.ops.mlacompile.fp8_linear.default
+_FP8_STACKED = torch.ops.mlacompile.fp8_stacked.default
+
+
+def stack_products(gm: GraphModule) -> int:
+    """Write such pairs into a functional ATen graph, where a kernel takes them; returns how many."""
+    waiting: dict[tuple[Any, ...], Node] = {}
+    stacked = 0
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in gm.graph.find_nodes(op="call_function", target=_FP8_LINEAR):
+        key = (*map(_what, node.args[:2]), node.args[4])
+        first = waiting.pop(key, None)
+        if first is None:
+            waiting[key] = node
+        elif all(order[n] < order[first] for n in node.args[2:4]):  # type: ignore[index]
+            stacked += _stack(first, node)
+    return stacked
+
+
+def _what(node: Any) -> Any:
+    """What a value is: equal for equal parts of equal calls, which a model makes before each of its layers in FP8."""
+    if not isinstance(node, Node) or node.target is not operator.getitem:
+        return node
+    call: Any = node.args[0]
+    return call.target, tuple(call.args), tuple(call.kwargs.items()), node.args[1]
+
+
+def _stack(first: Node, second: Node) -> bool:
+    """Make both one launch where the first of them is, if a kernel takes them."""
+    pair = sorted((first, second), key=lambda node: _shape(node.args[2])[0] % SCALE_GROUP)  # the last may end anywhere
+    x, x_descale, dtype = first.args[0], first.args[1], first.args[4]
+    weights, descales = [node.args[2] for node in pair], [node.args[3] for node in pair]
+    if any(len(_shape(w)) != 2 for w in weights) or _shape(weights[0])[0] % SCALE_GROUP:
+        return False
+    if not all(isinstance(size, int) for size in _shape(x)):
+        return False
+    values: Any = torch.fx.map_arg((x, x_descale, weights, descales, dtype), lambda n: n.meta["val"])
+    kernel, _ = registry.best("fp8_stacked", *values)
+    if kernel is None or kernel.slower(*values):
+        return False
+    emit = Emitter(first)
+    made = emit(_FP8_STACKED, x, x_descale, weights, descales, dtype, impl=kernel.name)
+    at = 0
+    for node in pair:
+        end = at + _shape(node)[1]
+        part = emit(aten.slice.Tensor, made, 1, at, end)
+        # What follows was traced on contiguous results, and views them; Inductor fuses these copies away.
+        node.replace_all_uses_with(emit(aten.clone.default, part, memory_format=torch.contiguous_format))
+        emit.graph.erase_node(node)
+        at = end
+    return True
+
+
+def _shape(node: Any) -> Any:
+    return node.meta["val"].shape

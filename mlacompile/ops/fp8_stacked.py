@@ -1,0 +1,82 @@
+"""``mlacompile::fp8_stacked``: ``fp8_linear`` by two weights that multiply the same x, in one launch.
+
+    out[:, : n₀] = fp8_linear(x, …, w₀, …)        out[:, n₀ :] = fp8_linear(x, …, w₁, …)
+
+A gate and what it gates, two down-projections of one hidden state: with few rows each is a launch that reads memory for
+some microseconds, and the ends of launches are time in which nothing is read. The weights stay where they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlacompile.errors import UnsupportedInputError
+from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels import registry
+from mlacompile.ops.fp8_linear import check_left, check_weight, fp8_linear_reference
+
+
+def fp8_stacked_reference(
+    x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """The definition: one product after the other, side by side."""
+    products = (fp8_linear_reference(x, x_descale, w, s, dtype) for w, s in zip(weights, descales, strict=True))
+    return torch.cat(list(products), dim=-1)
+
+
+@torch.library.custom_op("mlacompile::fp8_stacked", mutates_args=())
+def fp8_stacked(
+    x: Tensor,
+    x_descale: Tensor | None,
+    weights: list[Tensor],
+    descales: list[Tensor],
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """``x @ torch.cat(weights).T`` with weights in FP8, and x in FP8 or not.
+
+    Args:
+        x, x_descale, dtype: as in ``fp8_linear``, without heads.
+        weights: two, e4m3 ``[Nᵢ, K]``, N₀ a multiple of 128. descales: float32 ``[⌈Nᵢ / 128⌉, ⌈K / 128⌉]``.
+        impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
+    Returns:
+        ``[M, N₀ + N₁]`` in ``dtype``, summed in float32, contiguous.
+    Raises:
+        UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
+    """
+    if len(weights) != 2 or len(descales) != 2 or any(w.dim() != 2 for w in weights) or len(weights[0]) % SCALE_GROUP:
+        raise UnsupportedInputError(
+            f"fp8_stacked: got weights {[list(w.shape) for w in weights]} with {len(descales)} scales; expected two "
+            f"[N, K], the first of N in multiples of {SCALE_GROUP}, and their scales"
+        )
+    for weight, descale in zip(weights, descales, strict=True):
+        check_weight("fp8_stacked", weight, descale)
+        check_left("fp8_stacked", x, x_descale, weight)
+    arguments = (x, x_descale, weights, descales, dtype)
+    if impl == "auto":
+        best, _ = registry.best("fp8_stacked", *arguments)
+        impl = "reference" if best is None else best.name
+    if impl == "reference":
+        return fp8_stacked_reference(*arguments)
+    try:
+        kernel = registry.find("fp8_stacked", impl)
+    except KeyError as error:
+        raise UnsupportedInputError(str(error.args[0])) from None
+    if reasons := kernel.supports(*arguments):
+        raise UnsupportedInputError(f"fp8_stacked: impl={impl!r} cannot take these inputs: {'; '.join(reasons)}")
+    return kernel.run(*arguments)  # type: ignore[no-any-return]
+
+
+@fp8_stacked.register_fake
+def _(
+    x: Tensor,
+    x_descale: Tensor | None,
+    weights: list[Tensor],
+    descales: list[Tensor],
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    return x.new_empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype)

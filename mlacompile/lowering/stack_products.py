@@ -62,14 +62,13 @@ def _stack(first: Node, second: Node) -> bool:
         return False
     emit = Emitter(first)
     made = emit(_FP8_STACKED, x, x_descale, weights, descales, dtype, impl=kernel.name)
-    at = 0
-    for node in pair:
-        end = at + _shape(node)[1]
-        part = emit(aten.slice.Tensor, made, 1, at, end)
-        # What follows was traced on contiguous results, and views them; Inductor fuses these copies away.
-        node.replace_all_uses_with(emit(aten.clone.default, part, memory_format=torch.contiguous_format))
+    rows = _shape(pair[0])[1]
+    parts = [emit(aten.slice.Tensor, made, 1, begin, begin + _shape(n)[1]) for begin, n in zip((0, rows), pair)]
+    # What follows was traced on contiguous results, and views them; Inductor fuses these copies away.
+    outs = [emit(aten.clone.default, part, memory_format=torch.contiguous_format) for part in parts]
+    for node, out in zip(pair, outs, strict=True):
+        node.replace_all_uses_with(out)
         emit.graph.erase_node(node)
-        at = end
     return True
 
 

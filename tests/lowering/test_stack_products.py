@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -50,6 +51,7 @@ def test_a_gate_and_what_it_gates_are_one_launch() -> None:
     gm = _traced(_gated, (64, 512), (1024, 512), (1024, 512))
     assert stack_products(gm) == 1
     gm.graph.lint()
+    stable_topological_sort(gm.graph)  # which counts nodes, too
     (made,) = gm.graph.find_nodes(op="call_function", target=STACKED)
     assert made.meta["val"].shape == (64, 2048)
     assert made.kwargs == {"impl": "triton"}

@@ -17,11 +17,6 @@ from mlacompile.lowering.stack_products import stack_products
 from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
 
-#: Whether steps store what they cache by ``write_latents``: measured, hardly faster as long as what follows it has to
-#: wait for it (docs/kernels.md).
-WRITES = False
-
-
 def place(
     gm: GraphModule, wanted: str, notes: list[str], constant: Collection[Node] = (), *, fused: bool = True
 ) -> dict[Node, tuple[str, list[str]]]:
@@ -35,11 +30,10 @@ def place(
         For each ``mla_decode`` node the name of its kernel, and why each better one was passed over.
     """
     tidy(gm)  # first: it changes the layout of what a kernel is asked whether it takes it
-    if WRITES:
-        share_bounds(gm)
-        if wanted == "auto" and (layers := place_cache_writes(gm)):
-            gm.graph.eliminate_dead_code()
-            notes.append(f"{layers} layers norm, rotate and store what a step caches in one launch each")
+    share_bounds(gm)
+    if wanted == "auto" and (layers := place_cache_writes(gm)):
+        gm.graph.eliminate_dead_code()
+        notes.append(f"{layers} layers norm, rotate and store what a step caches in one launch each")
     chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
     inline_references(gm)

@@ -22,6 +22,10 @@ from mlacompile.passes.emit import Emitter
 aten = torch.ops.aten
 _FP8_LINEAR = torch.ops.mlacompile.fp8_linear.default
 _FP8_STACKED = torch.ops.mlacompile.fp8_stacked.default
+_VIEWS = {
+    aten.reshape.default, aten.slice.Tensor, aten.split_with_sizes.default, aten.permute.default, aten.transpose.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, operator.getitem,
+}  # fmt: skip
 
 
 def stack_products(gm: GraphModule) -> int:
@@ -64,12 +68,23 @@ def _stack(first: Node, second: Node) -> bool:
     made = emit(_FP8_STACKED, x, x_descale, weights, descales, dtype, impl=kernel.name)
     rows = _shape(pair[0])[1]
     parts = [emit(aten.slice.Tensor, made, 1, begin, begin + _shape(n)[1]) for begin, n in zip((0, rows), pair)]
-    # What follows was traced on contiguous results, and views them; Inductor fuses these copies away.
-    outs = [emit(aten.clone.default, part, memory_format=torch.contiguous_format) for part in parts]
-    for node, out in zip(pair, outs, strict=True):
-        node.replace_all_uses_with(out)
+    for node, part in zip(pair, parts, strict=True):
+        node.replace_all_uses_with(part)
         emit.graph.erase_node(node)
+        _reshape_anew(part, emit)
     return True
+
+
+def _reshape_anew(node: Node, emit: Emitter) -> None:
+    """Trace what only views ``node`` again: it was traced on contiguous rows, which now lie further apart."""
+    for user in list(node.users):
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        if user.target in _VIEWS:
+            args, kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: n.meta["val"])
+            with emit.mode:
+                user.meta["val"] = user.target(*args, **kwargs)  # type: ignore[operator]
+            _reshape_anew(user, emit)
 
 
 def _shape(node: Any) -> Any:

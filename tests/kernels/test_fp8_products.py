@@ -84,7 +84,7 @@ def test_tiles_of_two_weights() -> None:
     main, _ = tiles_launches(x, x_descale, [weight, other], [descale, other_descale], out)
     built = compile_for(main.kernel, main.arguments, main.options)
     assert main.grid[0] == (1536 + 576) // 64
-    assert built.counts["QGMMA"] == 2 * 4, "a loop for each weight"
+    assert built.counts["QGMMA"] == 4, "one loop, whichever the weight"
     assert built.spill_bytes == built.local_memory == built.serialized == 0
 
 

@@ -16,12 +16,12 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
     ),
 ]
-TILES = [(64, 128, 0), (64, 256, 0), (128, 128, 0), (64, 128, 1), (128, 128, 1)]
+TILES = [(64, False), (128, False), (64, True), (128, True)]
 #: (m, n, k): rows and columns beyond a tile and short of it, tiles in two pieces and in many, more than programs.
 SHAPES = [(1, 8, 16), (17, 200, 144), (64, 2112, 7168), (50, 576, 1552), (64, 20000, 784), (33, 128, 8192)]
 
 
-def run(product: Product, dtype: torch.dtype, tiles: tuple[int, int, int]) -> torch.Tensor:
+def run(product: Product, dtype: torch.dtype, tiles: tuple[int, bool]) -> torch.Tensor:
     from mlacompile.kernels.fp8_linear.stream_launch import StreamTiles, fp8_linear_stream
 
     assert not stream_reasons(*product.tensors, dtype)
@@ -48,7 +48,7 @@ def test_parity(m: int, n: int, k: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_strided_inputs(tiles: tuple[int, int, int]) -> None:
+def test_strided_inputs(tiles: tuple[int, bool]) -> None:
     product = make_product(60, 1256, 512, quantized=True, device="cuda")
     assert product.x_descale is not None
     want = run(product, torch.bfloat16, tiles)
@@ -63,7 +63,7 @@ def test_strided_inputs(tiles: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, int, int]) -> None:
+def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, bool]) -> None:
     product = make_product(60, 384, 1024, quantized=True, device="cuda")
     assert product.x_descale is not None
     product.weight_descale[1, 3] = torch.nan
@@ -77,7 +77,7 @@ def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, int, i
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_replays_from_a_graph(tiles: tuple[int, int, int]) -> None:
+def test_replays_from_a_graph(tiles: tuple[int, bool]) -> None:
     """And comes to the same bits every time, one call behind the other: none begins before its pieces are read."""
     product = make_product(64, 2112, 2048, quantized=True, device="cuda")
     want = run(product, torch.bfloat16, tiles)
@@ -110,17 +110,3 @@ def test_two_weights_in_one_launch(m: int, rows: tuple[int, int], k: int, impl: 
     assert got.is_contiguous()
     for part, product in zip(got.split(rows, 1), (first, second), strict=True):
         assert not worst(part, *exact(product, torch.bfloat16))
-
-
-def test_launches_on_two_streams_do_not_take_each_others_flags() -> None:
-    products = [make_product(64, 2112, 7168, quantized=True, seed=seed, device="cuda") for seed in (1, 2)]
-    wants = [run(product, torch.bfloat16, TILES[0]) for product in products]
-    streams = [torch.cuda.Stream() for _ in products]
-    torch.cuda.synchronize()
-    for _ in range(30):
-        gots = []
-        for product, stream in zip(products, streams, strict=True):
-            with torch.cuda.stream(stream):
-                gots.append(run(product, torch.bfloat16, TILES[0]))
-        torch.cuda.synchronize()
-        assert all(torch.equal(got, want) for got, want in zip(gots, wants, strict=True))

@@ -34,7 +34,6 @@ def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that takes everything, on the CPU."""
     willing = Kernel("triton", "write_latents", lambda *_, **__: [], write_latents_reference)
     real = registry.kernels
-    monkeypatch.setattr("mlacompile.lowering.place.WRITES", True)
     monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "write_latents" else real(op))
 
 

@@ -69,10 +69,32 @@ def test_the_one_that_ends_within_a_block_comes_last() -> None:
     assert stack_products(gm) == 1
     (made,) = gm.graph.find_nodes(op="call_function", target=STACKED)
     assert [w.meta["val"].shape[0] for w in made.args[2]] == [1536, 576]
-    outs = [n.args[0].args[1:] for n in gm.graph.output_node().all_input_nodes]
+    outs = [n.args[1:] for n in gm.graph.output_node().all_input_nodes]
     assert outs == [(1, 1536, 2112), (1, 0, 1536)]
     gm = _traced(both, (16, 512), (576, 512), (200, 512))
     assert stack_products(gm) == 0, "neither ends with a block"
+
+
+@pytest.mark.usefixtures("_any_kernel")
+def test_views_of_a_part_are_traced_again() -> None:
+    def halves(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (_quantized(x, *weights[i : i + 2]) for i in (0, 2))
+        left, right = first.view(8, 1, 4, 64).transpose(1, 2).split([16, 48], -1)
+        return left.squeeze(2) + 1, right * second.view(8, 256)[:, None, None, :48]
+
+    gm = _traced(halves, (8, 256), (256, 256), (256, 256))
+    assert stack_products(gm) == 1
+    for node in gm.graph.nodes:  # a value is what the node makes of the values before it
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+            args = torch.fx.map_arg(node.args, lambda n: n.meta["val"])
+            with node.meta["val"][0].fake_mode if isinstance(node.meta["val"], list) else node.meta["val"].fake_mode:
+                again = node.target(*args)
+            pairs = (
+                zip(again, node.meta["val"], strict=True)
+                if isinstance(again, (list, tuple))
+                else [(again, node.meta["val"])]
+            )
+            assert all(a.stride() == b.stride() and a.shape == b.shape for a, b in pairs), node
 
 
 @pytest.mark.usefixtures("_any_kernel")

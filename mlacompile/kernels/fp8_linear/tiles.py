@@ -28,29 +28,6 @@ def _widened(b, dtype: tl.constexpr):
 
 
 @triton.jit
-def _sums(
-    d_x, p_x_descale, d_w, p_descale, n, m, z, begin, end, stride_xsk,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_HEAD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Rows n … of the weight by rows m … of x, of head z, summed over columns from begin to end."""
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for k in tl.range(begin, end, 128, num_stages=STAGES):
-        if BY_HEAD:
-            b_w = d_w.load([z, n, k]).reshape(BLOCK_N, 128)
-            b_x = d_x.load([z, m, k]).reshape(BLOCK_M, 128)
-        else:
-            b_w = d_w.load([n, k])
-            b_x = d_x.load([m, k])
-        factor = tl.load(p_descale + k // 128)
-        if p_x_descale is not None:
-            x_descale = tl.load(p_x_descale + (k // 128) * stride_xsk)
-            acc += tl.dot(b_w, b_x.T) * (x_descale * factor)[None, :]
-        else:
-            acc += tl.dot(_widened(b_w, b_x.dtype), b_x.T) * factor
-    return acc
-
-
-@triton.jit
 def _fp8_tiles_kernel(
     d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out, M, N, N1, K, K_PART,
     stride_xsb, stride_xsm, stride_xsk, stride_sb, stride_sn, stride_sn2, stride_ob,
@@ -72,22 +49,31 @@ def _fp8_tiles_kernel(
         begin = 0
         end = K
         p_descale += i_z * stride_sb
+    n = i_n * BLOCK_N
+    if TWO and n >= N1:  # a loop for each weight would take twice the shared memory
+        n -= N1
+        d_w = d_w2
+        p_descale = p_descale2 + n // 128 * stride_sn2
+    else:
+        p_descale += n // 128 * stride_sn
     if p_x_descale is not None:
         if not SPLIT:
             p_x_descale += i_z.to(tl.int64) * stride_xsb
         p_x_descale += tl.minimum(o_m, M - 1).to(tl.int64) * stride_xsm
-    n = i_n * BLOCK_N
-    if TWO and n >= N1:
-        n -= N1
-        acc = _sums(
-            d_x, p_x_descale, d_w2, p_descale2 + n // 128 * stride_sn2, n, i_m * BLOCK_M, i_z, begin, end,
-            stride_xsk, BLOCK_M, BLOCK_N, BY_HEAD, STAGES,
-        )  # fmt: skip
-    else:
-        acc = _sums(
-            d_x, p_x_descale, d_w, p_descale + n // 128 * stride_sn, n, i_m * BLOCK_M, i_z, begin, end, stride_xsk,
-            BLOCK_M, BLOCK_N, BY_HEAD, STAGES,
-        )  # fmt: skip
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in tl.range(begin, end, 128, num_stages=STAGES):
+        if BY_HEAD:
+            b_w = d_w.load([i_z, n, k]).reshape(BLOCK_N, 128)
+            b_x = d_x.load([i_z, i_m * BLOCK_M, k]).reshape(BLOCK_M, 128)
+        else:
+            b_w = d_w.load([n, k])
+            b_x = d_x.load([i_m * BLOCK_M, k])
+        factor = tl.load(p_descale + k // 128)
+        if p_x_descale is not None:
+            x_descale = tl.load(p_x_descale + (k // 128) * stride_xsk)
+            acc += tl.dot(b_w, b_x.T) * (x_descale * factor)[None, :]
+        else:
+            acc += tl.dot(_widened(b_w, b_x.dtype), b_x.T) * factor
     p_out += i_z.to(tl.int64) * stride_ob + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
     tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_m < M)[None, :])
 

@@ -21,6 +21,7 @@ _FAMILIES = {
     "write_latents": "mlacompile.kernels.write_latents",
     "fp8_linear": "mlacompile.kernels.fp8_linear",
     "fp8_stacked": "mlacompile.kernels.fp8_stacked",
+    "quantize_rows": "mlacompile.kernels.quantize_rows",
 }
 
 

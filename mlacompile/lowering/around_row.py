@@ -133,7 +133,7 @@ def gate_after(first: Node, second: Node) -> After | None:
     for gate, up in ((first, second), (second, first)):
         last, other = _only_views(gate), _only_views(up)
         activation = _only_user(last)
-        name = None if activation is None else _activation(activation)
+        name = None if activation is None else activation_of(activation)
         if activation is None or name is None:
             continue
         activated = _only_views(activation)
@@ -148,10 +148,11 @@ def gate_after(first: Node, second: Node) -> After | None:
 def gate_of(after: After, first: Node) -> bool:
     """Whether it is the first product of a pair that goes through the activation."""
     last = _only_user(_only_views(first))
-    return last is not None and _activation(last) == after.gate
+    return last is not None and activation_of(last) == after.gate
 
 
-def _activation(node: Node) -> str | None:
+def activation_of(node: Node) -> str | None:
+    """The name of the activation that a node is, if it is one."""
     if node.target is aten.silu.default:
         return "silu"
     if node.target is aten.gelu.default:

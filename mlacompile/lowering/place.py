@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.inline import inline_references
+from mlacompile.lowering.quantized_rows import place_quantized_rows
 from mlacompile.lowering.read_early import read_early
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
 from mlacompile.lowering.share_bounds import share_bounds
@@ -16,6 +17,7 @@ from mlacompile.lowering.single_row import place_head_products, place_row_produc
 from mlacompile.lowering.stack_products import stack_products
 from mlacompile.lowering.store_once import store_before_spreading
 from mlacompile.lowering.tidy import tidy
+
 
 def place(
     gm: GraphModule, wanted: str, notes: list[str], constant: Collection[Node] = (), *, fused: bool = True
@@ -36,6 +38,9 @@ def place(
         notes.append(f"{layers} layers norm, rotate and store what a step caches in one launch each")
     chosen = {node: select(node, wanted) for node in decode_nodes(gm)}
     place_kernels(gm, {node: kernel for node, (kernel, _) in chosen.items()})
+    if chosen and wanted == "auto" and (placed := place_quantized_rows(gm)):
+        gm.graph.eliminate_dead_code()
+        notes.append(f"rows are quantized with what stands before them in one pass, at {placed} places")
     inline_references(gm)
     if chosen and wanted == "auto":
         place_cpu_rows(gm, fused=fused)

@@ -70,7 +70,7 @@ def test_a_model_in_fp8_has_a_reference_of_its_own(scripts: Any, monkeypatch: py
     model = decode_step.build("cpu", torch.float32, "cpu")
     cache = models.static_cache(model, 1, 16, random=True)
     tokens = models.random_tokens(model.config, 1, 1)
-    own, held = decode_step.in_fp8(model, cache, latent=True)
+    own, held = decode_step.in_fp8(model, cache, "block")
     logits = decode_step.decode(own, held, tokens, 16)
     keys, values = (x.clone() for x in decode_step.held_by(held.layers[0], slice(0, 1), torch.float64))
     assert keys.dtype == torch.float64
@@ -115,10 +115,10 @@ def test_a_model_and_its_cache_in_fp8_say_the_same_in_half_the_memory(
     model = decode_step.build("cpu", torch.bfloat16, "cpu")
     cache = models.static_cache(model, 2, 24, random=True)
     tokens = models.random_tokens(model.config, 2, 1)
-    own, held = decode_step.in_fp8(model, cache, latent=True)
+    own, held = decode_step.in_fp8(model, cache, "block")
     want, got = decode_step.decode(model, cache, tokens, 24), decode_step.decode(own, held, tokens, 24)
     assert 0 < decode_step.relative_error(got, want) < 0.2
     before, after = decode_step.sizes(model, cache), decode_step.sizes(own, held)
     assert after[1] / before[1] == pytest.approx(656 / 1152)
     assert after[0] < before[0]
-    assert decode_step.in_fp8(model, cache, latent=False)[1] is cache
+    assert decode_step.in_fp8(model, cache, None)[1] is cache

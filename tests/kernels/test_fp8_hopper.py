@@ -133,17 +133,18 @@ def test_it_says_why_not() -> None:
     assert "16 bytes" in reasons(4, 128, 200, quantized=True)
 
 
-def test_it_stands_between_tiles_and_cublas() -> None:
-    def passed_over(m: int, k: int) -> list[str]:
-        tensors = make_product(m, 4096, k, quantized=True).tensors
-        return [kernel.name for kernel in kernels if kernel.slower(*tensors, torch.bfloat16)]
+def test_which_kernel_is_chosen() -> None:
+    def chosen(m: int, n: int, k: int) -> str:
+        x, weight = torch.empty(m, k, device="meta"), torch.empty(n, k, device="meta")
+        tensors = (x, x, weight, weight, torch.bfloat16)
+        able = registry.kernels("fp8_linear")[0 if m <= supports.MOST_ROWS else 1 :]
+        return next(kernel.name for kernel in able if not kernel.slower(*tensors))
 
-    kernels = registry.kernels("fp8_linear")
-    order = [kernel.name for kernel in kernels]
-    assert order.index("triton") < order.index("hopper") < order.index("cublas")
-    assert "triton" not in passed_over(64, 128)
-    assert passed_over(128, 8192) == passed_over(512, 128) == ["gluon", "triton"]
-    assert passed_over(512, 8192) == ["gluon", "triton", "hopper"]
+    assert chosen(1, 4096, 7168) == "gluon"
+    assert chosen(64, 4096, 1536) == chosen(64, 7168, 16384) == chosen(128, 2112, 7168) == "triton"
+    assert chosen(64, 18432, 7168) == chosen(32, 7168, 16384) == chosen(128, 24576, 1536) == "stream"
+    assert chosen(128, 7168, 16384) == chosen(512, 4096, 128) == "hopper"
+    assert chosen(512, 4096, 8192) == "cublas"
 
 
 @pytest.mark.parametrize(

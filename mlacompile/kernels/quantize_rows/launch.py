@@ -1,0 +1,44 @@
+"""Launches the Triton kernel of ``quantize_rows``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.kernels.quantize_rows.portable import _quantize_rows_kernel
+from mlacompile.ops.quantize_rows import empty_results
+
+#: Groups of a program that need not have a whole row: 2048 values, 16 a thread.
+SOME_GROUPS = 16
+
+
+def quantize_rows_triton(
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str
+) -> list[Tensor]:
+    """``quantize_rows`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
+    results = empty_results(x, added)
+    grid, arguments, options = launch(x, added, norm, gated, results, eps=eps, gate=gate)
+    if grid[0] and grid[1]:
+        _quantize_rows_kernel[grid](**arguments, **options)
+    return results
+
+
+def launch(
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, results: list[Tensor],
+    *, eps: float, gate: str,
+) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
+    m, k = results[0].shape
+    all_groups = triton.next_power_of_2(max(scale_groups(k), 1))
+    groups = all_groups if norm is not None else min(all_groups, SOME_GROUPS)
+    arguments = {
+        "p_x": x, "p_added": added, "p_norm": norm, "p_gated": gated, "p_q": results[0], "p_descale": results[1],
+        "p_total": results[-1], "K": k, "eps": eps, "stride_xm": x.stride(0),
+        "stride_xg": x.stride(1) if x.dim() == 3 else SCALE_GROUP,
+        "stride_am": 0 if added is None else added.stride(0), "stride_gm": 0 if gated is None else gated.stride(0),
+        "GROUPS": groups, "GATE": gate,
+    }  # fmt: skip
+    return (m, -(-scale_groups(k) // groups)), arguments, {"num_warps": min(8, max(1, groups // 4))}

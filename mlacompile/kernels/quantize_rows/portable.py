@@ -1,0 +1,49 @@
+"""The Triton kernel of ``quantize_rows``: a program has some groups of 128 values of a row, or all of a row to norm.
+
+Values stay in registers from the first load to the last store, as [groups, 128]: the sum of squares is over all of
+them, the largest value of a group over its 128.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mlacompile.kernels.row_product.portable import _activated
+
+_SMALLEST = tl.constexpr(2.0**-126)
+_LARGEST = tl.constexpr(448.0)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, K, eps,
+    stride_xm, stride_xg, stride_am, stride_gm, GROUPS: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows, ⌈groups of a row / GROUPS⌉). stride_xg: from one group of x to the next. Where there is a norm, one
+    program has all groups of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    o_g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    o_c = tl.arange(0, 128)
+    o = o_g[:, None] * 128 + o_c[None, :]
+    mask = o < K
+    x = tl.load(p_x + row * stride_xm + o_g[:, None] * stride_xg + o_c[None, :], mask=mask, other=0.0)
+    if p_added is not None:
+        x += tl.load(p_added + row * stride_am + o, mask=mask, other=0.0)
+        tl.store(p_total + row * K + o, x, mask=mask)
+    y = x.to(tl.float32)
+    if p_norm is not None:
+        scale = tl.rsqrt(tl.sum(tl.sum(y * y, 1), 0) / K + eps)
+        y = y * scale * tl.load(p_norm + o, mask=mask, other=0.0).to(tl.float32)
+    if p_gated is not None:
+        y = _activated(y, GATE) * tl.load(p_gated + row * stride_gm + o, mask=mask, other=0.0).to(tl.float32)
+    peak = tl.max(tl.abs(y), 1)
+    descale = tl.where(peak == 0, 1.0, tl.maximum(tl.div_rn(peak, _LARGEST), _SMALLEST))
+    odd = tl.max(((y != y) | (tl.abs(y) == float("inf"))).to(tl.int32), 1)
+    descale = tl.where(odd > 0, float("nan"), descale)
+    q = tl.div_rn(y, tl.broadcast_to(descale[:, None], y.shape))
+    q = tl.minimum(tl.maximum(q, -_LARGEST), _LARGEST)
+    tl.store(p_q + row * K + o, q.to(p_q.dtype.element_ty), mask=mask)
+    groups = tl.cdiv(K, 128)
+    tl.store(p_descale + row * groups + o_g, descale, mask=o_g < groups)

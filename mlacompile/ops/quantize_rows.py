@@ -1,0 +1,118 @@
+"""``mlacompile::quantize_rows``: rows in FP8 for a product, with what stands before it, in one pass over them.
+
+    total = x + added                                 a residual stream takes up what a layer made
+    y     = total / √(mean(total²) + eps) · norm      an RMS norm
+          = act(x) · gated                            or a gate
+    q, descale = fp8_quantize(y, 128, e4m3)
+
+Each of these reads rows that the one before has just written; y itself is wanted by the product alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlacompile.errors import UnsupportedInputError
+from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.kernels import registry
+from mlacompile.ops.fp8_linear import E4M3
+from mlacompile.ops.fp8_quantize import fp8_quantize_reference
+from mlacompile.ops.row_product import ACTIVATIONS
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize_rows_reference(
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str
+) -> list[Tensor]:
+    """The definition, in float32 between the sum and the quantization."""
+    total = x.flatten(1) if added is None else x.flatten(1) + added
+    y = total.to(torch.float32)
+    if norm is not None:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.to(torch.float32)
+    if gated is not None:
+        y = ACTIVATIONS[gate](y) * gated.to(torch.float32)
+    return [*fp8_quantize_reference(y, SCALE_GROUP, E4M3), *([] if added is None else [total])]
+
+
+@torch.library.custom_op("mlacompile::quantize_rows", mutates_args=())
+def quantize_rows(
+    x: Tensor,
+    added: Tensor | None = None,
+    norm: Tensor | None = None,
+    gated: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: str = "",
+    impl: str = "auto",
+) -> list[Tensor]:
+    """Rows in e4m3 with a scale for every 128 values, as ``fp8_linear`` takes them.
+
+    Args:
+        x: ``[M, K]``, or ``[M, H, 128]`` as heads leave it, of 16 or 32 bits; any distances between rows and heads.
+        added: ``[M, K]`` in the dtype of x, added first; the sum is rounded to that dtype, and is a result, too.
+        norm: ``[K]``, the weight of an RMS norm with ``eps``.
+        gated: ``[M, K]``, what ``gate``, one of ``ACTIVATIONS``, of x is multiplied with; not together with a norm.
+        impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
+    Returns:
+        q e4m3 ``[M, K]``, descale float32 ``[M, ⌈K / 128⌉]``, and with ``added`` the sum ``[M, K]``; all contiguous.
+    Raises:
+        UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
+    """
+    _check(x, added, norm, gated, gate)
+    arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate}
+    for kernel in registry.kernels("quantize_rows"):
+        if impl in ("auto", kernel.name):
+            reasons = kernel.supports(*arguments, **settings)
+            if not reasons:
+                return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
+            if impl == kernel.name:
+                raise UnsupportedInputError(
+                    f"quantize_rows: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
+                )
+    return quantize_rows_reference(*arguments, eps=eps, gate=gate)
+
+
+@quantize_rows.register_fake
+def _(
+    x: Tensor,
+    added: Tensor | None = None,
+    norm: Tensor | None = None,
+    gated: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: str = "",
+    impl: str = "auto",
+) -> list[Tensor]:
+    return empty_results(x, added)
+
+
+def empty_results(x: Tensor, added: Tensor | None) -> list[Tensor]:
+    """Room for the results."""
+    m, k = x.shape[0], x.shape[1:].numel()
+    q, descale = x.new_empty((m, k), dtype=E4M3), x.new_empty((m, scale_groups(k)), dtype=torch.float32)
+    return [q, descale] if added is None else [q, descale, x.new_empty((m, k))]
+
+
+def _check(x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str) -> None:
+    heads = x.dim() == 3 and x.shape[2] == SCALE_GROUP
+    if x.dtype not in _FLOATS or not (x.dim() == 2 or heads):
+        raise UnsupportedInputError(
+            f"quantize_rows: got x of {x.dtype} {list(x.shape)}; expected [M, K] or [M, H, {SCALE_GROUP}] of one of "
+            f"{', '.join(map(str, _FLOATS))}"
+        )
+    m, k = x.shape[0], x.shape[1:].numel()
+    for name, beside in (("added", added), ("gated", gated)):
+        if beside is not None and (beside.shape != (m, k) or beside.dtype != x.dtype):
+            raise UnsupportedInputError(
+                f"quantize_rows: got {name} of {beside.dtype} {list(beside.shape)}; expected {x.dtype} [{m}, {k}]"
+            )
+    if norm is not None and norm.shape != (k,):
+        raise UnsupportedInputError(f"quantize_rows: got norm {list(norm.shape)}; expected [{k}]")
+    if (gated is None) != (gate == "") or (gated is not None and (gate not in ACTIVATIONS or norm is not None)):
+        raise UnsupportedInputError(
+            f"quantize_rows: got gate={gate!r} with {'no' if gated is None else 'a'} tensor to gate and "
+            f"{'no' if norm is None else 'a'} norm; expected one of {', '.join(ACTIVATIONS)} with a tensor and without "
+            "a norm, or neither"
+        )

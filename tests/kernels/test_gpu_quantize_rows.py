@@ -1,0 +1,47 @@
+"""The kernel of ``quantize_rows`` on a GPU against float64: every form, odd sizes, outliers, zeros, strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
+from mlacompile.testing.quantized_rows import FORMS, make_rows, worst_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8"
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["plain", "outliers", "tiny", "zeros"])
+@pytest.mark.parametrize("form", FORMS)
+def test_parity(form: str, kind: str, dtype: torch.dtype) -> None:
+    for m, k in ((1, 128), (64, 7168), (17, 1552), (3, 18432), (5, 200)):
+        if (form == "heads" and k % 128) or ("normed" in form and k > 16384):
+            continue
+        rows = make_rows(m, k, form, kind=kind, dtype=dtype, device="cuda")
+        assert not (wrong := worst_rows(rows, quantize_rows(*rows.tensors, **rows.settings, impl="triton"))), (
+            m,
+            k,
+            wrong,
+        )
+
+
+def test_not_finite() -> None:
+    for value in (torch.inf, -torch.inf, torch.nan):
+        rows = make_rows(4, 512, "plain", device="cuda")
+        rows.tensors[0][2, 300] = value
+        got, want = quantize_rows(*rows.tensors, impl="triton"), quantize_rows_reference(*rows.tensors, **rows.settings)
+        assert torch.equal(got[1].isnan(), want[1].isnan())
+        assert got[1].isnan().nonzero().tolist() == [[2, 2]]
+
+
+def test_nothing_before_it_is_the_reference_to_the_bit() -> None:
+    for kind in ("plain", "outliers", "tiny", "zeros"):
+        rows = make_rows(33, 1552, "plain", kind=kind, device="cuda")
+        got, want = quantize_rows(*rows.tensors, impl="triton"), quantize_rows_reference(*rows.tensors, **rows.settings)
+        assert all(torch.equal(g.view(torch.uint8), w.view(torch.uint8)) for g, w in zip(got, want, strict=True))

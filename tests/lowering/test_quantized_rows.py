@@ -1,0 +1,125 @@
+"""Quantizations and what stands before them: which become one pass, if a kernel took them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mlacompile.kernels import registry
+from mlacompile.kernels.registry import Kernel
+from mlacompile.lowering.quantized_rows import place_quantized_rows
+from mlacompile.ops.fp8_quantize import fp8_quantize
+from mlacompile.ops.quantize_rows import quantize_rows_reference
+
+ROWS = torch.ops.mlacompile.quantize_rows.default
+QUANTIZE = torch.ops.mlacompile.fp8_quantize.default
+
+
+@pytest.fixture(autouse=True)
+def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    willing = Kernel("any", "quantize_rows", lambda *_, **__: [], quantize_rows_reference)
+    real = registry.kernels
+    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "quantize_rows" else real(op))
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    return fp8_quantize(x.reshape(-1, x.shape[-1]), 128, torch.float8_e4m3fn)
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def placed(function: Any, *inputs: Tensor) -> tuple[GraphModule, list[Node], list[Tensor]]:
+    """The graph after the pass, its calls, and the largest difference of its results from those before."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        gm = make_fx(function)(*(mode.from_tensor(x) for x in inputs))
+    want = gm(*inputs)
+    count = place_quantized_rows(gm)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    stable_topological_sort(gm.graph)
+    gm.recompile()
+    calls = list(gm.graph.find_nodes(op="call_function", target=ROWS))
+    assert count == len(calls)
+    off = [(g.double() - w.double()).abs().max() / w.double().abs().max() for g, w in zip(gm(*inputs), want)]
+    return gm, calls, off
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_a_sum_a_norm_and_the_quantization_are_one() -> None:
+    def layer(x: Tensor, made: Tensor, weight: Tensor, more: Tensor) -> tuple[Tensor, ...]:
+        total = x + made
+        q, descale = quantized(normed(total, weight))
+        return q, descale, total + more
+
+    gm, (call,), off = placed(layer, random(5, 1, 256), random(5, 1, 256), random(256), random(5, 1, 256))
+    assert [n.op for n in call.args[:3]] == ["call_function", "call_function", "placeholder"]
+    assert call.kwargs == {"eps": 1e-6, "gate": "", "impl": "any"}
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rsqrt.default)
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)) == 1, "what uses the sum"
+    assert max(off) < 0.07, "half a step of e4m3, where a value lies between two"
+    assert off[2] == 0
+
+
+def test_a_norm_of_what_is_there() -> None:
+    _, (call,), off = placed(lambda x, w: quantized(normed(x, w)), random(4, 384), random(384))
+    assert call.args[1] is None
+    assert max(off) < 0.07
+
+
+def test_a_gate() -> None:
+    def gate(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return quantized(torch.nn.functional.silu(g).reshape(3, 256) * u.reshape(3, 256))
+
+    _, (call,), off = placed(gate, random(3, 1, 256), random(3, 1, 256))
+    assert call.kwargs["gate"] == "silu"
+    assert [n.args[0].name for n in (call.args[0], call.args[3])] == ["g_1", "u_1"]
+    assert max(off) < 0.07
+
+
+def test_heads_side_by_side() -> None:
+    def heads(x: Tensor) -> tuple[Tensor, Tensor]:
+        moved = (x * 1).reshape(4, 6, 1, 128).permute(1, 0, 2, 3).contiguous()
+        return quantized(moved.reshape(6, 4, 1, 128).transpose(1, 2).reshape(6, 1, 512))
+
+    _, (call,), off = placed(heads, random(4, 6, 128))
+    assert call.args[0].meta["val"].stride() == (128, 6 * 128, 1)
+    assert max(off) == 0
+
+
+def test_heads_in_another_order_are_left_alone() -> None:
+    def heads(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantized((x * 1).flip(0).reshape(4, 6, 128).permute(1, 2, 0).reshape(6, 512))
+
+    gm, calls, _ = placed(heads, random(4, 6, 128))
+    assert not calls
+    assert gm.graph.find_nodes(op="call_function", target=QUANTIZE)
+
+
+def test_what_another_node_wants_is_left_alone() -> None:
+    def routed(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = normed(x, w)
+        return (*quantized(y), y.sum(-1))
+
+    assert not placed(routed, random(4, 256), random(256))[1]
+
+
+def test_other_groups_and_types_are_left_alone() -> None:
+    def other(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = normed(x, w)
+        return fp8_quantize(y, 256, torch.float8_e4m3fn)
+
+    assert not placed(other, random(4, 256), random(256))[1]
+    assert not placed(lambda x: fp8_quantize(x * 2, 128, torch.float8_e5m2), random(4, 256))[1]

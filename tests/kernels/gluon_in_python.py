@@ -1,4 +1,4 @@
-"""Just enough of Gluon in plain Python to run the Hopper kernel of ``fp8_linear``: its three partitions as threads.
+"""Just enough of Gluon in plain Python to run the Hopper kernels of ``fp8_linear``: their partitions as threads.
 
 What is asynchronous on a GPU happens as late as it may here: a product is computed from shared memory when it is waited
 for, and a result leaves shared memory then, too. So a stage that is given back too early, a buffer that is written too
@@ -8,7 +8,7 @@ early and a barrier that nobody arrives at are found, as are wrong rows, columns
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -127,6 +127,7 @@ def _load(p: Pointer) -> Array:
 
 
 def _store(p: Pointer, value: Array, mask: Array) -> None:
+    mask = np.broadcast_to(mask, value.shape)
     p.array[np.asarray(p.offset)[mask]] = value[mask]
 
 
@@ -136,18 +137,21 @@ def _begun(left: Memory, right: Memory, acc: Any, *, use_acc: bool, is_async: bo
     return lambda: (left.array @ right.array).view(Array)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int) -> None:
-    """Let the functions of the kernel's module run as Python."""
+def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int, own: Sequence[str]) -> None:
+    """Let the functions of the kernel's module run as Python. own: those that its partitions call."""
     gl = SimpleNamespace(
-        minimum=np.minimum, load=_load, store=_store, float32=None, int64=None,
+        minimum=np.minimum, where=np.where, load=_load, store=_store, float32=None, int64=None,
         arange=lambda start, end, layout: np.arange(start, end).view(Array),
         zeros=lambda shape, dtype, layout: np.zeros(shape).view(Array),
         SliceLayout=lambda *args: None, NVMMADistributedLayout=lambda **kwargs: None,
         program_id=lambda axis: _here.program, num_programs=lambda axis: programs,
     )  # fmt: skip
-    item = kernel._item.fn
+    functions = {name: getattr(kernel, name).fn for name in own}
+    if item := functions.get("_item"):
+        functions["_item"] = lambda *args: tuple(Number(x) for x in item(*args))
+    sizes = {name: int(getattr(kernel, name)) for name in ("BLOCK_K", "ROWS", "COLUMNS") if hasattr(kernel, name)}
     replaced = {
-        "gl": gl, "BLOCK_K": int(kernel.BLOCK_K), "ROWS": int(kernel.ROWS),
+        "gl": gl,
         "mbarrier": SimpleNamespace(
             wait=lambda barrier, parity: barrier.wait(parity),
             expect=lambda barrier, size: barrier.change(1, size),
@@ -159,8 +163,8 @@ def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int) 
         "warpgroup_mma": _begun, "warpgroup_mma_wait": lambda pendings, deps: deps[0](),
         "_here": lambda x: x, "_launch_later": lambda: None,
         "_added": lambda acc, block, factor: acc + block * factor[:, None],
-        "_item": lambda *args: tuple(Number(x) for x in item(*args)),
-        "_product": kernel._product.fn, "_begin": kernel._begin.fn, "_sent": kernel._sent.fn,
+        **sizes,
+        **functions,
     }  # fmt: skip
     for name, value in replaced.items():
         assert hasattr(kernel, name)

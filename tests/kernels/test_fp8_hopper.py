@@ -160,7 +160,7 @@ def test_which_kernel_is_chosen() -> None:
 def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own text, its partitions as threads: rows, scales, barriers, stages and edges."""
     programs = 2
-    gluon_in_python.install(monkeypatch, hopper, programs)
+    gluon_in_python.install(monkeypatch, hopper, programs, ("_item", "_product", "_begin", "_sent"))
     random = np.random.default_rng(0)
     x, weight = (random.integers(-4, 5, (rows, k)).astype(float) for rows in (m, n))
     x_descale, descale = random.random((m, -(-k // 128))), random.random((-(-n // 128), -(-k // 128)))

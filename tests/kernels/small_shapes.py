@@ -1,4 +1,5 @@
-"""Every GPU kernel of ``mla_decode`` once on small ragged shapes, for compute-sanitizer.
+"""GPU kernels once on small ragged shapes, for compute-sanitizer: every one of ``mla_decode``, and of FP8 products those
+that divide their work among programs.
 
     compute-sanitizer --tool racecheck python -m tests.kernels.small_shapes
 
@@ -12,7 +13,11 @@ from dataclasses import replace
 import torch
 
 from mlacompile.ops import mla_decode
+from mlacompile.ops.fp8_stacked import fp8_stacked
+from mlacompile.ops.quantize_rows import quantize_rows
 from mlacompile.testing.latents import LatentCase, in_one_run, make_inputs, paged, quantized
+from mlacompile.testing.quantized_rows import FORMS, make_rows
+from mlacompile.testing.scaled import make_product
 
 CASE = LatentCase(
     batch=2, heads=20, tokens=152, rank=512, rope=64, dtype=torch.bfloat16, start=True, length=True, poison=True
@@ -39,6 +44,17 @@ def main() -> None:
         mla_decode_hopper(*paged(in_place, 64).tensors, **in_place.keywords, plan=plan)  # type: ignore[arg-type]
         torch.cuda.synchronize()
         print("FP8 products of 40 rows ran", flush=True)
+        for m in (50, 100):
+            both = [make_product(m, n, 784, quantized=True, device="cuda") for n in (1280, 200)]
+            weights, descales = [p.weight for p in both], [p.weight_descale for p in both]
+            fp8_stacked(both[0].x, both[0].x_descale, weights, descales, torch.bfloat16, impl="stream")
+            torch.cuda.synchronize()
+            print("two FP8 weights ran", flush=True)
+    for form in FORMS:
+        rows = make_rows(3, 640, form, device="cuda")
+        quantize_rows(*rows.tensors, **rows.settings)
+        torch.cuda.synchronize()
+        print("rows quantized,", form, "ran", flush=True)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def test_in_python(
         )  # fmt: skip
         common = (
             room, Descriptor(out), Pointer(pieces.reshape(-1)), Pointer(x_descale.ravel()),
-            Pointer(descales[0].ravel()), Pointer(descales[-1].ravel()), begin, end, blocks, m, rows[0], blocks, 1, blocks, blocks,
+            Pointer(descales[0].ravel()), Pointer(descales[-1].ravel()), begin, end, blocks, m, rows[0], blocks, 1,
+            blocks, blocks,
         )  # fmt: skip
         fetch = (room, Descriptor(x), Descriptor(weights[0]), Descriptor(weights[-1]), begin, end, blocks, rows[0])
         partitions: list[Callable[[], None]] = [

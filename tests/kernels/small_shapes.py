@@ -1,5 +1,5 @@
-"""GPU kernels once on small ragged shapes, for compute-sanitizer: every one of ``mla_decode``, and of FP8 products those
-that divide their work among programs.
+"""GPU kernels once on small ragged shapes, for compute-sanitizer: every one of ``mla_decode``, and those FP8 products
+whose programs share their work.
 
     compute-sanitizer --tool racecheck python -m tests.kernels.small_shapes
 

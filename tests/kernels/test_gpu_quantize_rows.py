@@ -41,7 +41,9 @@ def test_not_finite() -> None:
 
 
 def test_nothing_before_it_is_the_reference_to_the_bit() -> None:
+    """On a CPU: on a GPU PyTorch divides by a constant by multiplying with its inverse."""
     for kind in ("plain", "outliers", "tiny", "zeros"):
-        rows = make_rows(33, 1552, "plain", kind=kind, device="cuda")
-        got, want = quantize_rows(*rows.tensors, impl="triton"), quantize_rows_reference(*rows.tensors, **rows.settings)
-        assert all(torch.equal(g.view(torch.uint8), w.view(torch.uint8)) for g, w in zip(got, want, strict=True))
+        rows = make_rows(33, 1552, "plain", kind=kind)
+        got = quantize_rows(rows.tensors[0].cuda(), impl="triton")
+        want = quantize_rows_reference(*rows.tensors, **rows.settings)
+        assert all(torch.equal(g.cpu().view(torch.uint8), w.view(torch.uint8)) for g, w in zip(got, want, strict=True))

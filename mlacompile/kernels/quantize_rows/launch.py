@@ -11,7 +11,7 @@ from mlacompile.geometry import SCALE_GROUP, scale_groups
 from mlacompile.kernels.quantize_rows.portable import _quantize_rows_kernel
 from mlacompile.ops.quantize_rows import empty_results
 
-#: Groups of a program that need not have a whole row: 2048 values, 16 a thread.
+#: Groups of a program that need not have a whole row: 2048 values, eight a thread.
 SOME_GROUPS = 16
 
 
@@ -41,4 +41,4 @@ def launch(
         "stride_am": 0 if added is None else added.stride(0), "stride_gm": 0 if gated is None else gated.stride(0),
         "GROUPS": groups, "GATE": gate,
     }  # fmt: skip
-    return (m, -(-scale_groups(k) // groups)), arguments, {"num_warps": min(8, max(1, groups // 4))}
+    return (m, -(-scale_groups(k) // groups)), arguments, {"num_warps": min(16, max(1, groups // 2))}

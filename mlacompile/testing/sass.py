@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTen
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG", "LDL", "STL", "FFMA")
+_ORDERS = re.compile(r"\b(?:BAR\.SYNC|LDS|LDSM|STS|STSM|ATOMS|WARPGROUP\.DEPBAR|HGMMA|QGMMA)\b")
 _JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -41,7 +42,8 @@ class Compiled:
 
     spill_bytes: stores and loads together. serialized: ptxas warnings that wgmma waits. counts: instructions by name,
     loads of 16 bytes as "LDG.128", and waits for wgmma as "DEPBAR". local_in_loops: instructions that touch local
-    memory inside innermost loops, as (those of loops with wgmma, those of the others).
+    memory inside innermost loops, as (those of loops with wgmma, those of the others). unordered: arrivals at a barrier
+    in shared memory, of one thread for all of its warps, that these have not waited for each other before.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Compiled:
     serialized: int
     counts: dict[str, int]
     local_in_loops: tuple[int, int] = (0, 0)
+    unordered: int = 0
 
     @property
     def local_memory(self) -> int:
@@ -119,7 +122,18 @@ def _inspect(built: Any, capability: int, name: str, log: str) -> Compiled:
     counts["LDG.128"] = len(re.findall(r"\bLDG\S*\.128\b", sass))
     counts["DEPBAR"] = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
     serialized = len(re.findall(r"C75\d\d", log))
-    return Compiled(name, registers, spilled, built.metadata.shared, serialized, counts, _local_in_loops(sass))
+    in_loops, unordered = _local_in_loops(sass), _unordered(sass)
+    return Compiled(name, registers, spilled, built.metadata.shared, serialized, counts, in_loops, unordered)
+
+
+def _unordered(sass: str) -> int:
+    """Arrivals (not those that announce bytes) with an access to shared memory, or a wait for wgmma, between them and
+    the barrier of all warps before them: other warps might not have come so far."""
+    lines = (re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line) for line in sass.splitlines())
+    code = [line[1] for line in lines if line]
+    arrivals = (at for at, instruction in enumerate(code) if "SYNCS.ARRIVE.TRANS64.A1T0" in instruction)
+    before = (next((x for x in reversed(code[:at]) if _ORDERS.search(x)), "") for at in arrivals)
+    return sum("BAR.SYNC" not in x for x in before)
 
 
 def _local_in_loops(sass: str) -> tuple[int, int]:

@@ -59,6 +59,7 @@ def test_what_it_compiles_to(
     assert built.counts["UTMALDG"] == 2, "x and the weight should come by TMA"
     assert built.counts["LDGSTS"] == built.counts["HGMMA"] == built.counts["HMMA"] == 0
     assert built.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert built.unordered == 0, "a thread arrives for warps that may not have come so far"
     assert built.local_memory == built.spill_bytes == 0
     assert built.registers <= 168, "12 warps share the registers until the partitions take theirs"
     assert built.smem <= SMEM

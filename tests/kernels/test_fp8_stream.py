@@ -50,6 +50,7 @@ def test_what_it_compiles_to(
     assert main.counts["UTMALDG"] == 1 + len(rows), "x and each weight come by TMA"
     assert main.counts["HGMMA"] == main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
     assert all(built.local_memory == built.spill_bytes == 0 for built in (main, *rest))
     assert SMEM * 0.8 < main.smem <= SMEM, "what is in flight hides the latency of memory"
 

@@ -22,7 +22,7 @@ from mlacompile.kernels.mla_decode.hopper_launch import Columns, hopper_launches
 from mlacompile.kernels.mla_decode.launch import launches
 from mlacompile.kernels.mla_decode.plan import Device, Plan, Shape, choose_plan, hopper_plan
 from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons
-from mlacompile.testing.sass import Compiled, compile_for, table
+from mlacompile.testing.sass import Compiled, _unordered, compile_for, table
 
 SHAPE = Shape(batch=4, heads=128, queries=1, tokens=8192, rank=512, rope=64)
 SMEM = Device().smem
@@ -166,6 +166,7 @@ def test_hopper(
     assert main.counts["UTMALDG"] == panels * copies, "every part of the cache should come by TMA, and nothing twice"
     assert main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
     assert main.local_memory == main.spill_bytes == 0
     assert main.registers <= 168, "12 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM
@@ -198,6 +199,7 @@ def test_widening_in_place(variant: tuple[int, int, int, int, int, torch.dtype, 
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.counts["HGMMA"] >= 16
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
     assert main.local_in_loops == (0, 0), "what spills is beside the loops"
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM
@@ -241,6 +243,7 @@ def test_fp8_products_with_several_factors(
     assert main.counts["DEPBAR"] == 2 * (products - 1) + groups * 64 // 16, "one wait a product, no more"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
     assert main.local_in_loops == (0, 0), "what spills is beside the loops"
     if queries == 1:
         assert main.local_memory == main.spill_bytes == 0
@@ -264,6 +267,7 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     assert main.counts["HGMMA"] >= wide, "a product for 16 tokens of 64 even or odd columns"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
     # In causal order limits of rows spill; with 64 rows one number of a thread may be put aside once a block, no sum.
     assert main.local_in_loops[0] <= (1 if not stacked else 4 if queries > 1 else 0)
     assert main.local_in_loops[1] == 0
@@ -271,3 +275,14 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
         assert main.local_memory == main.spill_bytes == 0
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM
+
+
+def test_an_arrival_before_other_warps_have_come_is_seen() -> None:
+    def counted(*code: str) -> int:
+        return _unordered("\n".join(f"        /*{i:04x}*/   {x} ;" for i, x in enumerate(code)))
+
+    arrival = "@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x38], RZ"
+    assert counted("STS.128 [R1], R4", "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "MUFU.EX2 R1, R2", arrival) == 0
+    assert counted("BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "STS.128 [R1], R4", arrival) == 1
+    assert counted("BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "WARPGROUP.DEPBAR.LE gsb0, 0x0", arrival, arrival) == 2
+    assert counted("LDS R1, [R2]", "SYNCS.ARRIVE.TRANS64 RZ, [UR4], R2") == 0, "announces bytes, for itself alone"

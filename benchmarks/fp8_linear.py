@@ -6,9 +6,9 @@
 
 A shape is N x K, or heads*N x K with a weight for every head. Every call of a replay reads another copy of the weight,
 so that none is found in L2. Kernels get x as they want it: ``weight only`` in bf16, the others quantized beforehand;
-what quantizing takes is timed by itself, together with the norm that it is fused with. ``chosen`` is what the compiled
-model takes; a row fails where that is slower than 1.1 times the better of bf16 and cuBLASLt, or where parity does not
-hold.
+what quantizing takes is timed by itself, together with the residual and the norm that stand before it. ``chosen`` is
+what the compiled model takes; a row fails where that is slower than 1.1 times the better of bf16 and cuBLASLt, or where
+parity does not hold.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mlacompile.kernels import registry
 from mlacompile.lowering.select import slower_in_fp8
 from mlacompile.ops.fp8_linear import WEIGHT_ONLY_ROWS, fp8_quantize_weight
 from mlacompile.ops.fp8_quantize import fp8_quantize, fp8_quantize_reference
+from mlacompile.ops.quantize_rows import quantize_rows
 from mlacompile.testing.scaled import E4M3, Product, exact, values, worst
 from mlacompile.testing.timing import environment, replayed_us
 
@@ -134,23 +135,34 @@ def _call(kernel: registry.Kernel, product: Product, weight: tuple[Tensor, Tenso
 
 
 def quantizing(rows: int, k: int) -> dict[str, Any]:
-    """What Inductor makes of a norm followed by quantization, against the norm alone: kernels and microseconds."""
+    """What a residual, a norm and the quantization take: by Inductor, with how many kernels, and by quantize_rows."""
     from torch._inductor.utils import run_and_get_code
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-    def both(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def normed(x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return fp8_quantize_reference(norm(x, weight), SCALE_GROUP, E4M3)
 
-    x, weight = (torch.randn(n, k, device="cuda").bfloat16() for n in (rows, 1))
+    def summed(x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        total = x + added
+        return (*fp8_quantize_reference(norm(total, weight), SCALE_GROUP, E4M3), total)
+
+    x, added, weight = (torch.randn(n, k, device="cuda").bfloat16() for n in (rows, rows, 1))
     found: dict[str, Any] = {"rows": rows, "width": k}
-    for name, function in (("norm", norm), ("norm and quantize", both)):
+    for name, function in (
+        ("norm", lambda x, added, weight: norm(x, weight)),
+        ("norm and quantize", normed),
+        ("sum, norm and quantize", summed),
+    ):
         compiled: Any = torch.compile(function)
-        _, code = run_and_get_code(compiled, x, weight[0])
-        us = replayed_us([functools.partial(compiled, x, weight[0])] * CALLS)
+        _, code = run_and_get_code(compiled, x, added, weight[0])
+        us = replayed_us([functools.partial(compiled, x, added, weight[0])] * CALLS)
         found[name] = {"kernels": "".join(code).count("@triton.jit"), "us": us}
+    for name, before in (("norm and quantize", None), ("sum, norm and quantize", added)):
+        call = functools.partial(quantize_rows, x, before, weight[0], eps=1e-6, impl="triton")
+        found[name]["quantize_rows"] = replayed_us([call] * CALLS)
     return found
 
 

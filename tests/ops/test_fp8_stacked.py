@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mlacompile.errors import UnsupportedInputError
+from mlacompile.kernels import registry
 from mlacompile.ops.fp8_linear import fp8_linear
 from mlacompile.ops.fp8_stacked import fp8_stacked
 from mlacompile.testing.scaled import Product, make_product
@@ -43,3 +44,22 @@ def test_it_refuses_what_does_not_stack() -> None:
         fp8_stacked(x, descale, weights, descales, dtype, impl="stream")
     with pytest.raises(UnsupportedInputError, match="no kernel 'fast'; it has triton, stream"):
         fp8_stacked(x, descale, weights, descales, dtype, impl="fast")
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "k", "quantized", "chosen"),
+    [
+        (2, (1536, 576), 7168, False, None),
+        (16, (18432, 18432), 7168, False, "triton"),
+        (64, (1536, 576), 7168, True, "triton"),
+        (64, (18432, 18432), 7168, True, "stream"),
+        (128, (18432, 18432), 7168, True, "stream"),
+        (256, (18432, 18432), 7168, True, None),
+    ],
+)
+def test_which_kernel_is_fast(m: int, rows: tuple[int, int], k: int, quantized: bool, chosen: str | None) -> None:
+    x = torch.empty(m, k, device="meta")
+    weights = [torch.empty(n, k, device="meta") for n in rows]
+    arguments = (x, x if quantized else None, weights, weights, torch.bfloat16)
+    fast = [kernel.name for kernel in registry.kernels("fp8_stacked") if not kernel.slower(*arguments)]
+    assert fast[:1] == ([chosen] if chosen else [])

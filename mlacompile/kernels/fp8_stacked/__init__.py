@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.fp8_linear.supports import (
+    MOST_ROWS,
     stream_reasons,
     stream_slower,
     tiles_reasons,
@@ -59,7 +60,16 @@ def _stream(*args: Any) -> Tensor:
     return fp8_stacked_stream(*args)
 
 
+def _tiles_slower(
+    x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype
+) -> list[str]:
+    """As of one weight; and a row or two by themselves have a kernel that takes one weight."""
+    if x.shape[0] <= MOST_ROWS:
+        return [f"{x.shape[0]} rows are multiplied faster by one weight after the other"]
+    return _for_all(tiles_slower)(x, x_descale, weights, descales, dtype)
+
+
 KERNELS = (
-    Kernel("triton", "fp8_stacked", _for_each(tiles_reasons), _tiles, _for_all(tiles_slower)),
+    Kernel("triton", "fp8_stacked", _for_each(tiles_reasons), _tiles, _tiles_slower),
     Kernel("stream", "fp8_stacked", _for_each(stream_reasons), _stream, _for_all(stream_slower)),
 )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from mlacompile.errors import UnsupportedInputError
+
 #: op -> the package that holds its kernels
 _FAMILIES = {
     "head_product": "mlacompile.kernels.head_product",
@@ -78,3 +80,25 @@ def best(op: str, *args: Any, **kwargs: Any) -> tuple[Kernel | None, dict[str, l
         return None, passed
     passed.pop(able[0].name)
     return able[0], passed
+
+
+def chosen(op: str, impl: str, *args: Any, **kwargs: Any) -> Kernel | None:
+    """The kernel that computes a call of an op with ``impl``: "auto", "reference" or a name. None for the reference.
+
+    Raises:
+        UnsupportedInputError: there is no kernel of that name, or it cannot take these inputs.
+    """
+    if impl == "reference":
+        return None
+    if impl == "auto":
+        return best(op, *args, **kwargs)[0]
+    try:
+        kernel = find(op, impl)
+    except KeyError as error:
+        raise UnsupportedInputError(str(error.args[0])) from None
+    if reasons := kernel.supports(*args, **kwargs):
+        raise UnsupportedInputError(
+            f"{op}: impl={impl!r} cannot take these inputs: {'; '.join(reasons)}. "
+            "Use impl='auto' to fall back to one that can."
+        )
+    return kernel

@@ -11,6 +11,7 @@ or three kernels. What another node wants as well is left to it.
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from mlacompile.passes.pull import RESHAPES
 aten = torch.ops.aten
 _QUANTIZE = torch.ops.mlacompile.fp8_quantize.default
 _QUANTIZE_ROWS = torch.ops.mlacompile.quantize_rows.default
+MOST_VALUES = 1 << 24  # of rows whose moves are looked through
 _MOVES = RESHAPES | {aten.permute.default, aten.transpose.int, aten.clone.default}
 
 
@@ -97,18 +99,28 @@ def _of_heads(node: Node) -> bool:
         moves.append(source)
         source = source.args[0]
     shape = (k // SCALE_GROUP, m, SCALE_GROUP)
-    if shape[0] < 2 or k % SCALE_GROUP or not moves or tuple(_shape(source)) != shape:
+    if shape[0] < 2 or k % SCALE_GROUP or not moves or tuple(_shape(source)) != shape or m * k > MOST_VALUES:
         return False
-    with unset_fake_temporarily():  # where each value comes from
-        moved = start = torch.arange(m * k, dtype=torch.int32).view(shape)
-        for move in reversed(moves):
-            moved = move.target(moved, *move.args[1:], **move.kwargs)  # type: ignore[operator]
-        if any(isinstance(a, Node) for move in moves for a in move.args[1:]):
-            return False
-        if not torch.equal(moved, start.transpose(0, 1).reshape(m, k)):
-            return False
+    steps = tuple((move.target, _frozen(move.args[1:]), _frozen(tuple(move.kwargs.items()))) for move in moves)
+    if any(len(move.all_input_nodes) > 1 for move in moves) or not _side_by_side(shape, steps[::-1]):
+        return False
     emit = Emitter(node)
     return _placed(node, emit, emit.permute(source, [1, 0, 2]), None, None, None, 0.0)
+
+
+@lru_cache(maxsize=64)  # layers are alike
+def _side_by_side(shape: tuple[int, int, int], moves: tuple[Any, ...]) -> bool:
+    """Whether moves bring heads ``[H, M, 128]`` side by side: seen from where each value comes."""
+    heads, m, width = shape
+    with unset_fake_temporarily():
+        moved = start = torch.arange(heads * m * width, dtype=torch.int32).view(shape)
+        for op, args, kwargs in moves:
+            moved = op(moved, *args, **dict(kwargs))
+        return torch.equal(moved, start.transpose(0, 1).reshape(m, heads * width))
+
+
+def _frozen(x: Any) -> Any:
+    return tuple(map(_frozen, x)) if isinstance(x, (list, tuple)) else x
 
 
 def _placed(

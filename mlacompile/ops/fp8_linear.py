@@ -140,17 +140,9 @@ def fp8_linear(
     """
     check_weight("fp8_linear", weight, weight_descale)
     check_left("fp8_linear", x, x_descale, weight)
-    if impl == "auto":
-        best, _ = registry.best("fp8_linear", x, x_descale, weight, weight_descale, dtype)
-        impl = "reference" if best is None else best.name
-    if impl == "reference":
+    kernel = registry.chosen("fp8_linear", impl, x, x_descale, weight, weight_descale, dtype)
+    if kernel is None:
         return fp8_linear_reference(x, x_descale, weight, weight_descale, dtype)
-    try:
-        kernel = registry.find("fp8_linear", impl)
-    except KeyError as error:
-        raise UnsupportedInputError(str(error.args[0])) from None
-    if reasons := kernel.supports(x, x_descale, weight, weight_descale, dtype):
-        raise UnsupportedInputError(f"fp8_linear: impl={impl!r} cannot take these inputs: {'; '.join(reasons)}")
     return kernel.run(x, x_descale, weight, weight_descale, dtype)  # type: ignore[no-any-return]
 
 

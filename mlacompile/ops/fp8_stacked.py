@@ -55,17 +55,9 @@ def fp8_stacked(
         check_weight("fp8_stacked", weight, descale)
         check_left("fp8_stacked", x, x_descale, weight)
     arguments = (x, x_descale, weights, descales, dtype)
-    if impl == "auto":
-        best, _ = registry.best("fp8_stacked", *arguments)
-        impl = "reference" if best is None else best.name
-    if impl == "reference":
+    kernel = registry.chosen("fp8_stacked", impl, *arguments)
+    if kernel is None:
         return fp8_stacked_reference(*arguments)
-    try:
-        kernel = registry.find("fp8_stacked", impl)
-    except KeyError as error:
-        raise UnsupportedInputError(str(error.args[0])) from None
-    if reasons := kernel.supports(*arguments):
-        raise UnsupportedInputError(f"fp8_stacked: impl={impl!r} cannot take these inputs: {'; '.join(reasons)}")
     return kernel.run(*arguments)  # type: ignore[no-any-return]
 
 

@@ -39,16 +39,10 @@ def head_product(x: Tensor, weight: Tensor, *, early: bool = False, impl: str = 
             f"head_product: got x {x.dtype} {list(x.shape)} and weight {weight.dtype} {list(weight.shape)}; "
             "expected [H, 1, K] and [H, K, N] of one dtype"
         )
-    for kernel in registry.kernels("head_product"):
-        if impl in ("auto", kernel.name):
-            reasons = kernel.supports(x, weight, early=early)
-            if not reasons:
-                return kernel.run(x, weight, early=early)  # type: ignore[no-any-return]
-            if impl == kernel.name:
-                raise UnsupportedInputError(
-                    f"head_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
-                )
-    return head_product_reference(x, weight)
+    kernel = registry.chosen("head_product", impl, x, weight, early=early)
+    if kernel is None:
+        return head_product_reference(x, weight)
+    return kernel.run(x, weight, early=early)  # type: ignore[no-any-return]
 
 
 @head_product.register_fake

@@ -150,18 +150,8 @@ def mla_decode(
 
 def _implementation(impl: str, tensors: tuple[Tensor | None, ...], scale: float, causal: bool) -> Callable[..., Any]:
     """What computes a call: the named kernel, the best that supports it, or the reference."""
-    if impl == "auto":
-        best, _ = registry.best("mla_decode", *tensors, scale=scale, causal=causal)
-        return mla_decode_reference if best is None else best.run
-    if impl != "reference":
-        chosen = registry.find("mla_decode", impl)
-        if reasons := chosen.supports(*tensors, scale=scale, causal=causal):
-            raise UnsupportedInputError(
-                f"mla_decode: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}. "
-                "Use impl='auto' to fall back to one that can."
-            )
-        return chosen.run
-    return mla_decode_reference
+    kernel = registry.chosen("mla_decode", impl, *tensors, scale=scale, causal=causal)
+    return mla_decode_reference if kernel is None else kernel.run
 
 
 @mla_decode.register_fake

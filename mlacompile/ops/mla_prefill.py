@@ -116,16 +116,10 @@ def mla_prefill(
     _check(q, c_kv, k_pe, w_uk, w_uv, nope_at, pe_at, chunk)
     tensors = (q, c_kv, k_pe, w_uk, w_uv, mask, start, length)
     settings: dict[str, Any] = {"scale": scale, "causal": causal, "nope_at": nope_at, "pe_at": pe_at, "chunk": chunk}
-    for kernel in registry.kernels("mla_prefill"):
-        if impl in ("auto", kernel.name):
-            reasons = kernel.supports(*tensors, **settings)
-            if not reasons:
-                out, lse = kernel.run(*tensors, **settings, absorb_up_to=absorb_up_to, bounds=bounds)
-                return _by_token(out), lse.to(torch.float32).contiguous()
-            if impl == kernel.name:
-                raise UnsupportedInputError(
-                    f"mla_prefill: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
-                )
+    kernel = registry.chosen("mla_prefill", impl, *tensors, **settings)
+    if kernel is not None:
+        out, lse = kernel.run(*tensors, **settings, absorb_up_to=absorb_up_to, bounds=bounds)
+        return _by_token(out), lse.to(torch.float32).contiguous()
     out, lse = mla_prefill_reference(*tensors, **settings)
     return _by_token(out), lse.contiguous()
 

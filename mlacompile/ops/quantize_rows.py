@@ -62,16 +62,10 @@ def quantize_rows(
     """
     _check(x, added, norm, gated, gate)
     arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate}
-    for kernel in registry.kernels("quantize_rows"):
-        if impl in ("auto", kernel.name):
-            reasons = kernel.supports(*arguments, **settings)
-            if not reasons:
-                return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
-            if impl == kernel.name:
-                raise UnsupportedInputError(
-                    f"quantize_rows: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
-                )
-    return quantize_rows_reference(*arguments, eps=eps, gate=gate)
+    kernel = registry.chosen("quantize_rows", impl, *arguments, **settings)
+    if kernel is None:
+        return quantize_rows_reference(*arguments, eps=eps, gate=gate)
+    return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
 
 
 @quantize_rows.register_fake

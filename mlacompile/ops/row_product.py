@@ -88,16 +88,10 @@ def row_product(
     """
     _check(x, weights, descales, norm, added, gate)
     arguments, settings = (x, weights, descales, norm, added), {"eps": eps, "gate": gate, "early": early}
-    for kernel in registry.kernels("row_product"):
-        if impl in ("auto", kernel.name):
-            reasons = kernel.supports(*arguments, **settings)
-            if not reasons:
-                return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
-            if impl == kernel.name:
-                raise UnsupportedInputError(
-                    f"row_product: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
-                )
-    return row_product_reference(x, weights, descales, norm, added, eps=eps, gate=gate)
+    kernel = registry.chosen("row_product", impl, *arguments, **settings)
+    if kernel is None:
+        return row_product_reference(x, weights, descales, norm, added, eps=eps, gate=gate)
+    return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
 
 
 @row_product.register_fake

@@ -117,16 +117,10 @@ def write_latents(
     settings = {"eps": eps, "pairs": pairs, "stored": stored, "rope_stored": rope_stored}
     settings |= {"group": group, "scale_at": scale_at, "rope_at": rope_at}
     _check(*arguments, pairs=pairs, stored=stored, rope_stored=rope_stored, group=group)
-    for kernel in registry.kernels("write_latents"):
-        if impl in ("auto", kernel.name):
-            reasons = kernel.supports(*arguments, **settings)
-            if not reasons:
-                return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
-            if impl == kernel.name:
-                raise UnsupportedInputError(
-                    f"write_latents: kernel {impl!r} cannot take these inputs: {'; '.join(reasons)}"
-                )
-    return write_latents_reference(*arguments, **settings)  # type: ignore[arg-type]
+    kernel = registry.chosen("write_latents", impl, *arguments, **settings)
+    if kernel is None:
+        return write_latents_reference(*arguments, **settings)  # type: ignore[arg-type]
+    return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
 
 
 @write_latents.register_fake

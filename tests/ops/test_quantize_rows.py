@@ -40,7 +40,8 @@ def test_without_anything_before_it_is_fp8_quantize() -> None:
         ({"gate": "silu"}, "with no tensor to gate"),
         ({"gated": torch.zeros(2, 256), "gate": "relu"}, "expected one of silu"),
         ({"gated": torch.zeros(2, 256), "gate": "silu", "norm": torch.ones(256)}, "a tensor and without a norm"),
-        ({"impl": "triton"}, "kernel 'triton' cannot take these inputs: .*CUDA device"),
+        ({"impl": "triton"}, "impl='triton' cannot take these inputs: .*CUDA device"),
+        ({"impl": "fast"}, "no kernel 'fast'; it has triton"),
     ],
 )
 def test_it_refuses_what_does_not_fit(changed: dict[str, Any], message: str) -> None:

@@ -33,46 +33,26 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_p,
 )
+from mlacompile.kernels.mla_decode.hopper_turned_words import _fragment, _halves, _in_order_of_words, _joined
 
-SLACK = gl.constexpr(6)  # powers of two by which a row may exceed its maximum before that moves
+FP8_HEADROOM = gl.constexpr(8)  # P reaches 2^8 at most
+SLACK = gl.constexpr(2)  # powers of two by which a row may exceed what it counts from before that moves
+DROP = gl.constexpr(6)  # and by which a block may stay below
+STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
 QUARTER = gl.constexpr(16)  # tokens
-
-
-@gluon.constexpr_function
-def _narrow(columns):
-    """The layout of so many columns of scores, in the registers that they have among all of them."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-@gluon.jit
-def _halves(s):
-    """Columns of scores, the first half and the second, each where it was."""
-    columns: gl.constexpr = s.shape[1] // 2
-    first, second = gl.split(s.reshape([ROWS, 2, columns]).permute((0, 2, 1)))
-    layout: gl.constexpr = _narrow(columns)
-    first = gl.convert_layout(first, layout, assert_trivial=True)
-    return first, gl.convert_layout(second, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _joined(first, second):
-    """The opposite of ``_halves``."""
-    columns: gl.constexpr = 2 * first.shape[1]
-    both = gl.join(first, second).permute((0, 2, 1)).reshape([ROWS, columns])
-    return gl.convert_layout(both, _narrow(columns), assert_trivial=True)
 
 
 @gluon.jit
 def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
-    quarter: gl.constexpr = _narrow(QUARTER)
+    quarter: gl.constexpr = _fragment(QUARTER, 4)
     some = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0)
     factors = some.load(gl.SliceLayout(0, quarter))
     # As ``_live_factors``, but asked once a block and reckoned in the branch alone: registers are short.
     if (t < lo) | (t + BLOCK > hi):
         o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, gl.SliceLayout(0, quarter))
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    return (e * factors[None, :]).to(gl.float16)
+    return (e * factors[None, :]).to(gl.float8e4nv)
 
 
 @gluon.jit
@@ -81,7 +61,7 @@ def _unit_of_block(x, stage, t, lo, hi):
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
     largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
-    return _unit_of_p(largest.to(gl.float32, bitcast=True)) + SLACK
+    return _unit_of_p(largest.to(gl.float32, bitcast=True), FP8_HEADROOM) + SLACK
 
 
 @gluon.jit
@@ -121,28 +101,35 @@ def _of_thread(e):
 
 
 @gluon.jit
-def _count_from(x, bar, s, m_before, row_scale, unit, b):
-    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``."""
+def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
+    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
+
+    most: the largest that a block of this group would have counted from, returned with this one.
+    """
     buffer = b & 1
     highest = gl.max(s, 1) * row_scale + unit
-    m = gl.where(highest > m_before + SLACK, highest, m_before)
+    most = gl.maximum(most, highest)
+    far = (highest > m_before + SLACK) | (highest < m_before - DROP)
+    m = gl.where(far, gl.maximum(highest, m_before - STEADY), m_before)
+    m = gl.maximum(m, most - STEADY)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m)
     x.alpha.index(buffer).store(gl.exp2(m_before - m))
     mbarrier.arrive(bar.m.index(buffer), count=1)
-    return m
+    return m, most
 
 
 @gluon.jit
 def _half_of_p(x, s, m, row_scale, buffer, stage, i: gl.constexpr, t, lo, hi):
     """Exponentials of half a block's scores: stores P, and returns their sums in pairs."""
-    by_quarter: gl.constexpr = gl.SliceLayout(1, _narrow(QUARTER))
+    by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
     scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
     s0, s1 = _halves(s)
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
     p = _joined(_weighed(x, e0, stage, 2 * i, t, lo, hi), _weighed(x, e1, stage, 2 * i + 1, t, lo, hi))
+    p = _in_order_of_words(p)
     if i == 0:
         x.p.index(buffer).store(p)
     else:
@@ -192,6 +179,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
+        most = m
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread())
 
         first = (g + SIDE) & 1
@@ -222,7 +210,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
-            m = _count_from(x, bar, s, m_before, row_scale, unit_of_p, b)
+            m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b)
             if i + 2 < n:
                 _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY)  # fmt: skip

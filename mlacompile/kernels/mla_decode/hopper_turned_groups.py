@@ -22,6 +22,7 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _softmax
 from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    HEADROOM,
     _fp8_products,
     _products,
     _report,
@@ -155,7 +156,7 @@ def _p_of_two(x, e, stage, group: gl.constexpr):
 def _publish_groups(x, bar, s, largest, m, total, row_scale, b, stage, t, lo, hi, sure, limit, GROUPS: gl.constexpr,
                     CAUSAL: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P of each group and alpha for ``_values``, returns the running maximum and sum."""
-    shift = _unit_of_p(largest)
+    shift = _unit_of_p(largest, HEADROOM)
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout())
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])

@@ -91,8 +91,8 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
     if GROUPS > 1:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
     elif not STACKED:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
-        half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-        return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
+        half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=8, rank=2)
+        return gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, BLOCK // 2], half)
     else:
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], layout)
 

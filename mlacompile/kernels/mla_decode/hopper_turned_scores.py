@@ -87,10 +87,10 @@ def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _unit_of_p(largest):
+def _unit_of_p(largest, headroom: gl.constexpr):
     """The exponent of the unit in which P is held that is multiplied with factors up to ``largest``."""
     largest = gl.maximum(largest, LEAST_FACTOR)
-    return ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + HEADROOM)).to(gl.float32)
+    return ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + headroom)).to(gl.float32)
 
 
 @gluon.jit
@@ -110,7 +110,7 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
     layout: gl.constexpr = _softmax_layout()
     s = _together(s)
     factors = _live_factors(x.factors.index(stage), t, lo, hi, gl.SliceLayout(0, layout))
-    shift = _unit_of_p(gl.max(gl.abs(factors), 0))
+    shift = _unit_of_p(gl.max(gl.abs(factors), 0), HEADROOM)
     s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])

@@ -1,4 +1,7 @@
-"""Words of two FP8 columns: how ``hopper_turned.py`` makes left operands of a cache as it lies in shared memory."""
+"""Words of two FP8 columns: how ``hopper_turned.py`` makes left operands of a cache as it lies in shared memory.
+
+And parts of fragments: layouts of so many columns in which a thread keeps the registers that it has of more.
+"""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -8,12 +11,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
+FP8_STEP = gl.constexpr(32)  # the same of a product in FP8
 
 # Four e4m3 values, (even, odd) of one token and (even, odd) of the next, to float16: even of both, odd of both.
 SPLIT = gl.constexpr(
     "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
     "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
 )
+# The same and the next two tokens', as they are: even of all four, odd of all four.
+APART = gl.constexpr("prmt.b32 $0, $2, $4, 0x6420; prmt.b32 $1, $2, $4, 0x7531;")
 
 
 @gluon.jit
@@ -52,6 +58,60 @@ def _columns_of_words(words, layout: gl.constexpr):
     both = gl.join(words, words).reshape([words.shape[0], 2 * words.shape[1]])
     both = gl.convert_layout(both, layout, assert_trivial=True)
     return gl.inline_asm_elementwise(SPLIT, "=r,=r,r,r", [both], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
+
+
+@gluon.jit
+def _in_order_of_words(x):
+    """Columns in the order in which a thread has those of a fragment."""
+    rows: gl.constexpr = x.shape[0]
+    columns: gl.constexpr = x.shape[1]
+    return x.reshape([rows, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, columns])
+
+
+@gluon.jit
+def _fp8_words_of(tile, i, layout: gl.constexpr):
+    """Words of pairs of columns, of the tokens of FP8_STEP: [pairs, FP8_STEP / 2].
+
+    A thread has tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, and calls them 4t to 4t + 3, as it does those of P.
+    """
+    pairs = tile.slice(i * FP8_STEP, FP8_STEP, dim=0).permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2))
+    return _kept(_in_order_of_words(pairs))
+
+
+@gluon.jit
+def _fp8_columns_of(words, layout: gl.constexpr):
+    """Even columns and odd columns in FP8, as left operands."""
+    both = gl.join(words, words).reshape([words.shape[0], FP8_STEP])
+    both = gl.convert_layout(both, gl.DotOperandLayout(0, layout, 4), assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        APART, "=r,=r,r,r,r,r", [both], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True, pack=4
+    )
+
+
+@gluon.constexpr_function
+def _fragment(columns, warps, depth=16):
+    """The layout of a product's so many columns."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, depth])
+
+
+@gluon.jit
+def _halves(x):
+    """The first half of a fragment's columns and the second, each where it was."""
+    rows: gl.constexpr = x.shape[0]
+    columns: gl.constexpr = x.shape[1] // 2
+    first, second = gl.split(x.reshape([rows, 2, columns]).permute((0, 2, 1)))
+    layout: gl.constexpr = _fragment(columns, gl.num_warps())
+    first = gl.convert_layout(first, layout, assert_trivial=True)
+    return first, gl.convert_layout(second, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _joined(first, second):
+    """The opposite of ``_halves``."""
+    rows: gl.constexpr = first.shape[0]
+    columns: gl.constexpr = 2 * first.shape[1]
+    both = gl.join(first, second).permute((0, 2, 1)).reshape([rows, columns])
+    return gl.convert_layout(both, _fragment(columns, gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit

@@ -36,8 +36,8 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
 from mlacompile.kernels.mla_decode.hopper_turned_words import _fragment, _halves, _in_order_of_words, _joined
 
 FP8_HEADROOM = gl.constexpr(8)  # P reaches 2^8 at most
-SLACK = gl.constexpr(2)  # powers of two by which a row may exceed what it counts from before that moves
-DROP = gl.constexpr(6)  # and by which a block may stay below
+SLACK = gl.constexpr(3)  # powers of two by which a row may exceed what it counts from before that moves
+DROP = gl.constexpr(5)  # and by which a block may stay below
 STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
 QUARTER = gl.constexpr(16)  # tokens
 

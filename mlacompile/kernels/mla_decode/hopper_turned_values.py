@@ -77,7 +77,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     SIDES: gl.constexpr = _sides(GROUPS)
     WIDE: gl.constexpr = not STACKED
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 32 if WIDE else 16]
     )
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
     PAIRS: gl.constexpr = 16 * gl.num_warps()  # of columns, multiplied at once
@@ -117,11 +117,11 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             moved = row < 0  # there is no earlier output
             for i in gl.static_range(TILES):
                 mbarrier.wait(_of_part(bar.full, bar.full_last, g % STAGES, i), (g // STAGES) & 1)
-            first, last = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
+            later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
-                even0, odd0, even1, odd1, moved, first, last = _add_wide_block(
-                    x, bar, words, g, t, lo, hi, moved, done + 1 < n, first, last, even0, odd0, even1, odd1, TILES,
-                    STAGES, layout,
+                even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
+                    x, bar, words, g, t, lo, hi, moved, done + 1 < n, later, latest, even0, odd0, even1, odd1,
+                    TILES, STAGES, layout,
                 )  # fmt: skip
                 t += BLOCK
                 g += 1

@@ -74,7 +74,8 @@ def _fp8_words_of(tile, i, layout: gl.constexpr):
 
     A thread has tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, and calls them 4t to 4t + 3, as it does those of P.
     """
-    pairs = tile.slice(i * FP8_STEP, FP8_STEP, dim=0).permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2))
+    as_16_bits: gl.constexpr = gl.DotOperandLayout(0, _fragment(layout.instr_shape[1], gl.num_warps()), 2)
+    pairs = tile.slice(i * FP8_STEP, FP8_STEP, dim=0).permute((1, 0)).load(as_16_bits)
     return _kept(_in_order_of_words(pairs))
 
 

@@ -193,19 +193,10 @@ def _store(p: Pointer, value: Any, mask: Any = None) -> None:
 
 
 def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
-    if "0x6420" in code:  # even values and odd ones of four neighbours, in words in place of all of them
-        raw = np.asarray(args[0]).astype(np.uint16)
-        quads = raw.reshape(*raw.shape[:-1], -1, 4).astype(np.uint32)
-        weights = np.array([0, 8, 16, 24], np.uint32)
-        even, odd = ((((quads >> shift) & 255) << weights).sum(-1, dtype=np.uint32) for shift in (0, 8))
-        return made(np.stack([even, odd, even, odd], -1).reshape(raw.shape).view(np.int32))
-    if "mov.b32 $0, $1;" == code and np.asarray(args[0]).dtype == np.int32:  # words of four FP8 values
-        words = np.asarray(args[0]).view(np.uint32)
-        return made(from_e4m3((words >> (8 * (np.arange(words.shape[-1]) % 4)).astype(np.uint32) & 255).astype(np.uint8)))
     if "mov.b32 $1, $2" in code:  # the word of two neighbours, in place of both
         low, high = (np.asarray(args[0]).astype(np.uint16).astype(np.uint32)[..., i::2] for i in (0, 1))
         return made(np.repeat(low | high << 16, 2, -1).view(np.int32))
-    if "e4m3x2" in code and np.asarray(args[0]).dtype == np.int32:  # words that stand in place of both
+    if ("e4m3x2" in code or "0x6420" in code) and np.asarray(args[0]).dtype == np.int32:  # words in place of both
         words = np.asarray(args[0]).view(np.uint32)
         pairs = np.where(np.arange(words.shape[-1]) % 2, words >> 16, words & 0xFFFF)
         return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))

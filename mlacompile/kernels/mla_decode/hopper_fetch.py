@@ -33,6 +33,12 @@ def _columns(shape):
 
 
 @gluon.constexpr_function
+def _tokens(shape):
+    """Tokens of a box: [tokens], [tokens, columns] or [panels, tokens, columns]."""
+    return shape[-2] if len(shape) > 1 else shape[0]
+
+
+@gluon.constexpr_function
 def _boxes(count, shape):
     """The shape of so many boxes."""
     return [count, *shape]
@@ -49,9 +55,10 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, 
           PAGE: gl.constexpr):  # fmt: skip
     """Send for N panels of a block's columns. to: boxes of shared memory, those of panel k begin at (first + k) * SUB.
 
-    unit: the page or batch row of the block, where one is enough; smaller pages are looked up here.
+    unit: the page or batch row of the block, where one is enough; smaller pages are looked up here. A box of rank 3
+    holds all N panels.
     """
-    BOX: gl.constexpr = desc.block_type.shape[0]
+    BOX: gl.constexpr = _tokens(desc.block_type.shape)
     SUB: gl.constexpr = BLOCK // BOX
     for j in range(SUB):  # not unrolled: this partition has 32 registers
         o_t = t + j * BOX
@@ -62,6 +69,8 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, 
         o_row = unit * apart + o_t
         if len(desc.block_type.shape) == 1:
             load_tile(desc, [o_row], full, to.index(first * SUB + j))
+        elif len(desc.block_type.shape) == 3:
+            load_tile(desc, [column // desc.block_type.shape[2], o_row, 0], full, to.index(first // N))
         else:
             for k in gl.static_range(N):
                 o_c = column + k * desc.block_type.shape[1]

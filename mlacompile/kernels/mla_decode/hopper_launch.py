@@ -25,7 +25,7 @@ BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
-TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 184}  # by the columns of the turned output
+TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
 GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
 PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
@@ -110,6 +110,15 @@ def _descriptor(x: Tensor, box_rows: int, panel: int, *, swizzle: int | None = N
     return TensorDescriptor(x, [rows, columns], [x.stride(1), 1], [box_rows, panel], layout), apart
 
 
+def _by_panels(matrix: TensorDescriptor, panels: int) -> TensorDescriptor:
+    """The same matrix as [panels, rows, columns of a panel], of which one box brings several panels."""
+    rows, columns = matrix.shape
+    box_rows, panel = matrix.block_shape
+    layout = NVMMASharedLayout(panel * matrix.base.element_size(), 8 * matrix.base.element_size(), rank=3)
+    strides = [panel, matrix.strides[0], 1]
+    return TensorDescriptor(matrix.base, [columns // panel, rows, panel], strides, [panels, box_rows, panel], layout)
+
+
 def hopper_launches(
     tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor, plan: HopperPlan, *, scale: float, causal: bool
 ) -> list[Launch]:
@@ -192,17 +201,20 @@ def _turned(
 ) -> dict[str, Any]:
     """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
-    d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
     d_scale, apart_scale = _factors(descale, box_rows)
     columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
     stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
+    width = 256 if arguments["R"] <= 256 else 512
+    d_c, apart_c = _descriptor(c_kv, box_rows, 128)
+    if box_rows == BLOCK and arguments["R"] % 128 == 0:
+        d_c = _by_panels(d_c, width // 128 if stacked else 2)
     if descale.shape[2] > 1 and not stacked:
         raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
-        "WIDTH": 256 if arguments["R"] <= 256 else 512, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
+        "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
         "COLS": columns, "STACKED": stacked,
         "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
     }  # fmt: skip

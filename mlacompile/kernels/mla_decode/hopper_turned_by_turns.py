@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mlacompile.kernels.mla_decode.hopper import LOWEST
-from mlacompile.kernels.mla_decode.hopper_fetch import _page, _unit
+from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
@@ -33,7 +33,13 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_p,
 )
-from mlacompile.kernels.mla_decode.hopper_turned_words import _fragment, _halves, _in_order_of_words, _joined
+from mlacompile.kernels.mla_decode.hopper_turned_words import (
+    _fragment,
+    _halves,
+    _in_order_of_words,
+    _joined,
+    _line_halves,
+)
 
 FP8_HEADROOM = gl.constexpr(8)  # P reaches 2^8 at most
 SLACK = gl.constexpr(3)  # powers of two by which a row may exceed what it counts from before that moves
@@ -43,14 +49,11 @@ QUARTER = gl.constexpr(16)  # tokens
 
 
 @gluon.jit
-def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
+def _weighed(e, factors, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
-    quarter: gl.constexpr = _fragment(QUARTER, 4)
-    some = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0)
-    factors = some.load(gl.SliceLayout(0, quarter))
     # As ``_live_factors``, but asked once a block and reckoned in the branch alone: registers are short.
     if (t < lo) | (t + BLOCK > hi):
-        o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, gl.SliceLayout(0, quarter))
+        o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, factors.type.layout)
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
     return (e * factors[None, :]).to(gl.float8e4nv)
 
@@ -66,7 +69,7 @@ def _unit_of_block(x, stage, t, lo, hi):
 
 @gluon.jit
 def _scores_of_block(x, bar, s, b, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b, part by part as they arrive; rotary ones are begun.
+    """Scores of block b, part by part as they arrive, and its factors; rotary ones are begun.
 
     The small part of the queries goes first: it is added up more precisely.
     """
@@ -83,7 +86,7 @@ def _scores_of_block(x, bar, s, b, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, S
         s = warpgroup_mma(q, keys, s, is_async=True)
     factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
-    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products()), factors
 
 
 @gluon.constexpr_function
@@ -120,7 +123,7 @@ def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
 
 
 @gluon.jit
-def _half_of_p(x, s, m, row_scale, buffer, stage, i: gl.constexpr, t, lo, hi):
+def _half_of_p(x, s, factors, m, row_scale, buffer, i: gl.constexpr, t, lo, hi):
     """Exponentials of half a block's scores: stores P, and returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
@@ -128,7 +131,8 @@ def _half_of_p(x, s, m, row_scale, buffer, stage, i: gl.constexpr, t, lo, hi):
     s0, s1 = _halves(s)
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
-    p = _joined(_weighed(x, e0, stage, 2 * i, t, lo, hi), _weighed(x, e1, stage, 2 * i + 1, t, lo, hi))
+    f0, f1 = _line_halves(factors)
+    p = _joined(_weighed(e0, f0, 2 * i, t, lo, hi), _weighed(e1, f1, 2 * i + 1, t, lo, hi))
     p = _in_order_of_words(p)
     if i == 0:
         x.p.index(buffer).store(p)
@@ -168,7 +172,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
     PARTS: gl.constexpr = _parts_of(WIDTH)
     EARLY: gl.constexpr = PARTS // 2
     n_pages, n_columns = cache[8], cache[9]
-    SUB: gl.constexpr = BLOCK // cache[0].block_type.shape[0]
+    SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
@@ -199,7 +203,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            s = _scores_of_block(x, bar, s0, b, WIDTH, BLOCK_P, STAGES)
+            s, factors = _scores_of_block(x, bar, s0, b, WIDTH, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
@@ -215,8 +219,9 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                 _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY)  # fmt: skip
             left, right = _halves(s)
-            sums = _half_of_p(x, left, m, row_scale, b & 1, b % STAGES, 0, t, lo, hi)
-            sums += _half_of_p(x, right, m, row_scale, b & 1, b % STAGES, 1, t, lo, hi)
+            f_left, f_right = _line_halves(factors)
+            sums = _half_of_p(x, left, f_left, m, row_scale, b & 1, 0, t, lo, hi)
+            sums += _half_of_p(x, right, f_right, m, row_scale, b & 1, 1, t, lo, hi)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)

@@ -1,4 +1,4 @@
-"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that compute scores.
+"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that need them last.
 
 ``cache``: descriptors of latents, rotary keys and factors, how many rows of each lie between units, the block table:
 (d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, p_table, stride_table, n_pages, n_columns).
@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _unit
+from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part
 
@@ -19,14 +19,15 @@ def _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH: gl.constexpr, BLO
                 STAGES: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     """Sends for one of PARTS of a block's latents, and with the last for its factors and rotary keys."""
     d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, _p_table, _stride_table, n_pages, n_columns = cache
-    BOX: gl.constexpr = d_c.block_type.shape[0]
-    PANEL: gl.constexpr = d_c.block_type.shape[1]
+    BOX: gl.constexpr = _tokens(d_c.block_type.shape)
+    PANEL: gl.constexpr = d_c.block_type.shape[-1]
     SUB: gl.constexpr = BLOCK // BOX
     PANELS: gl.constexpr = WIDTH // PANEL
     SOME: gl.constexpr = PANELS // PARTS
     LAST: gl.constexpr = PART == PARTS - 1
     MORE: gl.constexpr = 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape) if LAST else 0
-    latents = x.k._reinterpret(d_c.dtype, [STAGES * PANELS * SUB, BOX, PANEL], d_c.layout)
+    BOXES: gl.constexpr = STAGES * PANELS * SUB // (SOME if len(d_c.block_type.shape) == 3 else 1)
+    latents = x.k._reinterpret(d_c.dtype, _boxes(BOXES, d_c.block_type.shape), d_c.layout)
     full = _of_part(bar.full, bar.full_last, stage, PART)
     mbarrier.expect(full, BLOCK * (SOME * PANEL + MORE))
     _copy(d_c, apart_c, PART * SOME * PANEL, full, latents, stage * PANELS + PART * SOME, SOME,
@@ -53,7 +54,7 @@ def _fetch_stages(x, bar, cache, p_start, p_length, row, position, share, overhe
                   BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Copies blocks into the stages, as soon as each has been used for the last time."""
     n_pages, n_columns = cache[8], cache[9]
-    SUB: gl.constexpr = BLOCK // cache[0].block_type.shape[0]
+    SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     g = 0
     todo = share
     while (row < B) & (todo > overhead):

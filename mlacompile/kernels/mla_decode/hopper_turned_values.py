@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part, _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 from mlacompile.kernels.mla_decode.hopper_turned_wide import _add_wide_block, _first_words
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
@@ -114,10 +114,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
+            mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
             moved = row < 0  # there is no earlier output
-            for i in gl.static_range(TILES):
-                mbarrier.wait(_of_part(bar.full, bar.full_last, g % STAGES, i), (g // STAGES) & 1)
-            later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
+            later, latest = _first_words(bar, words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
                 even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
                     x, bar, words, g, t, lo, hi, moved, done + 1 < n, later, latest, even0, odd0, even1, odd1,

@@ -29,13 +29,17 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
-    """What the first two steps of a block multiply, which has arrived."""
+def _first_words(bar, words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """What the first two steps of a block multiply, whose scores are computed. Their room is given back."""
     first = g % STAGES * TILES
     if (t < lo) | (t + BLOCK > hi):
         for i in gl.static_range(TILES):
             _clear_dead_words(words.index(first + i), t, lo, hi)
-    return _fp8_words_of(words.index(first), 0, layout), _fp8_words_of(words.index(first), 1, layout)
+    later = _fp8_words_of(words.index(first), 0, layout)
+    latest = _fp8_words_of(words.index(first), 1, layout)
+    if TILES > 1:
+        mbarrier.arrive(bar.empty.index(g % STAGES), count=1)
+    return later, latest
 
 
 @gluon.jit
@@ -70,20 +74,18 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
             even0, odd0 = _add_fp8_products(v_even, v_odd, half.index(buffer), even0, odd0)
         else:
             even1, odd1 = _add_fp8_products(v_even, v_odd, half.index(buffer), even1, odd1)
-        if i == 0:
-            mbarrier.arrive(bar.empty.index(stage), count=1)
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:
             v_even, v_odd = _fp8_columns_of(later, layout)
         if i + 2 < N:
             later = _fp8_words_of(words.index(stage * TILES + (i + 2) // STEPS), (i + 2) % STEPS, layout)
-        if i + 2 == N - 1:  # the last words are in registers
-            mbarrier.arrive(bar.empty_last.index(stage), count=1)
+        if i + 2 == max(N - 1, 2):  # the last words are in registers, and P holds the factors
+            mbarrier.arrive(_of_part(bar.empty, bar.empty_last, stage, TILES - 1), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+        later, latest = _first_words(bar, words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1, moved, later, latest

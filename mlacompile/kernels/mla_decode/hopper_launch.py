@@ -208,7 +208,7 @@ def _turned(
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
-        d_c = _by_panels(d_c, width // 128 if stacked else 2)
+        d_c = _by_panels(d_c, width // 128)
     if descale.shape[2] > 1 and not stacked:
         raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
     return {

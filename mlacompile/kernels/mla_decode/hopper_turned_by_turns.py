@@ -23,8 +23,7 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
-from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part, _parts_of
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -68,22 +67,25 @@ def _unit_of_block(x, stage, t, lo, hi):
 
 
 @gluon.jit
-def _scores_of_block(x, bar, s, b, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b, part by part as they arrive, and its factors; rotary ones are begun.
+def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of block b, and its factors; rotary ones are begun. They begin when those of the block before are issued.
 
     The small part of the queries goes first: it is added up more precisely.
     """
-    PARTS: gl.constexpr = _parts_of(WIDTH)
-    COLUMNS: gl.constexpr = WIDTH // PARTS
+    WIDTH: gl.constexpr = x.q.shape[2]
+    SOME: gl.constexpr = min(WIDTH, 256)  # columns: addresses of more at once would be too many registers
     stage = b % STAGES
+    other = (b + 1) & 1
     zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
-    for i in gl.static_range(PARTS):
-        mbarrier.wait(_of_part(bar.full, bar.full_last, stage, i), (b // STAGES) & 1)
-        keys = x.k.index(stage).slice(i * COLUMNS, COLUMNS, dim=1).permute((1, 0))
-        q = x.q.index(zero + 1).slice(i * COLUMNS, COLUMNS, dim=1)
+    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
+    mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
+    for i in gl.static_range(WIDTH // SOME):
+        keys = x.k.index(stage).slice(i * SOME, SOME, dim=1).permute((1, 0))
+        q = x.q.index(zero + 1).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
-        q = x.q.index(zero).slice(i * COLUMNS, COLUMNS, dim=1)
+        q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, is_async=True)
+    mbarrier.arrive(bar.turn.index(b & 1), count=1)
     factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
     return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products()), factors
@@ -149,14 +151,12 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                 STAGES: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr):  # fmt: skip
-    """Sends for parts [FIRST, END) of block b, each when its room has been used for the last time."""
-    PARTS: gl.constexpr = _parts_of(WIDTH)
+def _fetch_later(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """Sends for block b, when its room has been used for the last time."""
     stage = b % STAGES
-    for i in gl.static_range(FIRST, END):
-        mbarrier.wait(_of_part(bar.empty, bar.empty_last, stage, i), ((b // STAGES) & 1) ^ 1)
-        _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
+    mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
+    _fetch_block(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
 
 
 @gluon.jit
@@ -166,11 +166,9 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                      SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks, for the next while it works on this one: for EARLY parts before P of this one,
-    because ``_values`` are done with their room half a block sooner.
+    Each group sends for its own blocks, for the next when P of this one is published: ``_values`` are done with its
+    room by then. (Sooner, factors that were read would have to be fenced off from those that are sent for.)
     """
-    PARTS: gl.constexpr = _parts_of(WIDTH)
-    EARLY: gl.constexpr = PARTS // 2
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     layout: gl.constexpr = _products()
@@ -193,7 +191,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS)
+            _fetch_later(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -203,7 +201,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            s, factors = _scores_of_block(x, bar, s0, b, WIDTH, BLOCK_P, STAGES)
+            s, factors = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
@@ -215,19 +213,16 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
             m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b)
-            if i + 2 < n:
-                _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
-                             EARLY)  # fmt: skip
             left, right = _halves(s)
             f_left, f_right = _line_halves(factors)
             sums = _half_of_p(x, left, f_left, m, row_scale, b & 1, 0, t, lo, hi)
             sums += _half_of_p(x, right, f_right, m, row_scale, b & 1, 1, t, lo, hi)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
+            if i + 2 < n:
+                _fetch_later(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
-            if i + 2 < n:
-                _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS)
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

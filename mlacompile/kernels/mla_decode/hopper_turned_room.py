@@ -49,38 +49,20 @@ class TurnedSignals:
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
-    # Of the second half of each stage, if halves come and go by themselves. A wait for one barrier and another of
-    # the same array would have all warps wait for each other in between, so they are not in one array.
-    full_last: gl.shared_memory_descriptor
-    empty_last: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take blocks by turns
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, full_last,
-                 empty_last):  # fmt: skip
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others,
+                 turn):  # fmt: skip
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total, self.rows = queries, total, rows
-        self.m, self.others, self.full_last, self.empty_last = m, others, full_last, empty_last
+        self.m, self.others, self.turn = m, others, turn
 
 
 @gluon.constexpr_function
 def _sides(groups):
     """Partitions ``_values``. Eight warps have one P on the right, and a group of 128 columns is work for four."""
     return 2 if groups > 1 else 1
-
-
-@gluon.constexpr_function
-def _parts_of(width):
-    """Parts of a stage, one or two, that come and go by themselves with more than 32 rows: eight warps multiply one."""
-    return width // 256
-
-
-@gluon.jit
-def _of_part(first, last, stage, i: gl.constexpr):
-    """What a stage's part i has of two arrays: a barrier of the first part, or of the last."""
-    if i == 0:
-        return first.index(stage)
-    else:
-        return last.index(stage)
 
 
 @gluon.jit
@@ -136,16 +118,13 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     )
     SIDES: gl.constexpr = _sides(GROUPS)
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
-    full_last, empty_last = full, empty
-    if not STACKED:
-        full_last, empty_last = _barriers(STAGES), _barriers(STAGES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
     queries, total = _barriers(1 if STACKED else 2, SIDES), _barriers(1)
-    rows, m_full, others_full = total, total, total
+    rows, m_full, others_full, turn = total, total, total, total
     if SIDES > 1:
         rows = _barriers(1, SIDES)
     if not STACKED:
-        m_full, others_full = _barriers(2), _barriers(1)
-    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, full_last, empty_last)
+        m_full, others_full, turn = _barriers(2), _barriers(1), _barriers(2)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn)
     fence_async_shared()
     return x, bar

@@ -116,7 +116,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         if WIDE:
             mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
             moved = row < 0  # there is no earlier output
-            later, latest = _first_words(bar, words, g, t, lo, hi, TILES, STAGES, layout)
+            later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
                 even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
                     x, bar, words, g, t, lo, hi, moved, done + 1 < n, later, latest, even0, odd0, even1, odd1,

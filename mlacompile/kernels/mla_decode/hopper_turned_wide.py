@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     _clear_dead_words,
@@ -29,17 +28,13 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _first_words(bar, words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
-    """What the first two steps of a block multiply, whose scores are computed. Their room is given back."""
+def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """What the first two steps of a block multiply, whose scores are computed."""
     first = g % STAGES * TILES
     if (t < lo) | (t + BLOCK > hi):
         for i in gl.static_range(TILES):
             _clear_dead_words(words.index(first + i), t, lo, hi)
-    later = _fp8_words_of(words.index(first), 0, layout)
-    latest = _fp8_words_of(words.index(first), 1, layout)
-    if TILES > 1:
-        mbarrier.arrive(bar.empty.index(g % STAGES), count=1)
-    return later, latest
+    return _fp8_words_of(words.index(first), 0, layout), _fp8_words_of(words.index(first), 1, layout)
 
 
 @gluon.jit
@@ -81,11 +76,11 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
         if i + 2 < N:
             later = _fp8_words_of(words.index(stage * TILES + (i + 2) // STEPS), (i + 2) % STEPS, layout)
         if i + 2 == max(N - 1, 2):  # the last words are in registers, and P holds the factors
-            mbarrier.arrive(_of_part(bar.empty, bar.empty_last, stage, TILES - 1), count=1)
+            mbarrier.arrive(bar.empty.index(stage), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        later, latest = _first_words(bar, words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1, moved, later, latest

@@ -214,7 +214,7 @@ def _turned(
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
-        "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
+        "WIDTH": width, "STAGES": 4, "CODE": PACK[dtype],
         "COLS": columns, "STACKED": stacked,
         "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
     }  # fmt: skip

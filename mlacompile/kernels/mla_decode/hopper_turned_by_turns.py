@@ -23,7 +23,12 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import (
+    _bytes_of_rest,
+    _fetch_latents,
+    _fetch_rest,
+    _pages_of,
+)
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -58,17 +63,17 @@ def _weighed(e, factors, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
-def _unit_of_block(x, stage, t, lo, hi):
+def _unit_of_block(x, buffer, t, lo, hi):
     """The exponent of the unit of a block's P. Every warp looks at all factors, so none waits for another."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
+    factors = _live_factors(x.factors.index(buffer), t, lo, hi, layout)
     largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
     return _unit_of_p(largest.to(gl.float32, bitcast=True), FP8_HEADROOM) + SLACK
 
 
 @gluon.jit
-def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b, and its factors; rotary ones are begun. They begin when those of the block before are issued.
+def _begin_scores(x, bar, s, b, STAGES: gl.constexpr):
+    """Begins the scores of block b's latents, when those of the block before are issued.
 
     The small part of the queries goes first: it is added up more precisely.
     """
@@ -86,9 +91,17 @@ def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
         q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, is_async=True)
     mbarrier.arrive(bar.turn.index(b & 1), count=1)
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
+    return s
+
+
+@gluon.jit
+def _end_scores(x, bar, s, b, BLOCK_P: gl.constexpr):
+    """Waits for them and begins the rotary ones. Returns the block's factors, too."""
+    buffer = b & 1
+    mbarrier.wait(bar.rest.index(buffer), (b >> 1) & 1)
+    factors = x.factors.index(buffer).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
-    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products()), factors
+    return _add_rope(x, x.q_pe, s, factors, buffer, BLOCK_P, _products()), factors
 
 
 @gluon.constexpr_function
@@ -107,7 +120,7 @@ def _of_thread(e):
 
 @gluon.jit
 def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
-    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
+    """What the exponents of block b count from, told to the other group and to ``_values``.
 
     most: the largest that a block of this group would have counted from, returned with this one.
     """
@@ -119,7 +132,6 @@ def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
     m = gl.maximum(m, most - STEADY)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m)
-    x.alpha.index(buffer).store(gl.exp2(m_before - m))
     mbarrier.arrive(bar.m.index(buffer), count=1)
     return m, most
 
@@ -151,12 +163,22 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _fetch_later(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
-    """Sends for block b, when its room has been used for the last time."""
+def _send_for_latents(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, PAGE: gl.constexpr,
+                      STAGES: gl.constexpr):  # fmt: skip
+    """Sends for the latents of block b, when their room has been used for the last time."""
     stage = b % STAGES
+    full = bar.full.index(stage)
     mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
-    _fetch_block(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+    mbarrier.expect(full, BLOCK * WIDTH)
+    _fetch_latents(x, full, cache, stage, unit, p_pages, t, WIDTH, PAGE, STAGES)
+
+
+@gluon.jit
+def _send_for_rest(x, bar, cache, b, unit, p_pages, t, BLOCK_P: gl.constexpr, PAGE: gl.constexpr):
+    """Sends for the factors and rotary keys of block b, whose room nobody but this group uses."""
+    full = bar.rest.index(b & 1)
+    mbarrier.expect(full, BLOCK * _bytes_of_rest(cache[2].block_type.shape, BLOCK_P))
+    _fetch_rest(x, full, cache, b & 1, unit, p_pages, t, BLOCK_P, PAGE, 2)
 
 
 @gluon.jit
@@ -166,8 +188,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                      SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks, for the next when P of this one is published: ``_values`` are done with its
-    room by then. (Sooner, factors that were read would have to be fenced off from those that are sent for.)
+    Each group sends for its own blocks, two ahead: for latents while its products run, for the rest when P is published
+    (sooner, factors that were read would have to be fenced off from those that are sent for).
     """
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
@@ -191,7 +213,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _fetch_later(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+            _send_for_latents(x, bar, cache, g + first, unit, p_pages, t, WIDTH, PAGE, STAGES)
+            _send_for_rest(x, bar, cache, g + first, unit, p_pages, t, BLOCK_P, PAGE)
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -201,8 +224,11 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            s, factors = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
-            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
+            s = _begin_scores(x, bar, s0, b, STAGES)
+            if i + 2 < n:
+                _send_for_latents(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, PAGE, STAGES)
+            s, factors = _end_scores(x, bar, s, b, BLOCK_P)
+            unit_of_p = _unit_of_block(x, b & 1, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
@@ -220,7 +246,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             if i + 2 < n:
-                _fetch_later(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
+                _send_for_rest(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, BLOCK_P, PAGE)
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)

@@ -19,8 +19,8 @@ class TurnedTiles:
     q: gl.shared_memory_descriptor  # [1 or 2, 64, WIDTH] e4m3: queries rounded, and what that leaves, STACKED or apart
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
-    pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
-    factors: gl.shared_memory_descriptor  # [STAGES, 64], several a token: [STAGES, 64, FACTORS]
+    pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P], or of two blocks, if they come by themselves
+    factors: gl.shared_memory_descriptor  # [STAGES, 64] or of two blocks, several a token: [STAGES, 64, FACTORS]
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
@@ -50,13 +50,14 @@ class TurnedSignals:
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
     turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take blocks by turns
+    rest: gl.shared_memory_descriptor  # factors and rotary keys of a block have arrived, where they come by themselves
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others,
-                 turn):  # fmt: skip
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, turn,
+                 rest):  # fmt: skip
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total, self.rows = queries, total, rows
-        self.m, self.others, self.turn = m, others, turn
+        self.m, self.others, self.turn, self.rest = m, others, turn, rest
 
 
 @gluon.constexpr_function
@@ -81,10 +82,13 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
 
 @gluon.jit
 def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """As TMA writes them, so that they begin where it can write."""
     if GROUPS > 1:
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        several: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], several)
     else:
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        one: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], one)
 
 
 @gluon.jit
@@ -94,20 +98,20 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    RESTS: gl.constexpr = STAGES if STACKED else 2
     q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     p = _room_of_p(q, GROUPS, STACKED)
-    m, others, p_last = alpha, alpha, p
+    m, others, p_last = alpha, alpha, p  # where alpha is not needed, m lies there
     if not STACKED:
         p_last = _room_of_p(q, GROUPS, STACKED)
-        m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     x = TurnedTiles(
         q,
         gl.allocate_shared_memory(dtype, [ROWS, ROPE], rope),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
-        _room_of_factors(STAGES, GROUPS),
+        gl.allocate_shared_memory(dtype, [RESTS, BLOCK, ROPE], rope),
+        _room_of_factors(RESTS, GROUPS),
         p,
         alpha,
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
@@ -120,11 +124,11 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
     queries, total = _barriers(1 if STACKED else 2, SIDES), _barriers(1)
-    rows, m_full, others_full, turn = total, total, total, total
+    rows, m_full, others_full, turn, rest = total, total, total, total, full
     if SIDES > 1:
         rows = _barriers(1, SIDES)
     if not STACKED:
-        m_full, others_full, turn = _barriers(2), _barriers(1), _barriers(2)
-    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn)
+        m_full, others_full, turn, rest = _barriers(2), _barriers(1), _barriers(2), _barriers(2)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn, rest)
     fence_async_shared()
     return x, bar

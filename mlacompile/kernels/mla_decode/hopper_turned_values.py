@@ -115,11 +115,10 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
             mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
-            moved = row < 0  # there is no earlier output
             later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
             for done in range(n):
-                even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
-                    x, bar, words, g, t, lo, hi, moved, done + 1 < n, later, latest, even0, odd0, even1, odd1,
+                even0, odd0, even1, odd1, later, latest = _add_wide_block(
+                    x, bar, words, g, t, lo, hi, done + 1 < n, later, latest, even0, odd0, even1, odd1,
                     TILES, STAGES, layout,
                 )  # fmt: skip
                 t += BLOCK

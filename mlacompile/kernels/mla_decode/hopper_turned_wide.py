@@ -21,10 +21,12 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
 
 
 @gluon.jit
-def _moved(alpha):
+def _moved(x, buffer):
     """Whether any row counts from another maximum than before. Every warp looks at all rows: none waits for another."""
-    layout: gl.constexpr = gl.BlockedLayout([alpha.shape[0] // 32], [32], [gl.num_warps()], [0])
-    return gl.max(alpha.load(layout).to(gl.int32, bitcast=True) ^ 0x3F800000, 0) != 0
+    layout: gl.constexpr = gl.BlockedLayout([x.m.shape[1] // 32], [32], [gl.num_warps()], [0])
+    now = x.m.index(buffer).load(layout).to(gl.int32, bitcast=True)
+    before = x.m.index(buffer ^ 1).load(layout).to(gl.int32, bitcast=True)
+    return gl.max((now != before).to(gl.int32), 0) != 0
 
 
 @gluon.jit
@@ -46,12 +48,12 @@ def _add_fp8_products(even, odd, half, to_even, to_odd):
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
+def _add_wide_block(x, bar, words, g, t, lo, hi, more, later, latest, even0, odd0, even1, odd1,
                     TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
-    later, latest: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns
-    these for the next block, too, if there is one ``more`` of this item.
+    later, latest: its first words, in the order of their steps. Returns these for the next block, too, if there is one
+    ``more`` of this item, and the output in units of that.
     """
     STEPS: gl.constexpr = BLOCK // FP8_STEP
     N: gl.constexpr = TILES * STEPS
@@ -59,9 +61,6 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     buffer = g & 1
     v_even, v_odd = _fp8_columns_of(later, layout)
     later = latest
-    if moved:
-        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(N):
         half = x.p if i % STEPS == 0 else x.p_last
@@ -77,10 +76,15 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
             later = _fp8_words_of(words.index(stage * TILES + (i + 2) // STEPS), (i + 2) % STEPS, layout)
         if i + 2 == max(N - 1, 2):  # the last words are in registers, and P holds the factors
             mbarrier.arrive(bar.empty.index(stage), count=1)
+    moved = more
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
-        moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
+        moved = _moved(x, buffer ^ 1)  # known from the block's scores: its latents have arrived
         later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
+    if moved:
+        by_row: gl.constexpr = gl.SliceLayout(0, layout)
+        alpha = gl.exp2(x.m.index(buffer).load(by_row) - x.m.index(buffer ^ 1).load(by_row))
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1, moved, later, latest
+    return even0, odd0, even1, odd1, later, latest

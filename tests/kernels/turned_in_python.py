@@ -316,8 +316,8 @@ def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         monkeypatch.setattr(owner, name, late(getattr(owner, name)))
 
 
-TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others", "p_last")
-SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows", "m", "others", "turn", "rest")
+TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others", "p_last", "p_left", "p_left_last")
+SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows", "m", "others", "turn")
 
 
 def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def hopper_launches(
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
         kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
-        more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
+        more |= {"coarse": plan.coarse, "p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
     else:
@@ -214,7 +214,7 @@ def _turned(
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
-        "WIDTH": width, "STAGES": 4, "CODE": PACK[dtype],
+        "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
         "COLS": columns, "STACKED": stacked,
         "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
     }  # fmt: skip

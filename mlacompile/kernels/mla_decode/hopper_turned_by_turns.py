@@ -23,12 +23,7 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import (
-    _bytes_of_rest,
-    _fetch_latents,
-    _fetch_rest,
-    _pages_of,
-)
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _fp8_products,
@@ -59,21 +54,27 @@ def _weighed(e, factors, i: gl.constexpr, t, lo, hi):
     if (t < lo) | (t + BLOCK > hi):
         o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, factors.type.layout)
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    return (e * factors[None, :]).to(gl.float8e4nv)
+    return e * factors[None, :]
 
 
 @gluon.jit
-def _unit_of_block(x, buffer, t, lo, hi):
+def _left_of(p):
+    """What rounding to e4m3 leaves."""
+    return (p - p.to(gl.float8e4nv).to(gl.float32)).to(gl.float8e4nv)
+
+
+@gluon.jit
+def _unit_of_block(x, stage, t, lo, hi):
     """The exponent of the unit of a block's P. Every warp looks at all factors, so none waits for another."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    factors = _live_factors(x.factors.index(buffer), t, lo, hi, layout)
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
     largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
     return _unit_of_p(largest.to(gl.float32, bitcast=True), FP8_HEADROOM) + SLACK
 
 
 @gluon.jit
-def _begin_scores(x, bar, s, b, STAGES: gl.constexpr):
-    """Begins the scores of block b's latents, when those of the block before are issued.
+def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of block b, and its factors; rotary ones are begun. They begin when those of the block before are issued.
 
     The small part of the queries goes first: it is added up more precisely.
     """
@@ -91,17 +92,9 @@ def _begin_scores(x, bar, s, b, STAGES: gl.constexpr):
         q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, is_async=True)
     mbarrier.arrive(bar.turn.index(b & 1), count=1)
-    return s
-
-
-@gluon.jit
-def _end_scores(x, bar, s, b, BLOCK_P: gl.constexpr):
-    """Waits for them and begins the rotary ones. Returns the block's factors, too."""
-    buffer = b & 1
-    mbarrier.wait(bar.rest.index(buffer), (b >> 1) & 1)
-    factors = x.factors.index(buffer).load(gl.SliceLayout(0, _fp8_products()))
+    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
-    return _add_rope(x, x.q_pe, s, factors, buffer, BLOCK_P, _products()), factors
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products()), factors
 
 
 @gluon.constexpr_function
@@ -120,7 +113,7 @@ def _of_thread(e):
 
 @gluon.jit
 def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
-    """What the exponents of block b count from, told to the other group and to ``_values``.
+    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
 
     most: the largest that a block of this group would have counted from, returned with this one.
     """
@@ -132,13 +125,14 @@ def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
     m = gl.maximum(m, most - STEADY)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m)
+    x.alpha.index(buffer).store(gl.exp2(m_before - m))
     mbarrier.arrive(bar.m.index(buffer), count=1)
     return m, most
 
 
 @gluon.jit
-def _half_of_p(x, s, factors, m, row_scale, buffer, i: gl.constexpr, t, lo, hi):
-    """Exponentials of half a block's scores: stores P, and returns their sums in pairs."""
+def _half_of_p(to, left, s, factors, m, row_scale, i: gl.constexpr, t, lo, hi, two_parts):
+    """Exponentials of half a block's scores: stores P, of two parts the second to left; returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
     scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
@@ -146,12 +140,11 @@ def _half_of_p(x, s, factors, m, row_scale, buffer, i: gl.constexpr, t, lo, hi):
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
     f0, f1 = _line_halves(factors)
-    p = _joined(_weighed(e0, f0, 2 * i, t, lo, hi), _weighed(e1, f1, 2 * i + 1, t, lo, hi))
-    p = _in_order_of_words(p)
-    if i == 0:
-        x.p.index(buffer).store(p)
-    else:
-        x.p_last.index(buffer).store(p)
+    p0 = _weighed(e0, f0, 2 * i, t, lo, hi)
+    p1 = _weighed(e1, f1, 2 * i + 1, t, lo, hi)
+    to.store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
+    if two_parts:
+        left.store(_in_order_of_words(_joined(_left_of(p0), _left_of(p1))))
     return e0 + e1
 
 
@@ -163,33 +156,23 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _send_for_latents(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, PAGE: gl.constexpr,
-                      STAGES: gl.constexpr):  # fmt: skip
-    """Sends for the latents of block b, when their room has been used for the last time."""
+def _fetch_later(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """Sends for block b, when its room has been used for the last time."""
     stage = b % STAGES
-    full = bar.full.index(stage)
     mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
-    mbarrier.expect(full, BLOCK * WIDTH)
-    _fetch_latents(x, full, cache, stage, unit, p_pages, t, WIDTH, PAGE, STAGES)
-
-
-@gluon.jit
-def _send_for_rest(x, bar, cache, b, unit, p_pages, t, BLOCK_P: gl.constexpr, PAGE: gl.constexpr):
-    """Sends for the factors and rotary keys of block b, whose room nobody but this group uses."""
-    full = bar.rest.index(b & 1)
-    mbarrier.expect(full, BLOCK * _bytes_of_rest(cache[2].block_type.shape, BLOCK_P))
-    _fetch_rest(x, full, cache, b & 1, unit, p_pages, t, BLOCK_P, PAGE, 2)
+    _fetch_block(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
 
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                     i_tile, n_tiles, scale_log2, H, S, T, coarse, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
                      PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
                      SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks, two ahead: for latents while its products run, for the rest when P is published
-    (sooner, factors that were read would have to be fenced off from those that are sent for).
+    Each group sends for its own blocks, for the next before P of this one: ``_values`` are done with its room by then.
+    P of rows that see fewer than ``coarse`` tokens has two parts.
     """
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
@@ -206,6 +189,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         most = m
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread())
 
+        two_parts = hi - lo < coarse
         first = (g + SIDE) & 1
         t += first * BLOCK
         p_pages = _pages_of(cache, row, PAGE)
@@ -213,8 +197,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _send_for_latents(x, bar, cache, g + first, unit, p_pages, t, WIDTH, PAGE, STAGES)
-            _send_for_rest(x, bar, cache, g + first, unit, p_pages, t, BLOCK_P, PAGE)
+            _fetch_later(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -224,11 +207,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            s = _begin_scores(x, bar, s0, b, STAGES)
-            if i + 2 < n:
-                _send_for_latents(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, PAGE, STAGES)
-            s, factors = _end_scores(x, bar, s, b, BLOCK_P)
-            unit_of_p = _unit_of_block(x, b & 1, t, lo, hi)
+            s, factors = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
+            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
@@ -239,14 +219,16 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
             m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b)
+            if i + 2 < n:
+                _fetch_later(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
             left, right = _halves(s)
             f_left, f_right = _line_halves(factors)
-            sums = _half_of_p(x, left, f_left, m, row_scale, b & 1, 0, t, lo, hi)
-            sums += _half_of_p(x, right, f_right, m, row_scale, b & 1, 1, t, lo, hi)
+            p, p_left = x.p.index(b & 1), x.p_left.index(b & 1)
+            sums = _half_of_p(p, p_left, left, f_left, m, row_scale, 0, t, lo, hi, two_parts)
+            p, p_left = x.p_last.index(b & 1), x.p_left_last.index(b & 1)
+            sums += _half_of_p(p, p_left, right, f_right, m, row_scale, 1, t, lo, hi, two_parts)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
-            if i + 2 < n:
-                _send_for_rest(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, BLOCK_P, PAGE)
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)

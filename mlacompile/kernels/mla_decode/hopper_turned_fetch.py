@@ -14,32 +14,20 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 
 
 @gluon.jit
-def _fetch_latents(x, full, cache, stage, unit, p_pages, t, WIDTH: gl.constexpr, PAGE: gl.constexpr,
-                   STAGES: gl.constexpr):  # fmt: skip
-    """Sends for a block's latents, whose bytes ``full`` expects."""
-    d_c, apart_c, n_pages, n_columns = cache[0], cache[3], cache[8], cache[9]
-    SUB: gl.constexpr = BLOCK // _tokens(d_c.block_type.shape)
-    PANELS: gl.constexpr = WIDTH // d_c.block_type.shape[-1]
+def _fetch_block(x, bar, cache, stage, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                 PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Sends for a block's latents, factors and rotary keys."""
+    d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, _p_table, _stride_table, n_pages, n_columns = cache
+    BOX: gl.constexpr = _tokens(d_c.block_type.shape)
+    PANEL: gl.constexpr = d_c.block_type.shape[-1]
+    SUB: gl.constexpr = BLOCK // BOX
+    PANELS: gl.constexpr = WIDTH // PANEL
+    BYTES: gl.constexpr = WIDTH + 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape)  # of a token
     BOXES: gl.constexpr = STAGES * PANELS * SUB // (PANELS if len(d_c.block_type.shape) == 3 else 1)
+    full = bar.full.index(stage)
+    mbarrier.expect(full, BLOCK * BYTES)
     latents = x.k._reinterpret(d_c.dtype, _boxes(BOXES, d_c.block_type.shape), d_c.layout)
     _copy(d_c, apart_c, 0, full, latents, stage * PANELS, PANELS, unit, p_pages, t, n_pages, n_columns, PAGE)
-
-
-@gluon.constexpr_function
-def _bytes_of_rest(shape, block_p):
-    """Bytes of a token's factors, whose boxes have that shape, and rotary key."""
-    return 2 * block_p + 4 * _columns(shape)
-
-
-@gluon.jit
-def _fetch_rest(x, full, cache, stage, unit, p_pages, t, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                STAGES: gl.constexpr):  # fmt: skip
-    """Sends for a block's factors and rotary keys, whose bytes ``full`` expects."""
-    d_pe, d_scale, apart_pe, apart_scale, n_pages, n_columns = (
-        cache[1], cache[2], cache[4], cache[5], cache[8], cache[9],
-    )  # fmt: skip
-    BOX: gl.constexpr = _tokens(cache[0].block_type.shape)
-    SUB: gl.constexpr = BLOCK // BOX
     factors = x.factors._reinterpret(gl.float32, _boxes(STAGES * SUB, d_scale.block_type.shape), d_scale.layout)
     _copy(d_scale, apart_scale, 0, full, factors, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
     if BLOCK_P > 0:
@@ -76,10 +64,7 @@ def _fetch_stages(x, bar, cache, p_start, p_length, row, position, share, overhe
             if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
                 ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
             mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            full = bar.full.index(stage)
-            mbarrier.expect(full, BLOCK * (WIDTH + _bytes_of_rest(cache[2].block_type.shape, BLOCK_P)))
-            _fetch_latents(x, full, cache, stage, unit, p_pages, t, WIDTH, PAGE, STAGES)
-            _fetch_rest(x, full, cache, stage, unit, p_pages, t, BLOCK_P, PAGE, STAGES)
+            _fetch_block(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
             unit = ahead
             t += BLOCK
         g += n

@@ -19,21 +19,26 @@ class TurnedTiles:
     q: gl.shared_memory_descriptor  # [1 or 2, 64, WIDTH] e4m3: queries rounded, and what that leaves, STACKED or apart
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
-    pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P], or of two blocks, if they come by themselves
-    factors: gl.shared_memory_descriptor  # [STAGES, 64] or of two blocks, several a token: [STAGES, 64, FACTORS]
+    pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
+    factors: gl.shared_memory_descriptor  # [STAGES, 64], several a token: [STAGES, 64, FACTORS]
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
     m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
-    p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P, which has only 32 columns then
+    # Where P is e4m3, [2, 64, 32] each: the second half of it, what is left of the first half, and of the second.
+    p_last: gl.shared_memory_descriptor
+    p_left: gl.shared_memory_descriptor
+    p_left_last: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others, p_last):
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others, p_last, p_left,
+                 p_left_last):  # fmt: skip
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.total = p, alpha, row_scale, total
-        self.m, self.others, self.p_last = m, others, p_last
+        self.m, self.others = m, others
+        self.p_last, self.p_left, self.p_left_last = p_last, p_left, p_left_last
 
 
 @aggregate
@@ -50,14 +55,13 @@ class TurnedSignals:
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
     turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take blocks by turns
-    rest: gl.shared_memory_descriptor  # factors and rotary keys of a block have arrived, where they come by themselves
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, turn,
-                 rest):  # fmt: skip
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others,
+                 turn):  # fmt: skip
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total, self.rows = queries, total, rows
-        self.m, self.others, self.turn, self.rest = m, others, turn, rest
+        self.m, self.others, self.turn = m, others, turn
 
 
 @gluon.constexpr_function
@@ -82,13 +86,10 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
 
 @gluon.jit
 def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """As TMA writes them, so that they begin where it can write."""
     if GROUPS > 1:
-        several: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], several)
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     else:
-        one: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], one)
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -98,20 +99,22 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    RESTS: gl.constexpr = STAGES if STACKED else 2
     q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     p = _room_of_p(q, GROUPS, STACKED)
-    m, others, p_last = alpha, alpha, p  # where alpha is not needed, m lies there
+    m, others, p_last, p_left, p_left_last = alpha, alpha, p, p, p
     if not STACKED:
         p_last = _room_of_p(q, GROUPS, STACKED)
+        p_left = _room_of_p(q, GROUPS, STACKED)
+        p_left_last = _room_of_p(q, GROUPS, STACKED)
+        m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     x = TurnedTiles(
         q,
         gl.allocate_shared_memory(dtype, [ROWS, ROPE], rope),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
-        gl.allocate_shared_memory(dtype, [RESTS, BLOCK, ROPE], rope),
-        _room_of_factors(RESTS, GROUPS),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
+        _room_of_factors(STAGES, GROUPS),
         p,
         alpha,
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
@@ -119,16 +122,18 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         m,
         others,
         p_last,
+        p_left,
+        p_left_last,
     )
     SIDES: gl.constexpr = _sides(GROUPS)
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
     queries, total = _barriers(1 if STACKED else 2, SIDES), _barriers(1)
-    rows, m_full, others_full, turn, rest = total, total, total, total, full
+    rows, m_full, others_full, turn = total, total, total, total
     if SIDES > 1:
         rows = _barriers(1, SIDES)
     if not STACKED:
-        m_full, others_full, turn, rest = _barriers(2), _barriers(1), _barriers(2), _barriers(2)
-    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn, rest)
+        m_full, others_full, turn = _barriers(2), _barriers(1), _barriers(2)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn)
     fence_async_shared()
     return x, bar

@@ -10,7 +10,7 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
 from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
-from mlacompile.kernels.mla_decode.hopper_turned_wide import _add_wide_block, _first_words
+from mlacompile.kernels.mla_decode.hopper_turned_wide import _sum_of_item
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     STEP,
     _add_products,
@@ -69,7 +69,7 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 
 @gluon.jit
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
-            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+            n_tiles, H, S, T, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
             R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
             COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
             GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
@@ -114,15 +114,15 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
-            mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
-            later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
-            for done in range(n):
-                even0, odd0, even1, odd1, later, latest = _add_wide_block(
-                    x, bar, words, g, t, lo, hi, done + 1 < n, later, latest, even0, odd0, even1, odd1,
-                    TILES, STAGES, layout,
-                )  # fmt: skip
-                t += BLOCK
-                g += 1
+            if hi - lo < coarse:
+                even0, odd0, even1, odd1 = _sum_of_item(
+                    x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES, STAGES, layout, True
+                )
+            else:
+                even0, odd0, even1, odd1 = _sum_of_item(
+                    x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES, STAGES, layout, False
+                )
+            g += n
         else:
             for _ in range(n):
                 stage = g % STAGES

@@ -1,8 +1,12 @@
-"""A block's share of the output of ``hopper_turned.py`` with more than 32 rows.
+"""A block's share of the output of ``hopper_turned.py`` with more than 32 rows: products in FP8.
 
-Products take longer than what is loaded for them, so words are loaded two steps ahead, and the first words of the next
-block while the last products of this one run. What the next block's exponents count from is looked at then, too: for
-most blocks it is what they counted from before, and nothing of the output has to be multiplied.
+P is e4m3, and values are what they are in the cache, taken apart into even and odd columns and not converted. One part
+of P rounds each weight by up to 6 %, of which the output keeps the less the more tokens share in it; with few tokens P
+has two parts, and both are multiplied.
+
+The first words of the next block are loaded while the last products of this one run. What the next block's exponents
+count from is looked at then, too: for most blocks it is what they counted from before, and nothing of the output has
+to be multiplied.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -21,12 +25,10 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
 
 
 @gluon.jit
-def _moved(x, buffer):
+def _moved(alpha):
     """Whether any row counts from another maximum than before. Every warp looks at all rows: none waits for another."""
-    layout: gl.constexpr = gl.BlockedLayout([x.m.shape[1] // 32], [32], [gl.num_warps()], [0])
-    now = x.m.index(buffer).load(layout).to(gl.int32, bitcast=True)
-    before = x.m.index(buffer ^ 1).load(layout).to(gl.int32, bitcast=True)
-    return gl.max((now != before).to(gl.int32), 0) != 0
+    layout: gl.constexpr = gl.BlockedLayout([alpha.shape[0] // 32], [32], [gl.num_warps()], [0])
+    return gl.max(alpha.load(layout).to(gl.int32, bitcast=True) ^ 0x3F800000, 0) != 0
 
 
 @gluon.jit
@@ -40,51 +42,66 @@ def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _add_fp8_products(even, odd, half, to_even, to_odd):
-    """Adds the products of FP8_STEP tokens of values and P."""
-    right = half.permute((1, 0))
-    to_even = warpgroup_mma(even, right, to_even, is_async=True)
-    return to_even, warpgroup_mma(odd, right, to_odd, is_async=True)
+def _add_fp8_products(words, p, p_left, to_even, to_odd, layout: gl.constexpr, TWO_PARTS: gl.constexpr):
+    """Adds the products of FP8_STEP tokens of values and P, whose second part is ``p_left``."""
+    even, odd = _fp8_columns_of(words, layout)
+    if TWO_PARTS:
+        to_even = warpgroup_mma(even, p_left.permute((1, 0)), to_even, is_async=True)
+        to_odd = warpgroup_mma(odd, p_left.permute((1, 0)), to_odd, is_async=True)
+    to_even = warpgroup_mma(even, p.permute((1, 0)), to_even, is_async=True)
+    return to_even, warpgroup_mma(odd, p.permute((1, 0)), to_odd, is_async=True)
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, g, t, lo, hi, more, later, latest, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, w0, w1, even0, odd0, even1, odd1, TILES: gl.constexpr,
+                    STAGES: gl.constexpr, layout: gl.constexpr, TWO_PARTS: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
-    later, latest: its first words, in the order of their steps. Returns these for the next block, too, if there is one
-    ``more`` of this item, and the output in units of that.
+    w0, w1: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns these for
+    the next block, too, if there is one ``more`` of this item.
     """
-    STEPS: gl.constexpr = BLOCK // FP8_STEP
-    N: gl.constexpr = TILES * STEPS
+    AT_ONCE: gl.constexpr = 4 if TWO_PARTS else 2  # products of a step
     stage = g % STAGES
     buffer = g & 1
-    v_even, v_odd = _fp8_columns_of(later, layout)
-    later = latest
+    p, p_left = x.p.index(buffer), x.p_left.index(buffer)
+    p_last, p_left_last = x.p_last.index(buffer), x.p_left_last.index(buffer)
+    if moved:
+        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    for i in gl.static_range(N):
-        half = x.p if i % STEPS == 0 else x.p_last
-        if i < STEPS:
-            even0, odd0 = _add_fp8_products(v_even, v_odd, half.index(buffer), even0, odd0)
-        else:
-            even1, odd1 = _add_fp8_products(v_even, v_odd, half.index(buffer), even1, odd1)
-        if i > 0 and i + 1 < N:
-            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
-        if i + 1 < N:
-            v_even, v_odd = _fp8_columns_of(later, layout)
-        if i + 2 < N:
-            later = _fp8_words_of(words.index(stage * TILES + (i + 2) // STEPS), (i + 2) % STEPS, layout)
-        if i + 2 == max(N - 1, 2):  # the last words are in registers, and P holds the factors
-            mbarrier.arrive(bar.empty.index(stage), count=1)
-    moved = more
+    even0, odd0 = _add_fp8_products(w0, p, p_left, even0, odd0, layout, TWO_PARTS)
+    if TILES > 1:
+        tile = words.index(stage * TILES + 1)
+        w2 = _fp8_words_of(tile, 0, layout)
+        even0, odd0 = _add_fp8_products(w1, p_last, p_left_last, even0, odd0, layout, TWO_PARTS)
+        even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
+        w3 = _fp8_words_of(tile, 1, layout)
+        mbarrier.arrive(bar.empty.index(stage), count=1)  # all words are in registers, and P holds the factors
+        even1, odd1 = _add_fp8_products(w2, p, p_left, even1, odd1, layout, TWO_PARTS)
+        even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
+        even1, odd1 = _add_fp8_products(w3, p_last, p_left_last, even1, odd1, layout, TWO_PARTS)
+    else:
+        mbarrier.arrive(bar.empty.index(stage), count=1)
+        even0, odd0 = _add_fp8_products(w1, p_last, p_left_last, even0, odd0, layout, TWO_PARTS)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
-        moved = _moved(x, buffer ^ 1)  # known from the block's scores: its latents have arrived
-        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+        moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
+        w0, w1 = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
-    if moved:
-        by_row: gl.constexpr = gl.SliceLayout(0, layout)
-        alpha = gl.exp2(x.m.index(buffer).load(by_row) - x.m.index(buffer ^ 1).load(by_row))
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1, later, latest
+    return even0, odd0, even1, odd1, moved, w0, w1
+
+
+@gluon.jit
+def _sum_of_item(x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES: gl.constexpr, STAGES: gl.constexpr,
+                 layout: gl.constexpr, TWO_PARTS: gl.constexpr):  # fmt: skip
+    """Adds the products of an item's n blocks, the first of which is block g, from token t on."""
+    mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
+    moved = n < 0  # there is no earlier output
+    w0, w1 = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
+    for i in range(n):
+        even0, odd0, even1, odd1, moved, w0, w1 = _add_wide_block(
+            x, bar, words, g + i, t + i * BLOCK, lo, hi, moved, i + 1 < n, w0, w1, even0, odd0, even1, odd1, TILES,
+            STAGES, layout, TWO_PARTS,
+        )  # fmt: skip
+    return even0, odd0, even1, odd1

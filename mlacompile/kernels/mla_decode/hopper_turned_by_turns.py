@@ -37,7 +37,6 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
     _halves,
     _in_order_of_words,
     _joined,
-    _line_halves,
 )
 
 FP8_HEADROOM = gl.constexpr(8)  # P reaches 2^8 at most
@@ -48,11 +47,13 @@ QUARTER = gl.constexpr(16)  # tokens
 
 
 @gluon.jit
-def _weighed(e, factors, i: gl.constexpr, t, lo, hi):
+def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
+    by_token: gl.constexpr = gl.SliceLayout(0, _fragment(QUARTER, 4))
+    factors = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0).load(by_token)
     # As ``_live_factors``, but asked once a block and reckoned in the branch alone: registers are short.
     if (t < lo) | (t + BLOCK > hi):
-        o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, factors.type.layout)
+        o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, by_token)
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
     return e * factors[None, :]
 
@@ -74,7 +75,7 @@ def _unit_of_block(x, stage, t, lo, hi):
 
 @gluon.jit
 def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b, and its factors; rotary ones are begun. They begin when those of the block before are issued.
+    """Scores of block b; rotary ones are begun. They begin when those of the block before are issued.
 
     The small part of the queries goes first: it is added up more precisely.
     """
@@ -94,7 +95,7 @@ def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
     mbarrier.arrive(bar.turn.index(b & 1), count=1)
     factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
-    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products()), factors
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
 
 
 @gluon.constexpr_function
@@ -131,7 +132,7 @@ def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
 
 
 @gluon.jit
-def _half_of_p(to, left, s, factors, m, row_scale, i: gl.constexpr, t, lo, hi, two_parts):
+def _half_of_p(x, to, left, s, m, row_scale, stage, i: gl.constexpr, t, lo, hi, two_parts):
     """Exponentials of half a block's scores: stores P, of two parts the second to left; returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
@@ -139,9 +140,8 @@ def _half_of_p(to, left, s, factors, m, row_scale, i: gl.constexpr, t, lo, hi, t
     s0, s1 = _halves(s)
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
-    f0, f1 = _line_halves(factors)
-    p0 = _weighed(e0, f0, 2 * i, t, lo, hi)
-    p1 = _weighed(e1, f1, 2 * i + 1, t, lo, hi)
+    p0 = _weighed(x, e0, stage, 2 * i, t, lo, hi)
+    p1 = _weighed(x, e1, stage, 2 * i + 1, t, lo, hi)
     to.store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
     if two_parts:
         left.store(_in_order_of_words(_joined(_left_of(p0), _left_of(p1))))
@@ -207,7 +207,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            s, factors = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
+            s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
@@ -222,11 +222,10 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if i + 2 < n:
                 _fetch_later(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
             left, right = _halves(s)
-            f_left, f_right = _line_halves(factors)
             p, p_left = x.p.index(b & 1), x.p_left.index(b & 1)
-            sums = _half_of_p(p, p_left, left, f_left, m, row_scale, 0, t, lo, hi, two_parts)
+            sums = _half_of_p(x, p, p_left, left, m, row_scale, b % STAGES, 0, t, lo, hi, two_parts)
             p, p_left = x.p_last.index(b & 1), x.p_left_last.index(b & 1)
-            sums += _half_of_p(p, p_left, right, f_right, m, row_scale, 1, t, lo, hi, two_parts)
+            sums += _half_of_p(x, p, p_left, right, m, row_scale, b % STAGES, 1, t, lo, hi, two_parts)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)

@@ -72,8 +72,8 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, w0, w1, even0, odd
     even0, odd0 = _add_fp8_products(w0, p, p_left, even0, odd0, layout, TWO_PARTS)
     if TILES > 1:
         tile = words.index(stage * TILES + 1)
-        w2 = _fp8_words_of(tile, 0, layout)
         even0, odd0 = _add_fp8_products(w1, p_last, p_left_last, even0, odd0, layout, TWO_PARTS)
+        w2 = _fp8_words_of(tile, 0, layout)
         even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
         w3 = _fp8_words_of(tile, 1, layout)
         mbarrier.arrive(bar.empty.index(stage), count=1)  # all words are in registers, and P holds the factors

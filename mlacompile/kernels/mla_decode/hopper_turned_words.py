@@ -116,16 +116,6 @@ def _joined(first, second):
 
 
 @gluon.jit
-def _line_halves(x):
-    """``_halves`` of what belongs to columns."""
-    columns: gl.constexpr = x.shape[0] // 2
-    first, second = gl.split(x.reshape([2, columns]).permute((1, 0)))
-    layout: gl.constexpr = gl.SliceLayout(0, _fragment(columns, gl.num_warps()))
-    first = gl.convert_layout(first, layout, assert_trivial=True)
-    return first, gl.convert_layout(second, layout, assert_trivial=True)
-
-
-@gluon.jit
 def _clear_dead_words(words, t, lo, hi):
     """Zero the rows of a tile of words whose tokens nobody sees: 0 * NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])

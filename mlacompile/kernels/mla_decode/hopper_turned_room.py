@@ -86,10 +86,13 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
 
 @gluon.jit
 def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """As TMA writes them, so that they begin where it can write."""
     if GROUPS > 1:
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        several: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], several)
     else:
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        one: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], one)
 
 
 @gluon.jit

@@ -42,9 +42,8 @@ def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _add_fp8_products(words, p, p_left, to_even, to_odd, layout: gl.constexpr, TWO_PARTS: gl.constexpr):
+def _add_fp8_products(even, odd, p, p_left, to_even, to_odd, TWO_PARTS: gl.constexpr):
     """Adds the products of FP8_STEP tokens of values and P, whose second part is ``p_left``."""
-    even, odd = _fp8_columns_of(words, layout)
     if TWO_PARTS:
         to_even = warpgroup_mma(even, p_left.permute((1, 0)), to_even, is_async=True)
         to_odd = warpgroup_mma(odd, p_left.permute((1, 0)), to_odd, is_async=True)
@@ -69,20 +68,25 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, w0, w1, even0, odd
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    even0, odd0 = _add_fp8_products(w0, p, p_left, even0, odd0, layout, TWO_PARTS)
+    even, odd = _fp8_columns_of(w0, layout)
+    even0, odd0 = _add_fp8_products(even, odd, p, p_left, even0, odd0, TWO_PARTS)
+    # Words are loaded when those before them have been taken apart: registers are short.
+    even, odd = _fp8_columns_of(w1, layout)
     if TILES > 1:
         tile = words.index(stage * TILES + 1)
-        even0, odd0 = _add_fp8_products(w1, p_last, p_left_last, even0, odd0, layout, TWO_PARTS)
         w2 = _fp8_words_of(tile, 0, layout)
+        even0, odd0 = _add_fp8_products(even, odd, p_last, p_left_last, even0, odd0, TWO_PARTS)
         even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
+        even, odd = _fp8_columns_of(w2, layout)
         w3 = _fp8_words_of(tile, 1, layout)
         mbarrier.arrive(bar.empty.index(stage), count=1)  # all words are in registers, and P holds the factors
-        even1, odd1 = _add_fp8_products(w2, p, p_left, even1, odd1, layout, TWO_PARTS)
+        even1, odd1 = _add_fp8_products(even, odd, p, p_left, even1, odd1, TWO_PARTS)
         even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
-        even1, odd1 = _add_fp8_products(w3, p_last, p_left_last, even1, odd1, layout, TWO_PARTS)
+        even, odd = _fp8_columns_of(w3, layout)
+        even1, odd1 = _add_fp8_products(even, odd, p_last, p_left_last, even1, odd1, TWO_PARTS)
     else:
         mbarrier.arrive(bar.empty.index(stage), count=1)
-        even0, odd0 = _add_fp8_products(w1, p_last, p_left_last, even0, odd0, layout, TWO_PARTS)
+        even0, odd0 = _add_fp8_products(even, odd, p_last, p_left_last, even0, odd0, TWO_PARTS)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
@@ -101,7 +105,9 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES
     w0, w1 = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
     for i in range(n):
         even0, odd0, even1, odd1, moved, w0, w1 = _add_wide_block(
-            x, bar, words, g + i, t + i * BLOCK, lo, hi, moved, i + 1 < n, w0, w1, even0, odd0, even1, odd1, TILES,
-            STAGES, layout, TWO_PARTS,
+            x, bar, words, g, t, lo, hi, moved, i + 1 < n, w0, w1, even0, odd0, even1, odd1, TILES, STAGES, layout,
+            TWO_PARTS,
         )  # fmt: skip
+        t += BLOCK
+        g += 1
     return even0, odd0, even1, odd1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlacompile.kernels.mla_decode.plan import COARSE, TURNED_ROWS
+from mlacompile.kernels.mla_decode.plan import COARSE_FROM, TURNED_ROWS
 from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons, turned_reasons
 from mlacompile.ops import mla_decode
 from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_run, make_inputs, paged, quantized, worst
@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-#: Unit roundoff of what the output is stored in; P is float16, or two FP8 values.
+#: Unit roundoff of what the output is stored in; P is float16.
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 #: A sum of FP8 products drops what lies 2^13 below its largest addend: 33 addends a step, 32 steps, errors of either
 #: sign, 2^-13 * sqrt(33 * 32 / 3) of a sum that is a twentieth of its addends' sizes, and five times that at worst.
@@ -88,7 +88,7 @@ def stored_as(inputs: LatentInputs, per: str, page: int = 0) -> tuple[LatentInpu
 
 
 def is_coarse(case: LatentCase) -> bool:
-    return case.heads * case.queries > TURNED_ROWS and case.tokens >= COARSE
+    return case.heads * case.queries > TURNED_ROWS and case.tokens >= COARSE_FROM
 
 
 def turned(inputs: LatentInputs, **changes: int) -> tuple[Tensor, Tensor]:
@@ -132,14 +132,14 @@ def test_parity(case: LatentCase, page: int) -> None:
 
 @pytest.mark.parametrize("case", [variant(heads=64, tokens=8192), variant(heads=40, tokens=9000, **RAGGED)], ids=str)
 def test_weights_of_long_rows(case: LatentCase) -> None:
-    """Rounded to one FP8 value they cost more than in two parts, and no more than is allowed."""
+    """As FP8 values they cost more than in float16, and no more than is allowed."""
     stored, said = quantized(make_inputs(case, device="cuda"))
     stored = paged(stored, 64)
-    check(said, *turned(stored, coarse=2**30))
+    check(said, *turned(stored, coarse_from=2**30))
     out, lse = turned(stored)
     check(said, out, lse, coarse=True)
     want = exact(said).out
-    assert (out.double() - want).norm() / want.norm() > NORM, "as exact as two parts: they were multiplied"
+    assert (out.double() - want).norm() / want.norm() > NORM, "as exact as float16"
 
 
 @pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])

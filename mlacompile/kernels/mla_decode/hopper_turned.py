@@ -40,11 +40,11 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
 from mlacompile.kernels.mla_decode.hopper_turned_values import _values
 
 
-@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead", "coarse"])
+@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead", "coarse_from"])
 def _mla_decode_hopper_turned_kernel(
     d_c, d_pe, d_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
-    overhead, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+    overhead, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
     STACKED: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr, VALUE_REGS: gl.constexpr,
@@ -70,11 +70,11 @@ def _mla_decode_hopper_turned_kernel(
                                  overhead, B, i_tile, n_tiles, scale_log2, H, S, T, GROUPS, BLOCK_P, STAGES, CAUSAL,
                                  ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        0)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        1)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
@@ -83,15 +83,15 @@ def _mla_decode_hopper_turned_kernel(
     elif not STACKED:
         gl.warp_specialize([
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse, cache, WIDTH, BLOCK_P, PAGE,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE,
                                 STAGES,
                                 CAUSAL, ONE_QUERY, 0)),
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse, cache, WIDTH, BLOCK_P, PAGE,
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE,
                                 STAGES,
                                 CAUSAL, ONE_QUERY, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        0)),
         ], [4, 8], [256 - VALUE_REGS, VALUE_REGS])  # fmt: skip
@@ -100,7 +100,7 @@ def _mla_decode_hopper_turned_kernel(
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
                        i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                        stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
                        0)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,

@@ -24,7 +24,9 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    HEADROOM,
     _add_rope,
     _fp8_products,
     _live_factors,
@@ -39,7 +41,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
     _joined,
 )
 
-FP8_HEADROOM = gl.constexpr(8)  # P reaches 2^8 at most
+FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
 SLACK = gl.constexpr(3)  # powers of two by which a row may exceed what it counts from before that moves
 DROP = gl.constexpr(5)  # and by which a block may stay below
 STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
@@ -59,18 +61,13 @@ def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
-def _left_of(p):
-    """What rounding to e4m3 leaves."""
-    return (p - p.to(gl.float8e4nv).to(gl.float32)).to(gl.float8e4nv)
-
-
-@gluon.jit
-def _unit_of_block(x, stage, t, lo, hi):
+def _unit_of_block(x, stage, t, lo, hi, coarse):
     """The exponent of the unit of a block's P. Every warp looks at all factors, so none waits for another."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
     largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
-    return _unit_of_p(largest.to(gl.float32, bitcast=True), FP8_HEADROOM) + SLACK
+    unit = _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM) + SLACK
+    return unit + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
 
 
 @gluon.jit
@@ -132,8 +129,8 @@ def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
 
 
 @gluon.jit
-def _half_of_p(x, to, left, s, m, row_scale, stage, i: gl.constexpr, t, lo, hi, two_parts):
-    """Exponentials of half a block's scores: stores P, of two parts the second to left; returns their sums in pairs."""
+def _half_of_p(x, to, s, m, row_scale, b, stage, i: gl.constexpr, t, lo, hi, coarse):
+    """Exponentials of half a block's scores: stores P, in e4m3 or in float16, and returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
     scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
@@ -142,9 +139,10 @@ def _half_of_p(x, to, left, s, m, row_scale, stage, i: gl.constexpr, t, lo, hi, 
     e1 = gl.exp2(s1 * scale - exponent)
     p0 = _weighed(x, e0, stage, 2 * i, t, lo, hi)
     p1 = _weighed(x, e1, stage, 2 * i + 1, t, lo, hi)
-    to.store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
-    if two_parts:
-        left.store(_in_order_of_words(_joined(_left_of(p0), _left_of(p1))))
+    if coarse:
+        _coarse(to, b & 1).store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
+    else:
+        to.index(b & 1).store(_joined(p0.to(gl.float16), p1.to(gl.float16)))
     return e0 + e1
 
 
@@ -166,13 +164,13 @@ def _fetch_later(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, coarse, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                     i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
                      PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
                      SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
     Each group sends for its own blocks, for the next before P of this one: ``_values`` are done with its room by then.
-    P of rows that see fewer than ``coarse`` tokens has two parts.
+    P is e4m3 for rows that see ``coarse_from`` tokens or more, and float16 for others.
     """
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
@@ -189,7 +187,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         most = m
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread())
 
-        two_parts = hi - lo < coarse
+        coarse = hi - lo >= coarse_from
         first = (g + SIDE) & 1
         t += first * BLOCK
         p_pages = _pages_of(cache, row, PAGE)
@@ -208,7 +206,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
             s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
-            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi)
+            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi, coarse)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
@@ -222,10 +220,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if i + 2 < n:
                 _fetch_later(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
             left, right = _halves(s)
-            p, p_left = x.p.index(b & 1), x.p_left.index(b & 1)
-            sums = _half_of_p(x, p, p_left, left, m, row_scale, b % STAGES, 0, t, lo, hi, two_parts)
-            p, p_left = x.p_last.index(b & 1), x.p_left_last.index(b & 1)
-            sums += _half_of_p(x, p, p_left, right, m, row_scale, b % STAGES, 1, t, lo, hi, two_parts)
+            sums = _half_of_p(x, x.p, left, m, row_scale, b, b % STAGES, 0, t, lo, hi, coarse)
+            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, b % STAGES, 1, t, lo, hi, coarse)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)

@@ -27,18 +27,13 @@ class TurnedTiles:
     total: gl.shared_memory_descriptor  # [64], the softmax's denominators
     m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
-    # Where P is e4m3, [2, 64, 32] each: the second half of it, what is left of the first half, and of the second.
-    p_last: gl.shared_memory_descriptor
-    p_left: gl.shared_memory_descriptor
-    p_left_last: gl.shared_memory_descriptor
+    p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P, which has only 32 columns then
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others, p_last, p_left,
-                 p_left_last):  # fmt: skip
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others, p_last):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.total = p, alpha, row_scale, total
-        self.m, self.others = m, others
-        self.p_last, self.p_left, self.p_left_last = p_last, p_left, p_left_last
+        self.m, self.others, self.p_last = m, others, p_last
 
 
 @aggregate
@@ -78,10 +73,17 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
     if GROUPS > 1:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
     elif not STACKED:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
-        half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=8, rank=2)
-        return gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, BLOCK // 2], half)
+        half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+        return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
     else:
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], layout)
+
+
+@gluon.jit
+def _coarse(p, buffer):
+    """Half of a block's P as e4m3, in the room of that in float16."""
+    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=8, rank=2)
+    return p._reinterpret(gl.float8e4nv, [4, ROWS, BLOCK // 2], half).index(2 * buffer)
 
 
 @gluon.jit
@@ -105,11 +107,9 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     p = _room_of_p(q, GROUPS, STACKED)
-    m, others, p_last, p_left, p_left_last = alpha, alpha, p, p, p
+    m, others, p_last = alpha, alpha, p
     if not STACKED:
         p_last = _room_of_p(q, GROUPS, STACKED)
-        p_left = _room_of_p(q, GROUPS, STACKED)
-        p_left_last = _room_of_p(q, GROUPS, STACKED)
         m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     x = TurnedTiles(
@@ -125,8 +125,6 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         m,
         others,
         p_last,
-        p_left,
-        p_left_last,
     )
     SIDES: gl.constexpr = _sides(GROUPS)
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)

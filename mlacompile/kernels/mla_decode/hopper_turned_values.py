@@ -69,7 +69,7 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 
 @gluon.jit
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
-            n_tiles, H, S, T, coarse, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
+            n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
             R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
             COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
             GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
@@ -77,7 +77,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     SIDES: gl.constexpr = _sides(GROUPS)
     WIDE: gl.constexpr = not STACKED
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 32 if WIDE else 16]
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
     )
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
     PAIRS: gl.constexpr = 16 * gl.num_warps()  # of columns, multiplied at once
@@ -114,13 +114,13 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
-            if hi - lo < coarse:
+            if hi - lo < coarse_from:
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES, STAGES, layout, True
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, False, layout
                 )
             else:
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES, STAGES, layout, False
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, True, layout
                 )
             g += n
         else:

@@ -1,8 +1,8 @@
-"""A block's share of the output of ``hopper_turned.py`` with more than 32 rows: products in FP8.
+"""A block's share of the output of ``hopper_turned.py`` with more than 32 rows.
 
-P is e4m3, and values are what they are in the cache, taken apart into even and odd columns and not converted. One part
-of P rounds each weight by up to 6 %, of which the output keeps the less the more tokens share in it; with few tokens P
-has two parts, and both are multiplied.
+Of long rows P is e4m3, and values are what they are in the cache, taken apart into even and odd columns and not
+converted (``COARSE``). That rounds each weight by up to 6 %, of which the output keeps the less the more tokens share
+in it. Of short rows P is float16, and so are values on their way through registers.
 
 The first words of the next block are loaded while the last products of this one run. What the next block's exponents
 count from is looked at then, too: for most blocks it is what they counted from before, and nothing of the output has
@@ -15,11 +15,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
+    STEP,
     _clear_dead_words,
+    _columns_of_words,
     _fp8_columns_of,
     _fp8_words_of,
+    _fragment,
+    _kept,
+    _pairs_of,
     _shrunk,
 )
 
@@ -32,82 +38,121 @@ def _moved(alpha):
 
 
 @gluon.jit
-def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+def _words(words, first, i: gl.constexpr, COARSE: gl.constexpr, layout: gl.constexpr):
+    """Words of step i of a block whose first tile that is."""
+    STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
+    tile = words.index(first + i // STEPS)
+    if COARSE:
+        return _fp8_words_of(tile, i % STEPS, layout)
+    else:
+        return _kept(_pairs_of(tile, i % STEPS, gl.DotOperandLayout(0, layout, 2)))
+
+
+@gluon.jit
+def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, COARSE: gl.constexpr,
+                 layout: gl.constexpr):  # fmt: skip
     """What the first two steps of a block multiply, whose scores are computed."""
     first = g % STAGES * TILES
     if (t < lo) | (t + BLOCK > hi):
         for i in gl.static_range(TILES):
             _clear_dead_words(words.index(first + i), t, lo, hi)
-    return _fp8_words_of(words.index(first), 0, layout), _fp8_words_of(words.index(first), 1, layout)
+    return _words(words, first, 0, COARSE, layout), _words(words, first, 1, COARSE, layout)
 
 
 @gluon.jit
-def _add_fp8_products(even, odd, p, p_left, to_even, to_odd, TWO_PARTS: gl.constexpr):
-    """Adds the products of FP8_STEP tokens of values and P, whose second part is ``p_left``."""
-    if TWO_PARTS:
-        to_even = warpgroup_mma(even, p_left.permute((1, 0)), to_even, is_async=True)
-        to_odd = warpgroup_mma(odd, p_left.permute((1, 0)), to_odd, is_async=True)
-    to_even = warpgroup_mma(even, p.permute((1, 0)), to_even, is_async=True)
-    return to_even, warpgroup_mma(odd, p.permute((1, 0)), to_odd, is_async=True)
+def _columns(words, COARSE: gl.constexpr, layout: gl.constexpr):
+    """Even and odd columns as left operands."""
+    if COARSE:
+        return _fp8_columns_of(words, layout)
+    else:
+        return _columns_of_words(words, gl.DotOperandLayout(0, layout, 2))
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, w0, w1, even0, odd0, even1, odd1, TILES: gl.constexpr,
-                    STAGES: gl.constexpr, layout: gl.constexpr, TWO_PARTS: gl.constexpr):  # fmt: skip
+def _weights(x, buffer, i: gl.constexpr, COARSE: gl.constexpr):
+    """P of step i, as a right operand."""
+    if COARSE:
+        p = _coarse(x.p if i % 2 == 0 else x.p_last, buffer)
+        return p.permute((1, 0))
+    else:
+        STEPS: gl.constexpr = BLOCK // STEP
+        p = (x.p if i % STEPS < STEPS // 2 else x.p_last).index(buffer)
+        return p.slice(i % (STEPS // 2) * STEP, STEP, dim=1).permute((1, 0))
+
+
+@gluon.jit
+def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
+                    TILES: gl.constexpr, STAGES: gl.constexpr, COARSE: gl.constexpr,
+                    layout: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
-    w0, w1: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns these for
-    the next block, too, if there is one ``more`` of this item.
+    later, latest: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns
+    these for the next block, too, if there is one ``more`` of this item.
     """
-    AT_ONCE: gl.constexpr = 4 if TWO_PARTS else 2  # products of a step
+    STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
+    N: gl.constexpr = TILES * STEPS
+    AHEAD: gl.constexpr = 2 if COARSE else 3  # steps by which words are loaded before they are multiplied
     stage = g % STAGES
     buffer = g & 1
-    p, p_left = x.p.index(buffer), x.p_left.index(buffer)
-    p_last, p_left_last = x.p_last.index(buffer), x.p_left_last.index(buffer)
+    even, odd = _columns(later, COARSE, layout)
+    later = latest
+    if not COARSE and N > 2:
+        latest = _words(words, stage * TILES, 2, COARSE, layout)
     if moved:
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    even, odd = _fp8_columns_of(w0, layout)
-    even0, odd0 = _add_fp8_products(even, odd, p, p_left, even0, odd0, TWO_PARTS)
-    # Words are loaded when those before them have been taken apart: registers are short.
-    even, odd = _fp8_columns_of(w1, layout)
-    if TILES > 1:
-        tile = words.index(stage * TILES + 1)
-        w2 = _fp8_words_of(tile, 0, layout)
-        even0, odd0 = _add_fp8_products(even, odd, p_last, p_left_last, even0, odd0, TWO_PARTS)
-        even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
-        even, odd = _fp8_columns_of(w2, layout)
-        w3 = _fp8_words_of(tile, 1, layout)
-        mbarrier.arrive(bar.empty.index(stage), count=1)  # all words are in registers, and P holds the factors
-        even1, odd1 = _add_fp8_products(even, odd, p, p_left, even1, odd1, TWO_PARTS)
-        even0, odd0, even1, odd1 = warpgroup_mma_wait(AT_ONCE, deps=(even0, odd0, even1, odd1))
-        even, odd = _fp8_columns_of(w3, layout)
-        even1, odd1 = _add_fp8_products(even, odd, p_last, p_left_last, even1, odd1, TWO_PARTS)
-    else:
-        mbarrier.arrive(bar.empty.index(stage), count=1)
-        even0, odd0 = _add_fp8_products(even, odd, p_last, p_left_last, even0, odd0, TWO_PARTS)
+    for i in gl.static_range(N):
+        right = _weights(x, buffer, i, COARSE)
+        if i < STEPS:
+            even0 = warpgroup_mma(even, right, even0, is_async=True)
+            odd0 = warpgroup_mma(odd, right, odd0, is_async=True)
+        else:
+            even1 = warpgroup_mma(even, right, even1, is_async=True)
+            odd1 = warpgroup_mma(odd, right, odd1, is_async=True)
+        if i > 0 and i + 1 < N:
+            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
+        if i + 1 < N:  # words are loaded when those before them have been taken apart: registers are short
+            even, odd = _columns(later, COARSE, layout)
+        if not COARSE:
+            later = latest
+        if i + AHEAD < N:
+            latest = _words(words, stage * TILES, i + AHEAD, COARSE, layout)
+        if COARSE:
+            later = latest
+        if i == max(N - 1 - AHEAD, 0):  # all words are in registers, and P holds the factors
+            mbarrier.arrive(bar.empty.index(stage), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        w0, w1 = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, COARSE, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1, moved, w0, w1
+    return even0, odd0, even1, odd1, moved, later, latest
 
 
 @gluon.jit
-def _sum_of_item(x, bar, words, g, t, n, lo, hi, even0, odd0, even1, odd1, TILES: gl.constexpr, STAGES: gl.constexpr,
-                 layout: gl.constexpr, TWO_PARTS: gl.constexpr):  # fmt: skip
-    """Adds the products of an item's n blocks, the first of which is block g, from token t on."""
+def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, COARSE: gl.constexpr,
+                 to_layout: gl.constexpr):  # fmt: skip
+    """The sum of the products of an item's n blocks, the first of which is block g, from token t on."""
+    PAIRS: gl.constexpr = words.shape[2]
+    ROWS: gl.constexpr = to_layout.instr_shape[1]
+    layout: gl.constexpr = _fragment(ROWS, gl.num_warps(), 32 if COARSE else 16)
+    even0 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
+    odd0 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
+    even1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
+    odd1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
     moved = n < 0  # there is no earlier output
-    w0, w1 = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
+    later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, COARSE, layout)
     for i in range(n):
-        even0, odd0, even1, odd1, moved, w0, w1 = _add_wide_block(
-            x, bar, words, g, t, lo, hi, moved, i + 1 < n, w0, w1, even0, odd0, even1, odd1, TILES, STAGES, layout,
-            TWO_PARTS,
+        even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
+            x, bar, words, g, t, lo, hi, moved, i + 1 < n, later, latest, even0, odd0, even1, odd1, TILES, STAGES,
+            COARSE, layout,
         )  # fmt: skip
         t += BLOCK
         g += 1
-    return even0, odd0, even1, odd1
+    even0 = gl.convert_layout(even0, to_layout, assert_trivial=True)
+    odd0 = gl.convert_layout(odd0, to_layout, assert_trivial=True)
+    even1 = gl.convert_layout(even1, to_layout, assert_trivial=True)
+    return even0, odd0, even1, gl.convert_layout(odd1, to_layout, assert_trivial=True)

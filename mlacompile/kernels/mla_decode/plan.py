@@ -139,9 +139,9 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
 TURNED_ROWS = 32
 TURNED_TOKENS = 2**15
 
-#: Weights of a softmax over so many tokens may be rounded to e4m3: 1.5e-2 of the output at 8192 tokens of random data,
-#: less with more. Of fewer they have two parts.
-COARSE = 6144
+#: Weights of a softmax over so many tokens may be rounded to e4m3: that is 1.5e-2 of the output at 8192 tokens of
+#: random data, and less with more. Of fewer they are float16.
+COARSE_FROM = 6144
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,15 @@ class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. coarse: of how many
-    tokens on its softmax is rounded to one FP8 value each, with more than 32 rows.
+    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. coarse_from: of how many
+    tokens on the weights of its softmax are FP8 values, too, with more than 32 rows.
     """
 
     parts: int
     min_share: int = 2
     overhead: int = 2
     turned: bool = False
-    coarse: int = COARSE
+    coarse_from: int = COARSE_FROM
 
     def __str__(self) -> str:
         return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"

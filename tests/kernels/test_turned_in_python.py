@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernel is written in Gluon, which Triton brings")
+from triton.experimental.gluon import language as gl
 
 from mlacompile.kernels.mla_decode import (
     hopper_fetch,
@@ -117,6 +118,9 @@ def test_weights_of_long_rows_are_rounded_once(monkeypatch: pytest.MonkeyPatch) 
     assert not worst(out, want.out, want.out_bound)
     assert (error[seen >= 150] > 5e-3).all(), "as exact as float16"
     assert (error[seen < 150] < 3e-3).all()
+    monkeypatch.setattr(hopper_turned_room, "COARSE_BLOCKS", gl.constexpr(2))
+    out, _ = run(monkeypatch, paged(stored, 64), HopperPlan(1, turned=True, coarse_from=150))
+    assert (out.double() - want.out).norm() / want.out.norm() < 3e-3, "more than two blocks are not added up in FP8"
 
 
 @pytest.mark.parametrize(("case", "page", "parts"), GROUPED, ids=str)

@@ -150,7 +150,8 @@ def hopper_launches(
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
         kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
-        more |= {"coarse_from": plan.coarse_from, "p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
+        more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
+        more["coarse_from"] = plan.coarse_from
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
     else:

@@ -19,7 +19,8 @@ them, which is exact, and scores are scaled back where they become exponents.
 A transposing load of 16-bit words brings pairs of neighbouring columns into the fragments of a left operand. Split
 into even and odd columns and converted to float16, which holds every e4m3 value, they are left operands of two products
 whose right operand, P^T, has as few columns as there are rows (query, head). P holds the factors of the tokens and is
-kept in the range of float16 by counting the largest factor of a block among the scores.
+kept in the range of float16 by counting the largest factor of a block among the scores. With more than 32 rows, values
+of long contexts are not even converted: P is then e4m3 as well (``hopper_turned_wide.py``).
 
 With several factors a token, one for each group of 128 columns, each group has scores and a P of its own
 (``hopper_turned_groups.py``), and ``_values`` are two partitions of four warps, because eight would share one P.
@@ -40,7 +41,9 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
 from mlacompile.kernels.mla_decode.hopper_turned_values import _values
 
 
-@gluon.jit(do_not_specialize=["B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead", "coarse_from"])
+@gluon.jit(do_not_specialize=[
+    "B", "T", "n_tiles", "n_pages", "n_columns", "stride_table", "min_share", "overhead", "coarse_from",
+])  # fmt: skip
 def _mla_decode_hopper_turned_kernel(
     d_c, d_pe, d_scale, p_q, p_qpe, p_start, p_length, p_table, p_out, p_lse, p_part, p_part_lse, p_parts,
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
@@ -54,7 +57,8 @@ def _mla_decode_hopper_turned_kernel(
     [rows] or as [rows, GROUPS] in boxes of four columns; there are several only if STACKED.
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
-    STACKED: both parts of the queries are rows of one tile; there are 32 rows at most.
+    STACKED: both parts of the queries are rows of one tile; there are 32 rows at most. If not, P of batch rows that
+    see coarse_from tokens or more is e4m3.
     """
     x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES, GROUPS)
     i_tile = gl.program_id(0)
@@ -70,39 +74,37 @@ def _mla_decode_hopper_turned_kernel(
                                  overhead, B, i_tile, n_tiles, scale_log2, H, S, T, GROUPS, BLOCK_P, STAGES, CAUSAL,
                                  ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       0)),
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY,
+                       GROUPS, 0)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       1)),
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY,
+                       GROUPS, 1)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
                              PAGE, STAGES)),
         ], [4, 4, 1], [VALUE_REGS, VALUE_REGS, 24])  # fmt: skip
     elif not STACKED:
         gl.warp_specialize([
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE,
-                                STAGES,
-                                CAUSAL, ONE_QUERY, 0)),
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
+                                PAGE, STAGES, CAUSAL, ONE_QUERY, 0)),
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE,
-                                STAGES,
-                                CAUSAL, ONE_QUERY, 1)),
+                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
+                                PAGE, STAGES, CAUSAL, ONE_QUERY, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       0)),
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY,
+                       GROUPS, 0)),
         ], [4, 8], [256 - VALUE_REGS, VALUE_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
                        i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                       stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY, GROUPS,
-                       0)),
+                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE, ONE_QUERY,
+                       GROUPS, 0)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
                              PAGE, STAGES)),
         ], [8, 1], [VALUE_REGS, 24])  # fmt: skip

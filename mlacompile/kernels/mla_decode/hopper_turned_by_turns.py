@@ -1,11 +1,13 @@
 """Scores and softmax of ``hopper_turned.py`` with more than 32 rows: two groups of warps take blocks by turns.
 
 What a block takes is the instructions of its scores, in order: their products, the softmax, P. Two groups, each with
-every other block, have twice the time, and one multiplies while the other works on exponents.
+every other block, have twice the time, and one multiplies while the other works on exponents: a group begins its
+products when the other has issued its own, or both would multiply, and then both reckon.
 
-Blocks depend on one another by the maximum that exponents count from. Each group tells the other what it was after its
-block. It is only moved when a row exceeds it by 2^SLACK: earlier output then need not be multiplied for most blocks,
-and ``_values`` skip it. Sums stay with the group, and are put together at the end of an item.
+Blocks depend on one another by what exponents count from. Each group tells the other what it was after its block. It
+is only moved when a row exceeds it by 2^SLACK or stays 2^DROP below it: earlier output then need not be multiplied for
+most blocks, ``_values`` skip it, and P of each block uses most of the range of e4m3, which has little of it. Sums stay
+with the group, and are put together at the end of an item.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -24,7 +26,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _is_coarse
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
     _add_rope,
@@ -164,13 +166,13 @@ def _fetch_later(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                     PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-                     SIDE: gl.constexpr):  # fmt: skip
+                     i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
+                     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+                     ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
     Each group sends for its own blocks, for the next before P of this one: ``_values`` are done with its room by then.
-    P is e4m3 for rows that see ``coarse_from`` tokens or more, and float16 for others.
+    P is e4m3 for rows that see ``coarse_from`` tokens or more (see ``_is_coarse``), and float16 for others.
     """
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
@@ -187,7 +189,6 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         most = m
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread())
 
-        coarse = hi - lo >= coarse_from
         first = (g + SIDE) & 1
         t += first * BLOCK
         p_pages = _pages_of(cache, row, PAGE)
@@ -205,6 +206,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
+            coarse = _is_coarse(_here(lo), hi, n, coarse_from)  # reckoned here, or it would be kept in a register
             s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi, coarse)
             if BLOCK_P > 0:

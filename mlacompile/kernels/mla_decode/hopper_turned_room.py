@@ -10,6 +10,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
 
 FACTORS = gl.constexpr(4)  # of a token in shared memory, if there are several
+COARSE_BLOCKS = gl.constexpr(1024)  # at most so many are added up in FP8 products, whose sum drops what is small in it
 
 
 @aggregate
@@ -77,6 +78,12 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
     else:
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK], layout)
+
+
+@gluon.jit
+def _is_coarse(lo, hi, n, coarse_from):
+    """Whether P of an item of n blocks is e4m3: its row sees many tokens, and the item not too many of them."""
+    return (hi - lo >= coarse_from) & (n <= COARSE_BLOCKS)
 
 
 @gluon.jit

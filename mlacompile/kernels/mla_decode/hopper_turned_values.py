@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _is_coarse, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 from mlacompile.kernels.mla_decode.hopper_turned_wide import _sum_of_item
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
@@ -69,10 +69,10 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 
 @gluon.jit
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
-            n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
-            R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-            COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr, ONE_QUERY: gl.constexpr,
-            GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+            n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
+            stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr,
+            BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr,
+            ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
     WIDE: gl.constexpr = not STACKED
@@ -114,14 +114,10 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
-            if hi - lo < coarse_from:
-                even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, False, layout
-                )
+            if _is_coarse(lo, hi, n, coarse_from):
+                even0, odd0, even1, odd1 = _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES, STAGES, True, layout)
             else:
-                even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, True, layout
-                )
+                even0, odd0, even1, odd1 = _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES, STAGES, False, layout)
             g += n
         else:
             for _ in range(n):

@@ -149,8 +149,8 @@ class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. coarse_from: of how many
-    tokens on the weights of its softmax are FP8 values, too, with more than 32 rows.
+    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. coarse_from: of
+    how many tokens on the weights of its softmax are FP8 values, too, with more than 32 rows.
     """
 
     parts: int

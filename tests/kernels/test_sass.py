@@ -227,10 +227,10 @@ GROUPED_VARIANTS = [
 ]
 
 
-def copies(rank: int, rope: int, page: int) -> int:
-    """How often TMA is asked for a block: latents, all panels at once where they are whole, factors, rotary keys."""
+def copies(rank: int, rope: int, page: int, parts: int = 1) -> int:
+    """How often TMA is asked for a block: latents (a part's panels at once where they are whole), factors, rotary keys."""
     width, pieces = 256 if rank <= 256 else 512, -(-64 // page) if 0 < page < 64 else 1
-    panels = 1 if pieces == 1 and rank % 128 == 0 else width // 128
+    panels = parts if pieces == 1 and rank % 128 == 0 else width // 128
     return (panels + 1 + (1 if rope else 0)) * pieces
 
 
@@ -280,6 +280,21 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     if stacked:
         assert main.local_memory == main.spill_bytes == 0
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM
+
+
+@pytest.mark.parametrize("rank", [512, *([256, 384] if FULL else [])])
+def test_fp8_products_of_short_rows(rank: int, record_property: Record) -> None:
+    """No row is long: nothing of the products of weights in FP8 is compiled, and stages come and go in halves."""
+    variant = (128, 1, rank, 64, 64, torch.bfloat16)
+    (main,) = build_hopper(*variant, cached="per token", merge=False, turned=True, coarse_from=SHAPE.tokens + 1)
+    record_property("compiled", table([main]))
+    width = 256 if rank <= 256 else 512
+    assert main.counts["UTMALDG"] == 4 * copies(rank, 64, 64, width // 256)
+    assert main.counts["QGMMA"] == 2 * 2 * width // 32 + (0 if width == 512 else width // 64), "keys as they are"
+    assert main.counts["HGMMA"] == 2 * 64 // 16 + 4 * width // 128
+    assert main.serialized == main.unordered == 0
+    assert main.local_in_loops[0] <= 2
     assert main.smem <= SMEM
 
 

@@ -134,14 +134,24 @@ def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCa
 
 
 @pytest.mark.parametrize(
-    ("heads", "per", "batch"), [(16, "token", 1), (64, "token", 1), (64, "token", 9), (16, "block", 1)]
+    ("heads", "per", "batch", "coarse"),
+    [
+        (16, "token", 1, False),
+        (64, "token", 1, False),
+        (64, "token", 9, False),
+        (64, "token", 1, True),
+        (64, "token", 9, True),
+        (16, "block", 1, False),
+    ],
 )
-def test_nobody_is_waited_for_too_little(monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int) -> None:
+def test_nobody_is_waited_for_too_little(
+    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool
+) -> None:
     """Whoever is late, the result is the same to the bit: a stage or a buffer given back too early shows here."""
     case = replace(CASE, heads=heads, batch=batch, tokens=900 // batch, length=batch > 1)
     stored, _ = quantized(make_inputs(case), per=per, rounded=per == "token")
     stored = paged(stored, 64) if per == "token" else in_one_run(paged(stored, 64))
-    plan = HopperPlan(1, turned=True)
+    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000)
     want = run(monkeypatch, stored, plan)
     for seed in range(3):
         with monkeypatch.context() as late:

@@ -317,7 +317,20 @@ def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others", "p_last")
-SIGNALS = ("full", "empty", "p_full", "p_empty", "queries", "total", "rows", "m", "others", "turn")
+SIGNALS = (
+    "full",
+    "empty",
+    "p_full",
+    "p_empty",
+    "queries",
+    "total",
+    "rows",
+    "m",
+    "others",
+    "turn",
+    "full_last",
+    "empty_last",
+)
 
 
 def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:

@@ -149,9 +149,11 @@ def hopper_launches(
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
-        kernel, more = _mla_decode_hopper_turned_kernel, _turned(c_kv, k_pe, descale, q_latent.dtype, arguments)
+        kernel, more = (
+            _mla_decode_hopper_turned_kernel,
+            _turned(c_kv, k_pe, descale, q_latent.dtype, plan.coarse_from, arguments),
+        )
         more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
-        more["coarse_from"] = plan.coarse_from
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
     else:
@@ -198,7 +200,12 @@ def _in_place(
 
 
 def _turned(
-    c_kv: Tensor, k_pe: Tensor | None, descale: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+    c_kv: Tensor,
+    k_pe: Tensor | None,
+    descale: Tensor,
+    dtype: torch.dtype,
+    coarse_from: int,
+    arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
@@ -208,15 +215,16 @@ def _turned(
     stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
+    parts = 1 if stacked or arguments["T"] >= coarse_from else width // 256
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
-        d_c = _by_panels(d_c, width // 128)
+        d_c = _by_panels(d_c, width // parts // 128)
     if descale.shape[2] > 1 and not stacked:
         raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked,
+        "COLS": columns, "STACKED": stacked, "PARTS": parts, "coarse_from": coarse_from,
         "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
     }  # fmt: skip
 

@@ -25,8 +25,8 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _is_coarse
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
     _add_rope,
@@ -73,25 +73,29 @@ def _unit_of_block(x, stage, t, lo, hi, coarse):
 
 
 @gluon.jit
-def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b; rotary ones are begun. They begin when those of the block before are issued.
+def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):
+    """Scores of block b, part by part as they arrive; rotary ones are begun.
 
-    The small part of the queries goes first: it is added up more precisely.
+    The small part of the queries goes first: it is added up more precisely. Of whole blocks they begin when those of
+    the block before are issued.
     """
     WIDTH: gl.constexpr = x.q.shape[2]
     SOME: gl.constexpr = min(WIDTH, 256)  # columns: addresses of more at once would be too many registers
     stage = b % STAGES
     other = (b + 1) & 1
     zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
-    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
-    mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
     for i in gl.static_range(WIDTH // SOME):
+        if i < PARTS:
+            mbarrier.wait(_of_part(bar.full, bar.full_last, stage, i), (b // STAGES) & 1)
+        if (PARTS == 1) & (i == 0):
+            mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
         keys = x.k.index(stage).slice(i * SOME, SOME, dim=1).permute((1, 0))
         q = x.q.index(zero + 1).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
         q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, is_async=True)
-    mbarrier.arrive(bar.turn.index(b & 1), count=1)
+    if PARTS == 1:
+        mbarrier.arrive(bar.turn.index(b & 1), count=1)
     factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
     return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
@@ -156,24 +160,26 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _fetch_later(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
-    """Sends for block b, when its room has been used for the last time."""
+def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                 STAGES: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """Sends for parts [FIRST, END) of block b, each when its room has been used for the last time."""
     stage = b % STAGES
-    mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
-    _fetch_block(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+    for i in gl.static_range(FIRST, END):
+        mbarrier.wait(_of_part(bar.empty, bar.empty_last, stage, i), ((b // STAGES) & 1) ^ 1)
+        _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
 
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
                      i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
-                     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-                     ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+                     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+                     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks, for the next before P of this one: ``_values`` are done with its room by then.
-    P is e4m3 for rows that see ``coarse_from`` tokens or more (see ``_is_coarse``), and float16 for others.
+    Each group sends for its own blocks, for the next while it works on this one: for EARLY parts before P of this one,
+    because ``_values`` are done with their room by then. With one part P is e4m3 where ``_is_coarse`` says so.
     """
+    EARLY: gl.constexpr = max(PARTS // 2, 1)
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     layout: gl.constexpr = _products()
@@ -196,7 +202,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _fetch_later(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+            _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS, PARTS)
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -206,8 +212,10 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            coarse = _is_coarse(_here(lo), hi, n, coarse_from)  # reckoned here, or it would be kept in a register
-            s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
+            coarse = _is_coarse(
+                _here(lo), hi, n, coarse_from, PARTS
+            )  # reckoned here, or it would be kept in a register
+            s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi, coarse)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
@@ -220,7 +228,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             earlier = m
             m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b)
             if i + 2 < n:
-                _fetch_later(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
+                _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
+                             EARLY, PARTS)  # fmt: skip
             left, right = _halves(s)
             sums = _half_of_p(x, x.p, left, m, row_scale, b, b % STAGES, 0, t, lo, hi, coarse)
             sums += _half_of_p(x, x.p_last, right, m, row_scale, b, b % STAGES, 1, t, lo, hi, coarse)
@@ -228,6 +237,10 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
+            if EARLY < PARTS:  # noqa: SIM102
+                if i + 2 < n:
+                    _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS,
+                                 PARTS)  # fmt: skip
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

@@ -71,7 +71,7 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
             n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
             stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr,
-            BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr,
+            BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CODE: gl.constexpr,
             ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
@@ -114,10 +114,14 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
-            if _is_coarse(lo, hi, n, coarse_from):
-                even0, odd0, even1, odd1 = _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES, STAGES, True, layout)
+            if _is_coarse(lo, hi, n, coarse_from, PARTS):
+                even0, odd0, even1, odd1 = _sum_of_item(
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, True, layout
+                )
             else:
-                even0, odd0, even1, odd1 = _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES, STAGES, False, layout)
+                even0, odd0, even1, odd1 = _sum_of_item(
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, False, layout
+                )
             g += n
         else:
             for _ in range(n):

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     STEP,
@@ -82,7 +82,7 @@ def _weights(x, buffer, i: gl.constexpr, COARSE: gl.constexpr):
 
 @gluon.jit
 def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, STAGES: gl.constexpr, COARSE: gl.constexpr,
+                    TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, COARSE: gl.constexpr,
                     layout: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
@@ -120,7 +120,10 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
             latest = _words(words, stage * TILES, i + AHEAD, COARSE, layout)
         if COARSE:
             later = latest
-        if i == max(N - 1 - AHEAD, 0):  # all words are in registers, and P holds the factors
+        if PARTS > 1:
+            if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
+                mbarrier.arrive(_of_part(bar.empty, bar.empty_last, stage, i // STEPS), count=1)
+        elif i == max(N - 1 - AHEAD, 0):  # all words are in registers, and P holds the factors
             mbarrier.arrive(bar.empty.index(stage), count=1)
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
@@ -132,8 +135,8 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
 
 
 @gluon.jit
-def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, COARSE: gl.constexpr,
-                 to_layout: gl.constexpr):  # fmt: skip
+def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+                 COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
     """The sum of the products of an item's n blocks, the first of which is block g, from token t on."""
     PAIRS: gl.constexpr = words.shape[2]
     ROWS: gl.constexpr = to_layout.instr_shape[1]
@@ -148,7 +151,7 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
     for i in range(n):
         even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
             x, bar, words, g, t, lo, hi, moved, i + 1 < n, later, latest, even0, odd0, even1, odd1, TILES, STAGES,
-            COARSE, layout,
+            PARTS, COARSE, layout,
         )  # fmt: skip
         t += BLOCK
         g += 1

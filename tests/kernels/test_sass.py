@@ -228,7 +228,7 @@ GROUPED_VARIANTS = [
 
 
 def copies(rank: int, rope: int, page: int, parts: int = 1) -> int:
-    """How often TMA is asked for a block: latents (a part's panels at once where they are whole), factors, rotary keys."""
+    """How often TMA is asked for a block: latents, a part at once where panels are whole, factors, rotary keys."""
     width, pieces = 256 if rank <= 256 else 512, -(-64 // page) if 0 < page < 64 else 1
     panels = parts if pieces == 1 and rank % 128 == 0 else width // 128
     return (panels + 1 + (1 if rope else 0)) * pieces

@@ -149,10 +149,8 @@ def hopper_launches(
     if descale is None:
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
-        kernel, more = (
-            _mla_decode_hopper_turned_kernel,
-            _turned(c_kv, k_pe, descale, q_latent.dtype, plan.coarse_from, arguments),
-        )
+        kernel = _mla_decode_hopper_turned_kernel
+        more = _turned(c_kv, k_pe, descale, q_latent.dtype, plan.coarse_from, arguments)
         more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]

@@ -36,12 +36,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_p,
 )
-from mlacompile.kernels.mla_decode.hopper_turned_words import (
-    _fragment,
-    _halves,
-    _in_order_of_words,
-    _joined,
-)
+from mlacompile.kernels.mla_decode.hopper_turned_words import _fragment, _halves, _in_order_of_words, _joined
 
 FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
 SLACK = gl.constexpr(3)  # powers of two by which a row may exceed what it counts from before that moves
@@ -212,9 +207,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
                 ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
                 unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
-            coarse = _is_coarse(
-                _here(lo), hi, n, coarse_from, PARTS
-            )  # reckoned here, or it would be kept in a register
+            # Reckoned here, or it would be kept in a register.
+            coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS)
             s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
             unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi, coarse)
             if BLOCK_P > 0:

@@ -1,4 +1,4 @@
-"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that need them last.
+"""Fetches blocks of an FP8 cache for ``hopper_turned.py``: by a warp of its own, or by those that compute scores.
 
 ``cache``: descriptors of latents, rotary keys and factors, how many rows of each lie between units, the block table:
 (d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, p_table, stride_table, n_pages, n_columns).

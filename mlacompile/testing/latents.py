@@ -84,6 +84,20 @@ def make_inputs(case: LatentCase, *, device: str | torch.device = "cpu", seed: i
     return inputs
 
 
+def sloped(inputs: LatentInputs, slope: float) -> LatentInputs:
+    """The same call with scores that rise by ``slope`` from token to token, and latents that differ by 2^20 in size.
+
+    For a call without rotary keys. What a softmax counts from has to follow them, up or down.
+    """
+    q_latent, _, c_kv, *rest = inputs.tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    tokens = torch.arange(c_kv.shape[1], device=c_kv.device)
+    q, keys = 2 * q_latent, c_kv * 2.0 ** (-4 * (tokens % 6))[:, None]
+    q[..., 0], keys[..., 0] = 8.0, (tokens - c_kv.shape[1] // 2) * slope / (8 * inputs.keywords["scale"])
+    return LatentInputs((q, None, keys.to(c_kv.dtype), *rest), inputs.keywords)
+
+
 WILD = (2**31 - 1, -1, -(2**31), 1 << 20)  # page numbers that lie in no cache
 
 

@@ -13,7 +13,17 @@ from torch import Tensor
 from mlacompile.kernels.mla_decode.plan import COARSE_FROM, TURNED_ROWS
 from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons, turned_reasons
 from mlacompile.ops import mla_decode
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_run, make_inputs, paged, quantized, worst
+from mlacompile.testing.latents import (
+    LatentCase,
+    LatentInputs,
+    exact,
+    in_one_run,
+    make_inputs,
+    paged,
+    quantized,
+    sloped,
+    worst,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -207,14 +217,29 @@ def test_queries_and_factors_of_every_size(exponent: int, heads: int, per: str) 
     check(said, *turned(stored))
 
 
-@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
-def test_queries_that_are_not_finite_make_their_rows_nan(heads: int, per: str) -> None:
+@pytest.mark.parametrize("coarse_from", [0, 1000])
+@pytest.mark.parametrize("slope", [-3.0, -0.4, 0.4, 3.0])
+def test_scores_that_rise_or_fall_all_along(slope: float, coarse_from: int) -> None:
+    """Up to 1300 powers of two between the first token and the last."""
+    stored, said = quantized(sloped(make_inputs(variant(heads=64, tokens=300, rope=0), device="cuda"), slope))
+    operand_unit = UNIT[torch.bfloat16] if coarse_from else COARSE_UNIT
+    want = exact(said, unit=2**-22, operand_unit=operand_unit, key_unit=SUM_UNIT)
+    out, lse = turned(stored, coarse_from=coarse_from)
+    assert not worst(out, want.out, want.out_bound), worst(out, want.out, want.out_bound)
+    assert not worst(lse, want.lse, want.lse_bound), worst(lse, want.lse, want.lse_bound)
+
+
+@pytest.mark.parametrize(
+    ("heads", "per", "coarse_from"),
+    [(16, "token", 1000), (64, "token", 1000), (64, "token", 0), (16, "block", 1000)],
+)
+def test_queries_that_are_not_finite_make_their_rows_nan(heads: int, per: str, coarse_from: int) -> None:
     stored, _ = stored_as(make_inputs(variant(heads=heads, tokens=200), device="cuda"), per, 64)
     q_latent, q_pe = stored.tensors[:2]
     assert q_latent is not None
     assert q_pe is not None
     q_latent[0, 5, 0, 77], q_latent[1, heads - 4, 0, 3], q_pe[2, 9, 0, 1] = math.inf, math.nan, -math.inf
-    out, lse = turned(stored)
+    out, lse = turned(stored, coarse_from=coarse_from)
     wrong = torch.zeros(3, heads, dtype=torch.bool, device="cuda")
     wrong[0, 5] = wrong[1, heads - 4] = wrong[2, 9] = True
     assert torch.equal(out.isnan().all(-1)[:, :, 0], wrong)
@@ -222,15 +247,17 @@ def test_queries_that_are_not_finite_make_their_rows_nan(heads: int, per: str) -
     assert torch.equal(lse.isnan()[:, :, 0], wrong)
 
 
-@pytest.mark.parametrize("per", ["token", "block"])
-def test_nan_in_a_live_row_reaches_the_output(per: str) -> None:
-    stored, _ = stored_as(make_inputs(variant(tokens=200), device="cuda"), per)
+@pytest.mark.parametrize(
+    ("heads", "per", "coarse_from"), [(16, "token", 1000), (64, "token", 0), (64, "token", 1000), (16, "block", 1000)]
+)
+def test_nan_in_a_live_row_reaches_the_output(heads: int, per: str, coarse_from: int) -> None:
+    stored, _ = stored_as(make_inputs(variant(heads=heads, tokens=200), device="cuda"), per)
     c_kv, descale = stored.tensors[2], stored.tensors[8]
     assert c_kv is not None
     assert descale is not None
     c_kv.view(torch.uint8)[0, 130, 77] = 0x7F
     descale[1, 3] = math.nan
-    out, lse = turned(stored)
+    out, lse = turned(stored, coarse_from=coarse_from)
     assert out[:2].isnan().all()
     assert lse[:2].isnan().all()
     assert not out[2].isnan().any()

@@ -31,7 +31,17 @@ from mlacompile.kernels.mla_decode import (
 )
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
-from mlacompile.testing.latents import LatentCase, LatentInputs, exact, in_one_run, make_inputs, paged, quantized, worst
+from mlacompile.testing.latents import (
+    LatentCase,
+    LatentInputs,
+    exact,
+    in_one_run,
+    make_inputs,
+    paged,
+    quantized,
+    sloped,
+    worst,
+)
 from tests.kernels import turned_in_python
 
 MODULES = [
@@ -121,6 +131,30 @@ def test_weights_of_long_rows_are_rounded_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hopper_turned_room, "COARSE_BLOCKS", gl.constexpr(2))
     out, _ = run(monkeypatch, paged(stored, 64), HopperPlan(1, turned=True, coarse_from=150))
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3, "more than two blocks are not added up in FP8"
+
+
+@pytest.mark.parametrize("coarse_from", [0, 1000])
+@pytest.mark.parametrize("slope", [-3.0, -0.4, 0.4, 3.0])
+def test_scores_that_rise_or_fall_all_along(monkeypatch: pytest.MonkeyPatch, slope: float, coarse_from: int) -> None:
+    """Up to 1300 powers of two between the first token and the last."""
+    stored, said = quantized(sloped(make_inputs(replace(CASE, heads=40, batch=1, tokens=300, rope=0)), slope))
+    want = exact(said, unit=2**-22, operand_unit=2**-11 if coarse_from else 2**-4, key_unit=2**-10)
+    out, lse = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=coarse_from))
+    assert not worst(out, want.out, want.out_bound), worst(out, want.out, want.out_bound)
+    assert not worst(lse, want.lse, want.lse_bound), worst(lse, want.lse, want.lse_bound)
+
+
+@pytest.mark.parametrize("coarse_from", [0, 1000])
+def test_nan_in_a_live_row_reaches_the_output(monkeypatch: pytest.MonkeyPatch, coarse_from: int) -> None:
+    stored, _ = quantized(make_inputs(replace(CASE, heads=40, batch=3, tokens=200)))
+    c_kv, descale = stored.tensors[2], stored.tensors[8]
+    assert c_kv is not None and descale is not None  # noqa: PT018
+    c_kv.view(torch.uint8)[0, 130, 77] = 0x7F
+    descale[1, 3] = math.nan
+    out, lse = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=coarse_from))
+    assert out[:2].isnan().all()
+    assert lse[:2].isnan().all()
+    assert not out[2].isnan().any()
 
 
 @pytest.mark.parametrize(("case", "page", "parts"), GROUPED, ids=str)

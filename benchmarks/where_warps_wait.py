@@ -20,6 +20,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlacompile.testing.sass import innermost_loops
+
 MARKS = re.compile(r"TRYWAIT|ARRIVE|DEPBAR|UTMALDG|BAR\.SYNC|FENCE|SHFL|STSM|REDUX|LDSM")
 JUMP = re.compile(r"\bBRA\b.*?\b(0x[0-9a-f]+)")
 SAMPLES, EXECUTED = "Warp Stall Sampling (All Samples)", "Instructions Executed"
@@ -55,9 +57,12 @@ class Profile:
             Instruction(int(row["Address"], 0), row["Source"].strip(), int(row[SAMPLES] or 0), int(row[EXECUTED] or 0))
             for row in rows
         ]
+        samples = sum(one.samples for one in code)
+        if not samples:
+            raise ValueError(f"{folder}: no samples in it: the kernel is too short for the profiler, take a larger row")
         x, y, z, threads = map(int, block.groups())
         warps = x * y * z * threads // 32
-        return cls(code, float(active[1].replace(",", "")) * warps / sum(one.samples for one in code))
+        return cls(code, float(active[1].replace(",", "")) * warps / samples)
 
     def loops(self) -> list[list[Instruction]]:
         """Innermost loops that multiply."""
@@ -65,9 +70,7 @@ class Profile:
         jumps = (
             (at.get(int(found[1], 0), i + 1), i) for i, one in enumerate(self.code) if (found := JUMP.search(one.text))
         )
-        loops = {(begin, end) for begin, end in jumps if begin <= end}
-        inner = (x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops))
-        bodies = [self.code[begin : end + 1] for begin, end in sorted(inner)]
+        bodies = [self.code[begin : end + 1] for begin, end in innermost_loops(jumps)]
         return [body for body in bodies if any("GMMA" in one.text for one in body)]
 
 

@@ -136,6 +136,12 @@ def _unordered(sass: str) -> int:
     return sum("BAR.SYNC" not in x for x in before)
 
 
+def innermost_loops(jumps: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first and the last instruction of loops without loops in them. jumps: where each leads, and where it is."""
+    loops = {(begin, end) for begin, end in jumps if begin <= end}
+    return sorted(x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops))
+
+
 def _local_in_loops(sass: str) -> tuple[int, int]:
     """What innermost loops of a disassembly do to local memory: those with wgmma, and the others."""
     labels: dict[str, int] = {}
@@ -146,10 +152,8 @@ def _local_in_loops(sass: str) -> tuple[int, int]:
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(instruction[1])
     jumps = ((labels.get(found[1], len(code)), at) for at, x in enumerate(code) if (found := _JUMP.search(x)))
-    loops = {(begin, end) for begin, end in jumps if begin <= end}
-    innermost = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
     totals = [0, 0]
-    for begin, end in innermost:
+    for begin, end in innermost_loops(jumps):
         body = " ".join(code[begin : end + 1])
         totals["GMMA" not in body] += len(re.findall(r"\b(?:LDL|STL)\b", body))
     return totals[0], totals[1]

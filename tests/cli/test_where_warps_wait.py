@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("triton", reason="loops are found as in compiled kernels, which Triton brings")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HEADER = '"Address","Source","Warp Stall Sampling (All Samples)","Instructions Executed"'
 #: (instruction, samples, executed): a loop of 100 rounds of a warp inside a loop of 2, and one without products.
@@ -59,6 +61,9 @@ def test_cycles_between_waits(
 
 
 def test_other_files_are_refused(script: Any, kept: Path) -> None:
+    (kept / "source.csv").write_text(f'{HEADER}\n"0x100","MOV R1, R2","0","2"')
+    with pytest.raises(ValueError, match="no samples"):
+        script.Profile.read(kept)
     (kept / "details.txt").write_text("==ERROR== no kernels were profiled")
     with pytest.raises(ValueError, match="no size of the launch"):
         script.Profile.read(kept)

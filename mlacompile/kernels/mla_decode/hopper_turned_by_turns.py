@@ -26,7 +26,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _is_coarse, _of_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
     _add_rope,
@@ -36,13 +36,33 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_p,
 )
-from mlacompile.kernels.mla_decode.hopper_turned_words import _fragment, _halves, _in_order_of_words, _joined
+from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
 SLACK = gl.constexpr(3)  # powers of two by which a row may exceed what it counts from before that moves
 DROP = gl.constexpr(5)  # and by which a block may stay below
 STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
 QUARTER = gl.constexpr(16)  # tokens
+
+
+@gluon.jit
+def _halves(x):
+    """The first half of a fragment's columns and the second, each where it was."""
+    rows: gl.constexpr = x.shape[0]
+    columns: gl.constexpr = x.shape[1] // 2
+    first, second = gl.split(x.reshape([rows, 2, columns]).permute((0, 2, 1)))
+    layout: gl.constexpr = _fragment(columns, gl.num_warps())
+    first = gl.convert_layout(first, layout, assert_trivial=True)
+    return first, gl.convert_layout(second, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _joined(first, second):
+    """The opposite of ``_halves``."""
+    rows: gl.constexpr = first.shape[0]
+    columns: gl.constexpr = 2 * first.shape[1]
+    both = gl.join(first, second).permute((0, 2, 1)).reshape([rows, columns])
+    return gl.convert_layout(both, _fragment(columns, gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit

@@ -50,7 +50,7 @@ class TurnedSignals:
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
-    turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take blocks by turns
+    turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take whole blocks by turns
     # Of the second half of each stage, if halves come and go by themselves. A wait for one barrier and another of
     # the same array would have all warps wait for each other in between, so they are not in one array.
     full_last: gl.shared_memory_descriptor
@@ -69,6 +69,12 @@ class TurnedSignals:
 def _sides(groups):
     """Partitions ``_values``. Eight warps have one P on the right, and a group of 128 columns is work for four."""
     return 2 if groups > 1 else 1
+
+
+@gluon.constexpr_function
+def _fragment(columns, warps, depth=16):
+    """The layout of a product's so many columns."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, depth])
 
 
 @gluon.jit
@@ -158,7 +164,9 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     if SIDES > 1:
         rows = _barriers(1, SIDES)
     if not STACKED:
-        m_full, others_full, turn = _barriers(2), _barriers(1), _barriers(2)
+        m_full, others_full = _barriers(2), _barriers(1)
+        if PARTS == 1:
+            turn = _barriers(2)
     full_last, empty_last = full, empty
     if PARTS > 1:
         full_last, empty_last = _barriers(STAGES), _barriers(STAGES)

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_room import _is_coarse, _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment, _is_coarse, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 from mlacompile.kernels.mla_decode.hopper_turned_wide import _sum_of_item
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
@@ -18,6 +18,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
     _columns_of,
     _pairs_of,
     _shrunk,
+    _step_of,
 )
 
 
@@ -47,11 +48,11 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
     even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
-    even0, odd0 = _add_products(v_even, v_odd, b_p, 0, even0, odd0)
+    even0, odd0 = _add_products(v_even, v_odd, _step_of(b_p, 0), even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):
         pairs = _pairs_of(tile, i, a_layout)
         v_even, v_odd = _columns_of(pairs)
-        even0, odd0 = _add_products(v_even, v_odd, b_p, i, even0, odd0)
+        even0, odd0 = _add_products(v_even, v_odd, _step_of(b_p, i), even0, odd0)
         even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
     if TILES > 1:
         tile = words.index(first + 1)
@@ -59,7 +60,7 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
         for i in gl.static_range(BLOCK // STEP):
             pairs = _pairs_of(tile, i, a_layout)
             v_even, v_odd = _columns_of(pairs)
-            even1, odd1 = _add_products(v_even, v_odd, b_p, i, even1, odd1)
+            even1, odd1 = _add_products(v_even, v_odd, _step_of(b_p, i), even1, odd1)
             even1, odd1 = warpgroup_mma_wait(2, deps=(even1, odd1))
     mbarrier.arrive(bar.empty.index(stage), count=1)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
@@ -76,9 +77,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS)
     WIDE: gl.constexpr = not STACKED
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLS, 16]
-    )
+    layout: gl.constexpr = _fragment(COLS, gl.num_warps())
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
     PAIRS: gl.constexpr = 16 * gl.num_warps()  # of columns, multiplied at once
     EACH: gl.constexpr = WIDTH // (2 * PAIRS)  # tiles of a stage

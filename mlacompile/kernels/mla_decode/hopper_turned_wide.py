@@ -12,21 +12,22 @@ to be multiplied.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _of_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     STEP,
+    _add_products,
     _clear_dead_words,
     _columns_of_words,
     _fp8_columns_of,
     _fp8_words_of,
-    _fragment,
     _kept,
     _pairs_of,
     _shrunk,
+    _step_of,
 )
 
 
@@ -69,15 +70,13 @@ def _columns(words, COARSE: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _weights(x, buffer, i: gl.constexpr, COARSE: gl.constexpr):
-    """P of step i, as a right operand."""
+def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constexpr):
+    """P of step i of STEPS, as a right operand."""
+    half = x.p if i < STEPS // 2 else x.p_last
     if COARSE:
-        p = _coarse(x.p if i % 2 == 0 else x.p_last, buffer)
-        return p.permute((1, 0))
+        return _coarse(half, buffer).permute((1, 0))
     else:
-        STEPS: gl.constexpr = BLOCK // STEP
-        p = (x.p if i % STEPS < STEPS // 2 else x.p_last).index(buffer)
-        return p.slice(i % (STEPS // 2) * STEP, STEP, dim=1).permute((1, 0))
+        return _step_of(half.index(buffer), i % (STEPS // 2))
 
 
 @gluon.jit
@@ -96,20 +95,18 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     buffer = g & 1
     even, odd = _columns(later, COARSE, layout)
     later = latest
-    if not COARSE and N > 2:
+    if not COARSE:
         latest = _words(words, stage * TILES, 2, COARSE, layout)
     if moved:
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(N):
-        right = _weights(x, buffer, i, COARSE)
+        right = _weights(x, buffer, i % STEPS, STEPS, COARSE)
         if i < STEPS:
-            even0 = warpgroup_mma(even, right, even0, is_async=True)
-            odd0 = warpgroup_mma(odd, right, odd0, is_async=True)
+            even0, odd0 = _add_products(even, odd, right, even0, odd0)
         else:
-            even1 = warpgroup_mma(even, right, even1, is_async=True)
-            odd1 = warpgroup_mma(odd, right, odd1, is_async=True)
+            even1, odd1 = _add_products(even, odd, right, even1, odd1)
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:  # words are loaded when those before them have been taken apart: registers are short

@@ -1,7 +1,4 @@
-"""Words of two FP8 columns: how ``hopper_turned.py`` makes left operands of a cache as it lies in shared memory.
-
-And parts of fragments: layouts of so many columns in which a thread keeps the registers that it has of more.
-"""
+"""Words of two FP8 columns: how ``hopper_turned.py`` makes left operands of a cache as it lies in shared memory."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
@@ -9,6 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment
 
 STEP = gl.constexpr(16)  # tokens whose values are multiplied at once: registers are short
 FP8_STEP = gl.constexpr(32)  # the same of a product in FP8
@@ -23,9 +21,14 @@ APART = gl.constexpr("prmt.b32 $0, $2, $4, 0x6420; prmt.b32 $1, $2, $4, 0x7531;"
 
 
 @gluon.jit
-def _add_products(even, odd, p, i, to_even, to_odd):
-    """Adds the products of STEP tokens of values and P."""
-    right = p.slice(i * STEP, STEP, dim=1).permute((1, 0))
+def _step_of(p, i):
+    """P of STEP tokens, as a right operand."""
+    return p.slice(i * STEP, STEP, dim=1).permute((1, 0))
+
+
+@gluon.jit
+def _add_products(even, odd, right, to_even, to_odd):
+    """Adds the products of values of some tokens and their P."""
     to_even = warpgroup_mma(even, right, to_even, is_async=True)
     return to_even, warpgroup_mma(odd, right, to_odd, is_async=True)
 
@@ -87,32 +90,6 @@ def _fp8_columns_of(words, layout: gl.constexpr):
     return gl.inline_asm_elementwise(
         APART, "=r,=r,r,r,r,r", [both], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True, pack=4
     )
-
-
-@gluon.constexpr_function
-def _fragment(columns, warps, depth=16):
-    """The layout of a product's so many columns."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, depth])
-
-
-@gluon.jit
-def _halves(x):
-    """The first half of a fragment's columns and the second, each where it was."""
-    rows: gl.constexpr = x.shape[0]
-    columns: gl.constexpr = x.shape[1] // 2
-    first, second = gl.split(x.reshape([rows, 2, columns]).permute((0, 2, 1)))
-    layout: gl.constexpr = _fragment(columns, gl.num_warps())
-    first = gl.convert_layout(first, layout, assert_trivial=True)
-    return first, gl.convert_layout(second, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _joined(first, second):
-    """The opposite of ``_halves``."""
-    rows: gl.constexpr = first.shape[0]
-    columns: gl.constexpr = 2 * first.shape[1]
-    both = gl.join(first, second).permute((0, 2, 1)).reshape([rows, columns])
-    return gl.convert_layout(both, _fragment(columns, gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit

@@ -195,7 +195,7 @@ def tiles_launches(
         "M": m, "N": n, "N1": weight.shape[-2], "K": k, "K_PART": part,
         "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk, "stride_sb": sb,
         "stride_sn": sn, "stride_sn2": sn2, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "BY_HEAD": by_head, "SPLIT": split, "STAGES": tiles.stages, "TWO": len(weights) == 2,
+        "BY_HEAD": by_head, "SPLIT": split, "STAGES": tiles.stages, "TWO": len(weights) == 2, "PDL": chains(out.device),
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
     launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -32,13 +32,16 @@ def _fp8_tiles_kernel(
     d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out, M, N, N1, K, K_PART,
     stride_xsb, stride_xsm, stride_xsk, stride_sb, stride_sn, stride_sn2, stride_ob,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    TWO: tl.constexpr,
+    TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of weight rows, blocks of rows of x, heads, or parts of K if SPLIT). A part has K_PART columns.
 
     d_x, d_w: descriptors of [(H,) M, K] and [(H,) N, K]; what lies beyond is read as zeros. TWO: weight rows from N1
-    on, a multiple of BLOCK_N, are those of a second weight.
+    on, a multiple of BLOCK_N, are those of a second weight. PDL: the sum of parts is launched as soon as all programs
+    run, and waits where it begins to read.
     """
+    if SPLIT and PDL:
+        gdc_launch_dependents()
     i_n, i_m, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)

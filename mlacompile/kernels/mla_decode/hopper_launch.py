@@ -26,11 +26,13 @@ RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
 TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
+HALVES_VALUE_REGISTERS = 184  # where stages come and go in halves, whose scores need fewer
 GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
 PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
 MERGE_SLOTS = 128  # partials of a row that are looked at together
+SECOND_ROUND = 1.1
 MERGE_PROGRAMS = 1024
 
 
@@ -216,6 +218,11 @@ def _turned(
     parts = 1 if stacked or arguments["T"] >= coarse_from else width // 256
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
         d_c = _by_panels(d_c, width // parts // 128)
+    registers = TURNED_VALUE_REGISTERS[columns]
+    if descale.shape[2] > 1:
+        registers = GROUPED_VALUE_REGISTERS
+    elif parts > 1:
+        registers = HALVES_VALUE_REGISTERS
     if descale.shape[2] > 1 and not stacked:
         raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
     return {
@@ -223,8 +230,15 @@ def _turned(
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
         "COLS": columns, "STACKED": stacked, "PARTS": parts, "coarse_from": coarse_from,
-        "VALUE_REGS": TURNED_VALUE_REGISTERS[columns] if descale.shape[2] == 1 else GROUPED_VALUE_REGISTERS,
+        "VALUE_REGS": registers,
     }  # fmt: skip
+
+
+def _power_near(parts: int) -> int:
+    """A power of two that is at least as large, or a little less: a few partials more are looked at in a second round,
+    which few rows have, while twice the room halves the programs that run at once."""
+    power = next_power_of_2(parts)
+    return power // 2 if parts <= power // 2 * SECOND_ROUND else power
 
 
 def _merge(
@@ -236,7 +250,7 @@ def _merge(
     warps, and the row along its columns. Many rows, most of which are whole, get few programs each.
     """
     width = max(next_power_of_2(shape.rank), 64)
-    slots = min(next_power_of_2(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
+    slots = min(_power_near(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
     warps = 8 if slots > 64 else 4
     across = warps if slots > 8 else 1
     block_c = min(width, 512 if slots <= 4 else 256 if slots <= 16 else max(4096 // slots, 64))

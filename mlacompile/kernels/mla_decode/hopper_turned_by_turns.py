@@ -39,8 +39,8 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
 from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
-SLACK = gl.constexpr(3)  # powers of two by which a row may exceed what it counts from before that moves
-DROP = gl.constexpr(5)  # and by which a block may stay below
+SLACK = gl.constexpr(6)  # powers of two by which a row may exceed what it counts from before that moves
+DROP = gl.constexpr(6)  # and by which a block may stay below, where P may be e4m3
 STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
 QUARTER = gl.constexpr(16)  # tokens
 
@@ -131,17 +131,20 @@ def _of_thread(e):
 
 
 @gluon.jit
-def _count_from(x, bar, s, m_before, most, row_scale, unit, b):
+def _count_from(x, bar, s, m_before, most, row_scale, unit, b, PARTS: gl.constexpr):
     """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
 
     most: the largest that a block of this group would have counted from, returned with this one.
     """
     buffer = b & 1
     highest = gl.max(s, 1) * row_scale + unit
-    most = gl.maximum(most, highest)
-    far = (highest > m_before + SLACK) | (highest < m_before - DROP)
-    m = gl.where(far, gl.maximum(highest, m_before - STEADY), m_before)
-    m = gl.maximum(m, most - STEADY)
+    if PARTS == 1:
+        most = gl.maximum(most, highest)
+        far = (highest > m_before + SLACK) | (highest < m_before - DROP)
+        m = gl.where(far, gl.maximum(highest, m_before - STEADY), m_before)
+        m = gl.maximum(m, most - STEADY)
+    else:  # float16 has range enough for what stays below
+        m = gl.where(highest > m_before + SLACK, highest, m_before)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m)
     x.alpha.index(buffer).store(gl.exp2(m_before - m))
@@ -240,7 +243,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
-            m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b)
+            m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b, PARTS)
             if i + 2 < n:
                 _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY, PARTS)  # fmt: skip

@@ -85,16 +85,19 @@ def make_inputs(case: LatentCase, *, device: str | torch.device = "cpu", seed: i
 
 
 def sloped(inputs: LatentInputs, slope: float) -> LatentInputs:
-    """The same call with scores that rise by ``slope`` from token to token, and latents that differ by 2^20 in size.
+    """The same call with scores that rise by ``slope`` or a half or a quarter of it from token to token, by heads, and
+    latents that differ by 2^20 in size.
 
-    For a call without rotary keys. What a softmax counts from has to follow them, up or down.
+    For a call without rotary keys. What a softmax counts from has to follow them, up or down. Each score is one product
+    of a power of two, so that a kernel's sum of them is exact however few bits of a sum it keeps.
     """
     q_latent, _, c_kv, *rest = inputs.tensors
     assert q_latent is not None
     assert c_kv is not None
     tokens = torch.arange(c_kv.shape[1], device=c_kv.device)
-    q, keys = 2 * q_latent, c_kv * 2.0 ** (-4 * (tokens % 6))[:, None]
-    q[..., 0], keys[..., 0] = 8.0, (tokens - c_kv.shape[1] // 2) * slope / (8 * inputs.keywords["scale"])
+    q, keys = torch.zeros_like(q_latent), c_kv * 2.0 ** (-4 * (tokens % 6))[:, None]
+    q[..., 0] = 2.0 ** (3 - torch.arange(q.shape[1], device=q.device) % 3)[:, None]
+    keys[..., 0] = (tokens - c_kv.shape[1] // 2) * slope / (8 * inputs.keywords["scale"])
     return LatentInputs((q, None, keys.to(c_kv.dtype), *rest), inputs.keywords)
 
 

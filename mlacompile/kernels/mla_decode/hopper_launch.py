@@ -259,7 +259,7 @@ def _merge(
     groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))
     arguments = {
         "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts, "p_out": out, "p_lse": lse, "H": shape.heads,
-        "S": shape.queries, "n_rows_padded": partial.shape[1], "R": shape.rank, "ROWS": rows, "SLOTS": slots,
-        "BLOCK_C": block_c, "ACROSS": across,
+        "S": shape.queries, "n_rows_padded": partial.shape[1], "n_parts": plan.parts, "R": shape.rank, "ROWS": rows,
+        "SLOTS": slots, "BLOCK_C": block_c, "ACROSS": across, "ALONE": shape.batch == 1,
     }  # fmt: skip
     return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": warps, "launch_pdl": True})

@@ -18,14 +18,16 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _mla_merge_kernel(
-    p_part, p_part_lse, p_parts, p_out, p_lse, H, S, n_rows_padded,
+    p_part, p_part_lse, p_parts, p_out, p_lse, H, S, n_rows_padded, n_parts,
     R: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, BLOCK_C: gl.constexpr, ACROSS: gl.constexpr,
-    num_warps: gl.constexpr,
+    ALONE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (batch, groups of rows, column chunks). Partials: [slots, n_rows_padded, R], their log-sum-exps in base 2.
 
     Of n parts, beginning with part i, the first lies in slot 2 * i + 1 and each other part j in slot 2 * j. ROWS and
     SLOTS: so many are looked at together. ACROSS: warps that divide the slots among them; the others divide rows.
+    ALONE: there is one batch row, which begins with part 0. Partials are then sent for before it is known how many of
+    n_parts there are, and what nobody wrote is left out.
     """
     lanes: gl.constexpr = min(BLOCK_C // 8, 32)
     layout: gl.constexpr = gl.BlockedLayout(
@@ -37,9 +39,11 @@ def _mla_merge_kernel(
     i_b = gl.program_id(0)
     _launch_later()  # a kernel that waits, as ours does, may prepare itself meanwhile
     _wait_for_earlier()
-    first = gl.load(p_parts + 2 * i_b)
+    first = 0
+    if not ALONE:
+        first = gl.load(p_parts + 2 * i_b)
     count = gl.load(p_parts + 2 * i_b + 1)
-    if count > 1:
+    if ALONE or count > 1:
         o_c = gl.program_id(2) * BLOCK_C + gl.arange(0, BLOCK_C, gl.SliceLayout(0, by_column))
         o_slot = gl.arange(0, SLOTS, gl.SliceLayout(0, by_slot))
         for row in range(gl.program_id(1) * ROWS, H * S, gl.num_programs(1) * ROWS):
@@ -48,15 +52,19 @@ def _mla_merge_kernel(
             acc = gl.zeros((ROWS, BLOCK_C), gl.float32, by_column)
             peak = gl.full((ROWS,), float("-inf"), gl.float32, by_row)
             total = gl.zeros((ROWS,), gl.float32, by_row)
-            for i in range(0, count, SLOTS):
+            for i in range(0, gl.maximum(count, 1), SLOTS):  # the first round need not wait for the count
                 o_part = i + o_slot
                 slot = 2 * (first + o_part) + gl.where(o_part == 0, 1, 0)
                 o_in = slot.to(gl.int64)[None, :] * n_rows_padded + o_row[:, None]
-                mask = (o_part < count)[None, :] & m_row[:, None]
+                mask = (o_part < (n_parts if ALONE else count))[None, :] & m_row[:, None]
                 lse = gl.load(p_part_lse + o_in, mask=mask, other=float("-inf"))
                 p = p_part + gl.expand_dims(o_in * R, 2) + gl.expand_dims(o_c[None, :], 1)
                 m_c = gl.expand_dims((o_c < R)[None, :], 1)
                 part = gl.load(p, mask=gl.expand_dims(mask, 2) & m_c, other=0.0).to(gl.float32)
+                if ALONE:
+                    there = (o_part < count)[None, :] & m_row[:, None]
+                    lse = gl.where(there, lse, float("-inf"))
+                    part = gl.where(gl.expand_dims(there, 2), part, 0.0)
                 higher = gl.maximum(peak, gl.max(lse, 1))
                 use = gl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
                 weight = gl.exp2(lse - use[:, None])
@@ -70,6 +78,7 @@ def _mla_merge_kernel(
             by_out: gl.constexpr = gl.SliceLayout(1, by_column)
             out = acc * gl.convert_layout(share, by_out)[:, None]
             p_to = p_out + gl.convert_layout(o_out * R, by_out)[:, None] + o_c[None, :]
+            m_row = m_row & (count > 1)
             mask = gl.convert_layout(m_row, by_out)[:, None] & (o_c < R)[None, :]
             gl.store(p_to, out.to(p_out.dtype.element_ty), mask=mask)
             if gl.program_id(2) == 0:

@@ -256,7 +256,8 @@ def exact(
 
     unit: relative error of one accumulation step. operand_unit: unit roundoff of the dtype in which P enters the second
     product and in which ``out`` is stored (0: only ``unit``). key_unit: relative error of every cached value that the
-    kernel works with, as key and as value. rows: only the first batch rows, for large inputs.
+    kernel works with, as key and as value. rows: only the first batch rows, for large inputs. The output may be off by
+    half of the smallest number of its dtype, too.
 
     The bounds are first-order forward errors: a score of n products is off by at most (n + 3) * unit *
     sum|q||k|, which a softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit.
@@ -268,6 +269,8 @@ def exact(
     scale = inputs.keywords["scale"]
     b, h, s, r = q_latent.shape
     b = b if rows is None else min(b, rows)
+    kept = torch.finfo(q_latent.dtype)
+    smallest = kept.smallest_normal * kept.eps / 2
     rows_of = c_kv.new_zeros(b, h, s, r, dtype=torch.float64)
     result = Exact(rows_of, torch.full_like(rows_of[..., 0], -math.inf), rows_of.clone(), rows_of[..., 0].clone())
     for row in range(b):
@@ -295,7 +298,30 @@ def exact(
             result.lse_bound[row, :, query] = score_error + sum_error + 4 * unit * lse.abs()
             result.out_bound[row, :, query] = (
                 2 * score_error[:, None] + 2 * sum_error + operand_unit + key_unit
-            ) * spread + stored * result.out[row, :, query].abs()
+            ) * spread + stored * result.out[row, :, query].abs() + smallest
+    return result
+
+
+def least_of_e4m3(said: LatentInputs, descale: Tensor, slack: int, drop: int, steady: int) -> Tensor:
+    """What the output may be off by because e4m3 has no number between 0 and 2^-9: ``[B, H, 1, R]`` in float64.
+
+    said: a call of one query and no rotary keys, whose cache was quantized with ``descale`` [B, T, 1]. P of a token is
+    its weight times its factor, in a unit in which that of the block's largest weight and factor would be 2^8 at most
+    and 2^(8 - slack - drop) / 2 at least; of a row that falls steeply, 2^-steady of the largest weight so far is as
+    good as the block's.
+    """
+    q_latent, _, c_kv, *_ = said.tensors
+    assert q_latent is not None
+    assert c_kv is not None
+    scores = q_latent[:, :, 0].double() @ c_kv.double().transpose(1, 2) * said.keywords["scale"]
+    weights, factor = torch.softmax(scores, -1), descale[:, :, 0].double()
+    result = q_latent.new_zeros(q_latent.shape, dtype=torch.float64)
+    best = weights[..., 0]
+    for w, f, v in zip(weights.split(64, -1), factor.split(64, 1), c_kv.double().split(64, 1), strict=True):
+        best = torch.maximum(best, w.amax(-1))
+        largest = torch.maximum(w.amax(-1) * 2.0**drop, best * 2.0**-steady) * f.amax(-1)[:, None]
+        step = 2.0**-10 * 2.0 ** (slack - 8 + 1) * largest
+        result[:, :, 0] += step[..., None] * (v / f[..., None]).abs().sum(1)[:, None]
     return result
 
 

@@ -151,6 +151,19 @@ def test_scores_that_rise_or_fall_all_along(monkeypatch: pytest.MonkeyPatch, slo
     assert not worst(lse, want.lse, want.lse_bound), worst(lse, want.lse, want.lse_bound)
 
 
+def test_what_a_row_counts_from_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token has a thousand times the weight of any other, all others together more than it: of their P in
+    e4m3 little would be left, counted from the first."""
+    inputs = make_inputs(replace(CASE, heads=40, batch=1, tokens=1024, rope=0))
+    q_latent, _, c_kv, *_ = inputs.tensors
+    assert q_latent is not None and c_kv is not None  # noqa: PT018
+    q_latent[..., 0], c_kv[..., 0], c_kv[:, 0, 0] = 8.0, 0.0, 7 / (8 * inputs.keywords["scale"])
+    stored, said = quantized(inputs)
+    out, _ = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=0))
+    want = exact(said).out[..., 1:]
+    assert (out.double()[..., 1:] - want).norm() / want.norm() < 3e-2, "what weights in e4m3 cost so many tokens"
+
+
 @pytest.mark.parametrize("coarse_from", [0, 1000])
 def test_nan_in_a_live_row_reaches_the_output(monkeypatch: pytest.MonkeyPatch, coarse_from: int) -> None:
     stored, _ = quantized(make_inputs(replace(CASE, heads=40, batch=3, tokens=200)))

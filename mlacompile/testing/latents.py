@@ -297,8 +297,10 @@ def exact(
             stored = max(operand_unit, unit)
             result.lse_bound[row, :, query] = score_error + sum_error + 4 * unit * lse.abs()
             result.out_bound[row, :, query] = (
-                2 * score_error[:, None] + 2 * sum_error + operand_unit + key_unit
-            ) * spread + stored * result.out[row, :, query].abs() + smallest
+                (2 * score_error[:, None] + 2 * sum_error + operand_unit + key_unit) * spread
+                + stored * result.out[row, :, query].abs()
+                + smallest
+            )
     return result
 
 

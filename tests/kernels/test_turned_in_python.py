@@ -88,6 +88,7 @@ RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
 CASES = [
     (replace(CASE, **RAGGED), 64, 3),
     (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),
+    (replace(CASE, heads=9, batch=1, tokens=700), 64, 5),  # one batch row: 11 blocks by 5 programs, a part has 3
     (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 32, 1),
     (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2),
     (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2),

@@ -316,7 +316,7 @@ def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         monkeypatch.setattr(owner, name, late(getattr(owner, name)))
 
 
-TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "total", "m", "others", "p_last")
+TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "share", "m", "others", "p_last")
 SIGNALS = (
     "full",
     "empty",

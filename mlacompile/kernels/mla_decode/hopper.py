@@ -35,6 +35,7 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS, Parts, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import (
     _clear_dead,
     _computed,
+    _count,
     _factors,
     _limits,
     _queries,
@@ -52,21 +53,46 @@ LOWEST = gl.constexpr(-3.3e38)  # a finite start of the running maximum: -inf - 
 
 
 @gluon.jit
+def _other_scores(x, bar, s, stage, phase, SOONER: gl.constexpr, HALVES: gl.constexpr):
+    """Adds the scores of all columns of a stage but its first quarter, in the order in which they arrive."""
+    mbarrier.wait(bar.left_full.index(stage), phase)
+    keys = x.left.index(stage).slice(0, SOONER, dim=1).permute((1, 0))
+    s = warpgroup_mma(x.q_left.slice(0, SOONER, dim=1), keys, s, is_async=True)
+    mbarrier.wait(bar.last_full.index(stage), phase)
+    s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
+    if HALVES:
+        mbarrier.wait(bar.late_full.index(stage), phase)
+        keys = x.left.index(stage).slice(SOONER, SOONER, dim=1).permute((1, 0))
+        s = warpgroup_mma(x.q_left.slice(SOONER, SOONER, dim=1), keys, s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _settled(bar, o_late, stage):
+    """The second half of the left columns, when a block has been added to it."""
+    o_late = warpgroup_mma_wait(0, deps=(o_late,))
+    mbarrier.arrive(bar.late_empty.index(stage), count=1)
+    return o_late
+
+
+@gluon.jit
 def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position, share,
           overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
           CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, WIDEST: gl.constexpr, factors, FACTORED: gl.constexpr,
-          SHRINK: gl.constexpr):  # fmt: skip
+          SHRINK: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block, and the left columns of the output.
 
     WIDEST: columns of one wgmma. factors: if FACTORED [2, 64], what the latents of a stage, times queries that are
-    SHRINK of what they were, are still to be multiplied with.
+    SHRINK of what they were, are still to be multiplied with. HALVES: the second half of the left columns, o_late, is
+    multiplied behind the scores of the next block.
     """
+    SOONER: gl.constexpr = LEFT // 2 if HALVES else LEFT
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
     )
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(LEFT, WIDEST), 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(SOONER, WIDEST), 16]
     )
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -84,7 +110,10 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         q = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, 0, LEFT, R, ONE_QUERY)
         x.q_left.store(_shrunk(q, dtype, SHRINK))
         fence_async_shared()
-        o = gl.zeros((ROWS, LEFT), gl.float32, o_layout)
+        o = gl.zeros((ROWS, SOONER), gl.float32, o_layout)
+        o_late = gl.to_tensor(0.0)
+        if HALVES:
+            o_late = gl.zeros((ROWS, SOONER), gl.float32, o_layout)
         m = gl.full((ROWS,), LOWEST, gl.float32, s_row)
         unit = gl.to_tensor(0.0)
 
@@ -99,12 +128,9 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         s_pe = s0
         if BLOCK_P > 0:
             s, s_pe = _rope_scores(x.q_pe, x.pe.index(stage), s, s0, FACTORED)
-        mbarrier.wait(bar.left_full.index(stage), phase)
-        s = warpgroup_mma(x.q_left, x.left.index(stage).permute((1, 0)), s, is_async=True)
-        mbarrier.wait(bar.last_full.index(stage), phase)
-        s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
+        s = _other_scores(x, bar, s, stage, phase, SOONER, HALVES)
         factor, unit = _factors(factors.index(stage), unit, t, lo, hi, FACTORED, s_layout)
-        s = _computed(s, s_pe, factor, FACTORED, BLOCK_P)
+        s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 0)
         s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
         x.alpha.index(stage).store(alpha)
         mbarrier.arrive(bar.alpha.index(stage), count=1)
@@ -122,7 +148,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             phase = ((g + 1) >> 1) & 1
             if (t < lo) | (t + BLOCK > hi):
                 _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
-            o = warpgroup_mma(a_p, x.left.index(stage), o, is_async=True)
+            o = warpgroup_mma(a_p, x.left.index(stage).slice(0, SOONER, dim=1), o, is_async=True)
             mbarrier.wait(bar.first_full.index(other), phase)
             s = warpgroup_mma(
                 x.q_right.index(0), x.right.index(2 * other).permute((1, 0)), s0, use_acc=False, is_async=True
@@ -133,13 +159,12 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             else:
                 o = warpgroup_mma_wait(1, deps=(o,))
             mbarrier.arrive(bar.left_empty.index(stage), count=1)
-            mbarrier.wait(bar.left_full.index(other), phase)
-            s = warpgroup_mma(x.q_left, x.left.index(other).permute((1, 0)), s, is_async=True)
-            mbarrier.wait(bar.last_full.index(other), phase)
-            s = warpgroup_mma(x.q_right.index(1), x.right.index(2 * other + 1).permute((1, 0)), s, is_async=True)
+            s = _other_scores(x, bar, s, other, phase, SOONER, HALVES)
+            if HALVES:
+                o_late = warpgroup_mma(a_p, x.left.index(stage).slice(SOONER, SOONER, dim=1), o_late, is_async=True)
             t += BLOCK
             factor, new_unit = _factors(factors.index(other), unit, t, lo, hi, FACTORED, s_layout)
-            s = _computed(s, s_pe, factor, FACTORED, BLOCK_P)
+            s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 1 if HALVES else 0)
             mbarrier.arrive(bar.scores, count=1)
             s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
             total = total * alpha
@@ -151,11 +176,18 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             e = gl.exp2(s * scale_log2 - m[:, None])
             b_p = _weights(e, factor, unit, dtype, FACTORED)
             mbarrier.wait(bar.p_empty, g & 1)
+            if HALVES:  # noqa: SIM102
+                if not ONE_QUERY:  # sooner than need be: queries of several take the registers of one under way
+                    o_late = _settled(bar, o_late, stage)
             x.p.store(b_p)
             fence_async_shared()
             mbarrier.arrive(bar.p_full, count=1)
             # From here on _right works too.
             o = o * gl.convert_layout(alpha, o_row)[:, None]
+            if HALVES:
+                if ONE_QUERY:
+                    o_late = _settled(bar, o_late, stage)
+                o_late = o_late * gl.convert_layout(alpha, o_row)[:, None]
             a_p = gl.convert_layout(b_p, p_layout)
             total += gl.sum(e, 1)
             g += 1
@@ -167,7 +199,9 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         mbarrier.arrive(bar.scores, count=1)
         if (t < lo) | (t + BLOCK > hi):
             _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
-        o = warpgroup_mma(a_p, x.left.index(stage), o, is_async=True)
+        o = warpgroup_mma(a_p, x.left.index(stage).slice(0, SOONER, dim=1), o, is_async=True)
+        if HALVES:
+            o_late = warpgroup_mma(a_p, x.left.index(stage).slice(SOONER, SOONER, dim=1), o_late, is_async=True)
         # What the output is divided by, as it is held.
         divisor = total
         if FACTORED:
@@ -175,21 +209,30 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         x.total.store(divisor)
         mbarrier.arrive(bar.total, count=1)
         o = warpgroup_mma_wait(0, deps=(o,))
+        if HALVES:
+            o_late = _settled(bar, o_late, stage)
         mbarrier.arrive(bar.left_empty.index(stage), count=1)
 
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
         total_o = gl.convert_layout(divisor, o_row)
+        through = x.q_left._reinterpret(dtype, [LEFT // SOONER, ROWS, SOONER], x.q_left.layout)
         _store_columns(
-            o, total_o, x.q_left, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, LEFT, R, ONE_QUERY
-        )
+            o, total_o, through.index(0), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, SOONER, R,
+            ONE_QUERY,
+        )  # fmt: skip
+        if HALVES:
+            _store_columns(
+                o_late, total_o, through.index(1), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SOONER,
+                SOONER, R, ONE_QUERY,
+            )  # fmt: skip
         r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, s_row)
         lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
         if whole:
             o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
-            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
+            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < _count(H, S, ONE_QUERY))
         else:
-            gl.store(p_part_lse + slot * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
+            gl.store(p_part_lse + slot * n_tiles * ROWS + r_row, lse, mask=r_row < _count(H, S, ONE_QUERY))
         if (skip == 0) & (i_tile == 0):
             gl.store(p_parts + 2 * row, part)
             gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
@@ -280,31 +323,33 @@ def _mla_decode_hopper_kernel(
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-    CHUNK: gl.constexpr, MANY: gl.constexpr, RIGHT_REGS: gl.constexpr, num_warps: gl.constexpr,
+    CHUNK: gl.constexpr, MANY: gl.constexpr, HALVES: gl.constexpr, RIGHT_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
 
     apart_c, apart_pe: cache rows from one batch row, or page, to the next. p_part: [2 * parts, tiles * 64, R],
     p_part_lse likewise. p_parts: [B, 2], the first part of a batch row and how many parts it has.
     """
-    x, bar = _setup(p_q.dtype.element_ty, p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
+    x, bar = _setup(p_q.dtype.element_ty, p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P, HALVES)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
     share, overhead, row, position = _plan(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
-    arrived = Parts(bar.first_full, bar.left_full, bar.last_full)
+    arrived = Parts(bar.first_full, bar.left_full, bar.last_full, bar.late_full)
     gl.warp_specialize(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False, 1.0)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False, 1.0,
+                     HALVES)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                       stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, 1.0)),
             (_fetch, (x, bar, arrived, d_c, d_pe, None, p_start, p_length, p_table, row, position, share, overhead, B,
-                      T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE)),
+                      T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE,
+                      HALVES)),
         ],
         [4, 1],
         [RIGHT_REGS, 32],

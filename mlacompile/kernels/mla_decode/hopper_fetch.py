@@ -80,17 +80,19 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, 
 @gluon.jit
 def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead, B, T,
            apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, LEFT: gl.constexpr, QUARTER: gl.constexpr,
-           BLOCK_P: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+           BLOCK_P: gl.constexpr, PAGE: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     """Copies blocks into the two stages, part by part, as soon as each part has been used for the last time.
 
-    arrived: barriers of the three parts. What is narrower than 16 bits fills the first half of its part only; its
-    factors (d_scale) stand where the second half of the first quarter begins.
+    arrived: barriers of the parts. HALVES: the left columns are two, the second of which falls free last. What is
+    narrower than 16 bits fills the first half of its part only; its factors (d_scale) stand where the second half of
+    the first quarter begins.
     """
     BOX: gl.constexpr = d_c.block_type.shape[0]
     PANEL: gl.constexpr = d_c.block_type.shape[1]
     SUB: gl.constexpr = BLOCK // BOX
     BYTES: gl.constexpr = d_c.dtype.primitive_bitwidth // 8
     N_LEFT: gl.constexpr = LEFT // PANEL
+    N_SOONER: gl.constexpr = N_LEFT // 2 if HALVES else N_LEFT
     N_QUARTER: gl.constexpr = QUARTER // PANEL
     PITCH: gl.constexpr = 2 // BYTES
     left = x.left._reinterpret(d_c.dtype, [2 * N_LEFT * PITCH * SUB, BOX, PANEL], d_c.layout)
@@ -135,8 +137,8 @@ def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row,
 
             mbarrier.wait(bar.left_empty.index(stage), free)
             full = arrived.left.index(stage)
-            mbarrier.expect(full, BLOCK * LEFT * BYTES)
-            _copy(d_c, apart_c, 0, full, left, stage * N_LEFT * PITCH, N_LEFT,
+            mbarrier.expect(full, BLOCK * N_SOONER * PANEL * BYTES)
+            _copy(d_c, apart_c, 0, full, left, stage * N_LEFT * PITCH, N_SOONER,
                   unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
 
             mbarrier.wait(bar.last_empty.index(stage), free)
@@ -144,6 +146,13 @@ def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row,
             mbarrier.expect(full, BLOCK * QUARTER * BYTES)
             _copy(d_c, apart_c, LEFT + QUARTER, full, right, (2 * stage + 1) * N_QUARTER * PITCH, N_QUARTER,
                   unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
+
+            if HALVES:
+                mbarrier.wait(bar.late_empty.index(stage), free)
+                full = arrived.late.index(stage)
+                mbarrier.expect(full, BLOCK * N_SOONER * PANEL * BYTES)
+                _copy(d_c, apart_c, N_SOONER * PANEL, full, left, stage * N_LEFT + N_SOONER, N_SOONER,
+                      unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             unit = ahead
             t += BLOCK
         g += n

@@ -138,8 +138,9 @@ def _mla_decode_hopper_in_place_kernel(
     ratios = factors
     if G > 1:
         ratios = gl.allocate_shared_memory(gl.float16, [G, BLOCK], plain)
-    arrived = Parts(_barriers(2), _barriers(2), _barriers(2))
-    x, bar = _setup(gl.float16, p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P)
+    left_arrived = _barriers(2)
+    arrived = Parts(_barriers(2), left_arrived, _barriers(2), left_arrived)
+    x, bar = _setup(gl.float16, p_q.dtype.element_ty, LEFT, QUARTER, PANEL, BLOCK_P, False)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
@@ -150,7 +151,8 @@ def _mla_decode_hopper_in_place_kernel(
         [
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
-                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, WIDEST, factors, True, SHRINK)),
+                     stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, WIDEST, factors, True, SHRINK,
+                     False)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                       stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, SHRINK)),
@@ -158,7 +160,7 @@ def _mla_decode_hopper_in_place_kernel(
                       QUARTER, GROUPS, G, CODE, HEADROOM, SHRINK)),
             (_fetch, (x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead,
                       B, T, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P,
-                      PAGE)),
+                      PAGE, False)),
         ],
         [4, 4, 1],
         [RIGHT_REGS, WIDEN_REGS, 32],

@@ -142,7 +142,7 @@ def hopper_launches(
         "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
         "n_pages": c_kv.shape[0], "stride_table": 0 if block_table is None else block_table.stride(0),
         "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,
-        "overhead": plan.overhead, "CHUNK": 32 if b <= 32 else CHUNK, "MANY": b > CHUNK,
+        "overhead": plan.overhead, "CHUNK": 1 if b == 1 else 32 if b <= 32 else CHUNK, "MANY": b > CHUNK,
         **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
         "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
         "BLOCK_P": max(next_power_of_2(shape.rope), 16) if shape.rope else 0,
@@ -170,7 +170,10 @@ def _described(c_kv: Tensor, k_pe: Tensor | None, arguments: dict[str, Any]) -> 
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_c, apart_c = _descriptor(c_kv, box_rows, arguments["PANEL"])
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
-    return {"d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "RIGHT_REGS": RIGHT_REGISTERS}
+    return {
+        "d_c": d_c, "d_pe": d_pe, "apart_c": apart_c, "apart_pe": apart_pe, "HALVES": arguments["n_tiles"] > 1,
+        "RIGHT_REGS": RIGHT_REGISTERS,
+    }  # fmt: skip
 
 
 def _factors(descale: Tensor, box_rows: int) -> tuple[TensorDescriptor, int]:

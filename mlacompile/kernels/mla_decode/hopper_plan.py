@@ -51,6 +51,30 @@ def _add(a, b):
 
 
 @gluon.jit
+def _over(a, b):
+    """a / b, rounded down, of what is not negative: without a sign it takes fewer instructions."""
+    return (a.to(gl.uint32) // b.to(gl.uint32)).to(gl.int32)
+
+
+@gluon.jit
+def _shares(total, least, most, B, n_parts, min_share, overhead):
+    """How much each part does, and what beginning another row counts. least, most: blocks of a row."""
+    overhead = gl.where(least == most, 0, overhead)
+    share = gl.maximum(_over(total + overhead * B + n_parts - 1, n_parts), overhead + min_share)
+    if least == most:
+        even = _over(share + most - 1, most) * most  # whole rows
+        padding = 0
+        if share < most:
+            pieces = _over(most, share)
+            even = _over(most + pieces - 1, pieces)
+            padding = even * pieces - most
+        if (even.to(gl.float32) <= share.to(gl.float32) * SNAP) & (padding < even):
+            share = even
+            overhead = padding
+    return share, overhead
+
+
+@gluon.jit
 def _plan(p_start, p_length, B, T, part, n_parts, min_share, overhead, CHUNK: gl.constexpr, MANY: gl.constexpr):
     """How much each part does, and where this one begins: share, overhead, row, position in that row's blocks.
 
@@ -58,6 +82,20 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share, overhead, CHUNK: gl
     row's first: many short rows weigh more than one long one. CHUNK: batch rows that are looked at together. MANY:
     there are more rows than that.
     """
+    if CHUNK == 1:
+        only = _blocks_of(p_start, p_length, gl.to_tensor(0), None, T)
+        share, overhead = _shares(only, only, only, 1, n_parts, min_share, overhead)
+        begin = part * share
+        beyond = begin >= only + overhead
+        return share, overhead, beyond.to(gl.int32), begin - gl.where(beyond, only + overhead, 0)
+    else:
+        return _plan_of_rows(p_start, p_length, B, T, part, n_parts, min_share, overhead, CHUNK, MANY)
+
+
+@gluon.jit
+def _plan_of_rows(p_start, p_length, B, T, part, n_parts, min_share, overhead, CHUNK: gl.constexpr,
+                  MANY: gl.constexpr):  # fmt: skip
+    """``_plan`` for more batch rows than one."""
     # Every warp holds all rows of a chunk, so sums and maxima need no shared memory.
     layout: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [gl.num_warps()], [0])
     o_b = gl.arange(0, CHUNK, layout)
@@ -73,18 +111,7 @@ def _plan(p_start, p_length, B, T, part, n_parts, min_share, overhead, CHUNK: gl
             total += gl.sum(gl.where(m_b, blocks, 0), 0)
             most = gl.maximum(most, gl.max(gl.where(m_b, blocks, 0), 0))
             least = gl.minimum(least, gl.min(gl.where(m_b, blocks, 0x7FFFFFFF), 0))
-    overhead = gl.where(least == most, 0, overhead)
-    share = gl.maximum((total + overhead * B + n_parts - 1) // n_parts, overhead + min_share)
-    if least == most:
-        even = (share + most - 1) // most * most  # whole rows
-        padding = 0
-        if share < most:
-            pieces = most // share
-            even = (most + pieces - 1) // pieces
-            padding = even * pieces - most
-        if (even.to(gl.float32) <= share.to(gl.float32) * SNAP) & (padding < even):
-            share = even
-            overhead = padding
+    share, overhead = _shares(total, least, most, B, n_parts, min_share, overhead)
 
     begin = part * share
     m_b = o_b < B

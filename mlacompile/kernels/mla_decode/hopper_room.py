@@ -38,14 +38,16 @@ class Tiles:
 
 @aggregate
 class Signals:
-    """Barriers. The first seven exist once a stage; the others are waited for once a block or once a work item."""
+    """Barriers. The first nine exist once a stage; the others are waited for once a block or once a work item."""
 
     first_full: gl.shared_memory_descriptor  # first quarter and rotary keys have arrived
     left_full: gl.shared_memory_descriptor
     last_full: gl.shared_memory_descriptor
+    late_full: gl.shared_memory_descriptor  # the second half of the left columns, if it comes and goes by itself
     first_empty: gl.shared_memory_descriptor
     left_empty: gl.shared_memory_descriptor
     last_empty: gl.shared_memory_descriptor
+    late_empty: gl.shared_memory_descriptor
     alpha: gl.shared_memory_descriptor  # alpha of a block is published
     scores: gl.shared_memory_descriptor  # the scores of the next block are computed, or there is none
     p_full: gl.shared_memory_descriptor
@@ -54,25 +56,28 @@ class Signals:
     total: gl.shared_memory_descriptor  # an item's denominators are published
 
     @gluon.constexpr_function
-    def __init__(self, first_full, left_full, last_full, first_empty, left_empty, last_empty, alpha, scores, p_full,
-                 p_empty, queries, total):  # fmt: skip
-        self.first_full, self.left_full, self.last_full = first_full, left_full, last_full
-        self.first_empty, self.left_empty, self.last_empty = first_empty, left_empty, last_empty
+    def __init__(self, first_full, left_full, last_full, late_full, first_empty, left_empty, last_empty, late_empty,
+                 alpha, scores, p_full, p_empty, queries, total):  # fmt: skip
+        self.first_full, self.left_full = first_full, left_full
+        self.last_full, self.late_full = last_full, late_full
+        self.first_empty, self.left_empty = first_empty, left_empty
+        self.last_empty, self.late_empty = last_empty, late_empty
         self.alpha, self.scores, self.p_full, self.p_empty = alpha, scores, p_full, p_empty
         self.queries, self.total = queries, total
 
 
 @aggregate
 class Parts:
-    """Barriers of the three parts of a stage, once a stage each."""
+    """Barriers of the parts of a stage, once a stage each."""
 
     first: gl.shared_memory_descriptor
     left: gl.shared_memory_descriptor
     last: gl.shared_memory_descriptor
+    late: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, first, left, last):
-        self.first, self.left, self.last = first, left, last
+    def __init__(self, first, left, last, late):
+        self.first, self.left, self.last, self.late = first, left, last, late
 
 
 @gluon.jit
@@ -111,7 +116,7 @@ def _launch_later():
 
 @gluon.jit
 def _setup(dtype: gl.constexpr, rope_dtype: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr,
-           PANEL: gl.constexpr, BLOCK_P: gl.constexpr):  # fmt: skip
+           PANEL: gl.constexpr, BLOCK_P: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     """Shared memory and barriers of a program. Rotary keys and their queries may be of another 16 bits."""
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * PANEL, element_bitwidth=16, rank=2)
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -129,8 +134,13 @@ def _setup(dtype: gl.constexpr, rope_dtype: gl.constexpr, LEFT: gl.constexpr, QU
         gl.allocate_shared_memory(gl.float32, [2, ROWS], plain),
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
     )
+    first_full, left_full, last_full = _barriers(2), _barriers(2), _barriers(2)
+    first_empty, left_empty, last_empty = _barriers(2), _barriers(2), _barriers(2)
+    late_full, late_empty = left_full, left_empty
+    if HALVES:
+        late_full, late_empty = _barriers(2), _barriers(2)
     bar = Signals(
-        _barriers(2), _barriers(2), _barriers(2), _barriers(2), _barriers(2), _barriers(2), _barriers(2),
+        first_full, left_full, last_full, late_full, first_empty, left_empty, last_empty, late_empty, _barriers(2),
         _barriers(1), _barriers(1), _barriers(1), _barriers(1), _barriers(1),
     )  # fmt: skip
     fence_async_shared()

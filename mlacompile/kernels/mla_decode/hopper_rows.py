@@ -23,6 +23,15 @@ def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr, N: gl.conste
 
 
 @gluon.jit
+def _count(H, S, ONE_QUERY: gl.constexpr):
+    """How many rows (query, head) there are. Multiplied here, or the product would be kept from the beginning."""
+    if ONE_QUERY:
+        return H
+    else:
+        return _here(H) * S
+
+
+@gluon.jit
 def _limits(i_tile, H, S, T, hi, end, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, layout: gl.constexpr,
             N: gl.constexpr = ROWS):  # fmt: skip
     """Where what each row sees ends, if CAUSAL, and up to where no row of the tile needs a mask."""
@@ -50,7 +59,7 @@ def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, COLUMN: gl.constexpr
     o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
     o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     p_row = p + (o_h * stride_h + o_s * stride_s)[:, None] + (o_c * stride_r)[None, :]
-    return gl.load(p_row, mask=(o_row < H * S)[:, None] & (o_c < D)[None, :], other=0.0)
+    return gl.load(p_row, mask=(o_row < _count(H, S, ONE_QUERY))[:, None] & (o_c < D)[None, :], other=0.0)
 
 
 @gluon.jit
@@ -84,17 +93,17 @@ def _rope_scores(q_pe, pe, s, s0, FACTORED: gl.constexpr):
 
 
 @gluon.jit
-def _computed(s, s_pe, factor, FACTORED: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Waits for the scores of a block."""
+def _computed(s, s_pe, factor, FACTORED: gl.constexpr, BLOCK_P: gl.constexpr, BEHIND: gl.constexpr):
+    """Waits for the scores of a block, behind which so many products have been begun."""
     if FACTORED:
         if BLOCK_P > 0:
-            s, s_pe = warpgroup_mma_wait(0, deps=(s, s_pe))
+            s, s_pe = warpgroup_mma_wait(BEHIND, deps=(s, s_pe))
             s = s * factor[None, :] + s_pe
         else:
-            s = warpgroup_mma_wait(0, deps=(s,))
+            s = warpgroup_mma_wait(BEHIND, deps=(s,))
             s = s * factor[None, :]
     else:
-        s = warpgroup_mma_wait(0, deps=(s,))
+        s = warpgroup_mma_wait(BEHIND, deps=(s,))
     return s
 
 
@@ -160,7 +169,7 @@ def _store_columns(o, total, through, p_out, p_part, whole, i_b, slot, i_tile, n
     layout: gl.constexpr = _row_wise(WIDTH)
     o_row, o_h, o_s = _rows(i_tile, H, ONE_QUERY, gl.SliceLayout(1, layout))
     o_c = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    mask = (o_row < H * S)[:, None] & (o_c < R)[None, :]
+    mask = (o_row < _count(H, S, ONE_QUERY))[:, None] & (o_c < R)[None, :]
     if whole:
         p_to = p_out + i_b.to(gl.int64) * H * S * R
         o_to = o_h * S + o_s

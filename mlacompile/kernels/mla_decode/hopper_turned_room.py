@@ -25,15 +25,15 @@ class TurnedTiles:
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
-    total: gl.shared_memory_descriptor  # [64], the softmax's denominators
+    share: gl.shared_memory_descriptor  # [64], 1 / the softmax's denominators
     m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
     p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P, which has only 32 columns then
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, total, m, others, p_last):
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, share, m, others, p_last):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
-        self.p, self.alpha, self.row_scale, self.total = p, alpha, row_scale, total
+        self.p, self.alpha, self.row_scale, self.share = p, alpha, row_scale, share
         self.m, self.others, self.p_last = m, others, p_last
 
 

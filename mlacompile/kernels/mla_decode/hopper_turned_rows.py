@@ -100,16 +100,9 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
             pe1 = _part_of_queries(
                 p, i_tile, FIRST + SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
             )
-    if STACKED:
-        _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
-        if N > SOME:
-            _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
-    # Always so, but the compiler must not know: it would begin with the first rows, and send for the others when those
-    # have arrived.
-    elif _here(i_tile) >= 0:
-        _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
-        if N > SOME:
-            _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
+    _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
+    if N > SOME:
+        _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
 
 
 @gluon.jit

@@ -126,8 +126,8 @@ def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, C
 @gluon.jit
 def _report(x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S,
             by_row: gl.constexpr, N: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """What is known of an item when its last P is published: denominators, log-sum-exp, and the parts of its row."""
-    x.total.slice(0, N, dim=0).store(total)
+    """What is known of an item when its last P is published: 1 / denominators, log-sum-exp, parts of its row."""
+    x.share.slice(0, N, dim=0).store(1.0 / gl.where(total == 0, 1.0, total))
     mbarrier.arrive(bar.total, count=1)
     r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, by_row, N)
     lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))

@@ -137,8 +137,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
                 g += 1
 
         mbarrier.wait(bar.total, item & 1)
-        total = x.total.slice(0, COLS, dim=0).load(by_row)
-        total = 1.0 / gl.where(total == 0, 1.0, total)
+        factor = x.share.slice(0, COLS, dim=0).load(by_row)
         whole = (skip == 0) & (rest == 0)
         slot = _slot(part, skip)
         # All scores of the item are computed, so its queries are no longer needed, and their room holds its rows.
@@ -149,9 +148,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             through = x.q._reinterpret(gl.int32, [ROWS // COLS, COLS, W], wide).index(SIDE * (ROWS // 2 // COLS))
         else:
             through = x.q._reinterpret(gl.int32, [COLS, W], wide)
-        _turn_back(even0, odd0, total, through.slice(0, PAIRS, dim=1), CODE)
+        _turn_back(even0, odd0, factor, through.slice(0, PAIRS, dim=1), CODE)
         if TILES > 1:
-            _turn_back(even1, odd1, total, through.slice(PAIRS, PAIRS, dim=1), CODE)
+            _turn_back(even1, odd1, factor, through.slice(PAIRS, PAIRS, dim=1), CODE)
         _store_rows(
             through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SIDE * W, W, R // 2, COLS, ONE_QUERY
         )

@@ -244,6 +244,19 @@ def test_replays_from_a_graph_with_new_lengths(impl: str) -> None:
         check(inputs, out, lse)
 
 
+@hopper
+@pytest.mark.parametrize("heads", [16, 128])
+def test_one_batch_row_of_any_length(heads: int) -> None:
+    """Its partials are sent for before it is known how many were written: the others may hold anything."""
+    inputs = make_inputs(variant(batch=1, tokens=20_000, heads=heads), device="cuda")
+    for live in (0, 1, 64, 65, 130, 700, 5000, 19_999):
+        anything = torch.full((1 << 26,), math.nan, device="cuda")
+        del anything  # what the partials are written to next
+        length = torch.tensor([live], dtype=torch.int32, device="cuda")
+        inputs.tensors = (*inputs.tensors[:6], length)
+        check(inputs, *mla_decode(*inputs.tensors, **inputs.keywords, impl="gluon"))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_cache_beyond_two_to_the_31_elements(impl: str) -> None:
     """Offsets of batch rows are 64-bit; only the last rows are compared."""

@@ -27,11 +27,11 @@ def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl
     o_row = first + gl.arange(0, N, gl.SliceLayout(1, layout))
     if STACKED:  # eight rows, and the same again
         o_row = o_row // 16 * 8 + o_row % 8
+    else:  # counted here, or rows and addresses would be kept from one item to the next, in local memory
+        EACH: gl.constexpr = gl.num_warps()
+        o_row = _here(o_row % EACH) + o_row // EACH * EACH
     o_row += i_tile * ROWS
     o_c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    if not STACKED:  # or addresses would be kept in registers from one item to the next
-        zero = _here(gl.to_tensor(0))
-        o_row += zero
     if ONE_QUERY:
         o_h = o_row
         o_s = o_row * 0
@@ -100,9 +100,16 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
             pe1 = _part_of_queries(
                 p, i_tile, FIRST + SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
             )
-    _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
-    if N > SOME:
-        _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
+    if STACKED:  # noqa: SIM114
+        _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
+        if N > SOME:
+            _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
+    # Always so, but the compiler must not know: it would begin with the first rows, and send for the others when those
+    # have arrived.
+    elif _here(i_tile) >= 0:
+        _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
+        if N > SOME:
+            _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
 
 
 @gluon.jit

@@ -28,8 +28,8 @@ from mlacompile.kernels.mla_decode import (
     hopper_turned_values,
     hopper_turned_wide,
     hopper_turned_words,
+    merge,
 )
-from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import (
     LatentCase,
@@ -43,43 +43,17 @@ from mlacompile.testing.latents import (
     sloped,
     worst,
 )
-from tests.kernels import turned_in_python
+from tests.kernels import mla_in_python
 
 MODULES = [
     hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned,
     hopper_turned_by_turns, hopper_turned_fetch, hopper_turned_groups, hopper_turned_room, hopper_turned_rows,
-    hopper_turned_scores, hopper_turned_values, hopper_turned_wide, hopper_turned_words,
+    hopper_turned_scores, hopper_turned_values, hopper_turned_wide, hopper_turned_words, merge,
 ]  # fmt: skip
 
 
-def merged(out: Tensor, lse: Tensor, arguments: dict[str, Any], rank: int) -> None:
-    """What the merge does: rows that several programs worked on."""
-    _, h, s, _ = out.shape
-    part_lse = arguments["p_part_lse"]
-    part = arguments["p_part"].view(torch.float16).view(*part_lse.shape, rank)
-    for row, (first, count) in enumerate(arguments["p_parts"].tolist()):
-        if count == 1:
-            continue
-        slots = [2 * first + 1, *(2 * (first + i) for i in range(1, count))]
-        each, sizes = part[slots, : h * s].float(), part_lse[slots, : h * s].double() / math.log2(math.e)
-        whole = torch.logsumexp(sizes, 0)
-        weights = torch.exp(sizes - whole).nan_to_num(0)[..., None]
-        out[row] = (each * weights).sum(0).view(s, h, -1).transpose(0, 1)
-        lse[row] = whole.view(s, h).T
-
-
 def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan) -> tuple[Tensor, Tensor]:
-    q_latent, q_pe, c_kv, k_pe, _, start, length, table, descale = inputs.tensors
-    assert q_latent is not None
-    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
-    out = torch.full(q_latent.shape, math.nan, dtype=q_latent.dtype)
-    lse = torch.full(q_latent.shape[:3], math.nan)
-    main = hopper_launches(tensors, out, lse, plan, **inputs.keywords)[0]
-    turned_in_python.install(monkeypatch, MODULES, main.grid)
-    turned_in_python.run(main.kernel, main.grid, main.arguments)
-    if plan.parts > 1:
-        merged(out, lse, main.arguments, q_latent.shape[3])
-    return out, lse
+    return mla_in_python.decode(monkeypatch, MODULES, inputs, plan)
 
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
@@ -210,5 +184,5 @@ def test_nobody_is_waited_for_too_little(
     want = run(monkeypatch, stored, plan)
     for seed in range(3):
         with monkeypatch.context() as late:
-            turned_in_python.dawdle(late, seed)
+            mla_in_python.dawdle(late, seed)
             assert all(torch.equal(x, y) for x, y in zip(run(late, stored, plan), want, strict=True))

@@ -1,4 +1,4 @@
-"""Just enough of Gluon in plain Python to run ``hopper_turned.py``: its partitions as threads.
+"""Just enough of Gluon in plain Python to run the Hopper kernels of ``mla_decode``: their partitions as threads.
 
 As in ``gluon_in_python.py`` a product is computed from shared memory as late as it may be: when it is waited for. Tiles
 of shared memory lie in panels as on a GPU, so that looking at them as another type finds the same bytes. Layouts of
@@ -7,6 +7,8 @@ registers do not exist here; that conversions between them move nothing is for t
 
 from __future__ import annotations
 
+import inspect
+import math
 import random
 import threading
 import time
@@ -21,6 +23,9 @@ import torch
 from triton.experimental.gluon import language as real
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
+from mlacompile.kernels.mla_decode.plan import HopperPlan
+from mlacompile.testing.latents import LatentInputs
 from tests.kernels.gluon_in_python import Barrier, Barriers, at_once
 
 Numbers = np.ndarray[Any, Any]
@@ -90,8 +95,8 @@ class Pointer:
 class Memory:
     """A view of shared memory: where each of its elements lies, counted in elements, in one array of bytes."""
 
-    def __init__(self, raw: Numbers, dtype: Any, at: Numbers) -> None:
-        self.raw, self.dtype, self.at = raw, dtype, at
+    def __init__(self, raw: Numbers, dtype: Any, at: Numbers, layout: Any = None) -> None:
+        self.raw, self.dtype, self.at, self.layout = raw, dtype, at, layout
         self.shape = at.shape
 
     @classmethod
@@ -105,16 +110,17 @@ class Memory:
             *many, rows, columns = shape
             wide = min(layout.swizzle_byte_width // size, columns)
             at = at.reshape(*many, columns // wide, rows, wide).swapaxes(-3, -2)
-        return cls(raw, dtype, at.reshape(shape))
+        return cls(raw, dtype, at.reshape(shape), layout)
 
     def index(self, i: int) -> Memory:
-        return Memory(self.raw, self.dtype, self.at[int(i)])
+        return Memory(self.raw, self.dtype, self.at[int(i)], self.layout)
 
     def slice(self, start: int, length: int, dim: int) -> Memory:
-        return Memory(self.raw, self.dtype, self.at.take(range(int(start), int(start) + length), axis=dim))
+        some = self.at.take(range(int(start), int(start) + length), axis=dim)
+        return Memory(self.raw, self.dtype, some, self.layout)
 
     def permute(self, order: tuple[int, ...]) -> Memory:
-        return Memory(self.raw, self.dtype, self.at.transpose(order))
+        return Memory(self.raw, self.dtype, self.at.transpose(order), self.layout)
 
     def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Memory:
         size = np.dtype(STORAGE[str(self.dtype)]).itemsize
@@ -232,12 +238,15 @@ class Language:
     max = staticmethod(lambda x, axis: made(np.fmax.reduce(x, axis)))
     min = staticmethod(lambda x, axis: made(np.min(x, axis)))
     associative_scan = staticmethod(lambda x, axis, combine: made(np.cumsum(x, axis)))
-    arange = staticmethod(lambda begin, end, layout=None: made(np.arange(begin, end)))
+    arange = staticmethod(lambda begin, end, layout=None: made(np.arange(int(begin), int(end))))
     zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))
-    full = staticmethod(lambda shape, value, dtype, layout=None: made(np.full(shape, value, STORAGE[str(dtype)])))
+    full = staticmethod(
+        lambda shape, value, dtype, layout=None: made(np.full([int(n) for n in shape], value, STORAGE[str(dtype)]))
+    )
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
     join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
+    expand_dims = staticmethod(lambda x, axis: made(np.expand_dims(x, axis)))
     to_tensor = staticmethod(made)
     num_warps, static_range = staticmethod(lambda: _here.warps), range
     load, store = staticmethod(_load), staticmethod(_store)
@@ -274,6 +283,13 @@ def _barriers(count: int, arrivals: int = 1) -> Any:
     return made_ if count > 1 else made_[0]
 
 
+def _aggregate(kind: Any) -> Callable[..., SimpleNamespace]:
+    """Of the same fields as an aggregate of Gluon."""
+    (init,) = kind.hash_attrs
+    fields = list(inspect.signature(init.fn).parameters)[1:]
+    return lambda *args: SimpleNamespace(**dict(zip(fields, args, strict=True)))
+
+
 def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tuple[int, int, int]) -> None:
     """Let the functions of the kernel's modules run as Python."""
     replaced = {
@@ -285,13 +301,13 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
         ),
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to), "_barriers": _barriers,
         "_here": lambda x: x, "_launch_later": lambda: None, "all_warps": lambda: None,
-        "TurnedTiles": lambda *args: SimpleNamespace(**dict(zip(TILES, args, strict=True))),
-        "TurnedSignals": lambda *args: SimpleNamespace(**dict(zip(SIGNALS, args, strict=True))),
     }  # fmt: skip
     for module in modules:
         for name, value in list(vars(module).items()):
             if name in replaced:
                 monkeypatch.setattr(module, name, replaced[name])
+            elif hasattr(value, "hash_attrs"):
+                monkeypatch.setattr(module, name, _aggregate(value))
             elif isinstance(value, real.constexpr):
                 monkeypatch.setattr(module, name, value.value)
             elif callable(getattr(value, "fn", None)):
@@ -316,24 +332,7 @@ def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         monkeypatch.setattr(owner, name, late(getattr(owner, name)))
 
 
-TILES = ("q", "q_pe", "k", "pe", "factors", "p", "alpha", "row_scale", "share", "m", "others", "p_last")
-SIGNALS = (
-    "full",
-    "empty",
-    "p_full",
-    "p_empty",
-    "queries",
-    "total",
-    "rows",
-    "m",
-    "others",
-    "turn",
-    "full_last",
-    "empty_last",
-)
-
-
-def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
+def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], num_warps: int = 4) -> None:
     """Every program of a launch, one after the other: its partitions at once."""
 
     def argument(x: Any) -> Any:
@@ -346,10 +345,10 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> N
 
     made_once = {name: argument(x) for name, x in arguments.items()}
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name in arguments}
-    _here.warps = 4
+    _here.warps = num_warps
     for _here.program in np.ndindex(*grid):
         with np.errstate(all="ignore"):
-            kernel.fn(**{**made_once, **constants}, num_warps=4)
+            kernel.fn(**{**made_once, **constants}, num_warps=num_warps)
 
 
 def _specialize(
@@ -363,3 +362,21 @@ def _specialize(
 
     assert len(warps) == len(registers) == len(partitions) - 1
     at_once([partial(one, *partition, n) for partition, n in zip(partitions, [4, *warps], strict=True)])
+
+
+def decode(
+    monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], inputs: LatentInputs, plan: HopperPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mla_decode`` by the kernel of these modules, and the merge. What is not written is NaN."""
+    q_latent, q_pe, c_kv, k_pe, _, start, length, table, descale, *_ = (*inputs.tensors, None, None)
+    assert q_latent is not None
+    tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
+    out = torch.full(q_latent.shape, math.nan, dtype=q_latent.dtype)
+    lse = torch.full(q_latent.shape[:3], math.nan)
+    launches = hopper_launches(tensors, out, lse, plan, **inputs.keywords)
+    for name in ("p_part", "p_part_lse"):
+        launches[0].arguments[name].view(torch.uint8).fill_(255)
+    for launch in launches:
+        install(monkeypatch, modules, launch.grid)
+        run(launch.kernel, launch.grid, launch.arguments, launch.options["num_warps"])
+    return out, lse

@@ -1,0 +1,66 @@
+"""``hopper.py`` run as Python: blocks, barriers, parts of a stage and what its products are made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernel is written in Gluon, which Triton brings")
+
+from mlacompile.kernels.mla_decode import hopper, hopper_fetch, hopper_plan, hopper_room, hopper_rows, merge
+from mlacompile.kernels.mla_decode.plan import HopperPlan
+from mlacompile.testing.latents import LatentCase, exact, make_inputs, paged, worst
+from tests.kernels import mla_in_python
+
+MODULES = [hopper, hopper_fetch, hopper_plan, hopper_room, hopper_rows, merge]
+
+CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
+RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
+#: With the tokens of a page, 0 for a contiguous cache, and programs that share a row: one tile of 64 rows, and several,
+#: whose left columns come in halves.
+CASES = [
+    (replace(CASE, **RAGGED), 64, 3),
+    (replace(CASE, heads=128, **RAGGED), 64, 3),
+    (replace(CASE, heads=72, batch=1, tokens=700, fused=True), 0, 5),
+    (replace(CASE, heads=40, queries=2, causal=True, **RAGGED), 32, 2),
+    (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 128, 1),
+    (replace(CASE, heads=100, rank=384, rope=0, tokens=130, **RAGGED), 16, 1),
+    (replace(CASE, heads=70, rank=128, rope=16, batch=9, tokens=180, **RAGGED), 64, 1),
+    (replace(CASE, heads=1, rank=96, tokens=65), 0, 1),
+]
+
+
+def parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
+    said = make_inputs(case)
+    want = exact(said)
+    out, lse = mla_in_python.decode(monkeypatch, MODULES, paged(said, page) if page else said, HopperPlan(parts))
+    assert (out.double() - want.out).norm() / want.out.norm() < 1e-3
+    assert torch.allclose(lse.double(), want.lse, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
+def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
+    parity(monkeypatch, case, page, parts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("heads", [16, 72])
+def test_whoever_is_late(monkeypatch: pytest.MonkeyPatch, seed: int, heads: int) -> None:
+    """Late partitions, products and copies change nothing."""
+    with monkeypatch.context() as late:
+        mla_in_python.dawdle(late, seed)
+        parity(monkeypatch, replace(CASE, heads=heads, tokens=400, **RAGGED), 64, 2)
+
+
+@pytest.mark.parametrize("live", [0, 1, 64, 65, 130, 700])
+def test_one_batch_row_of_any_length(monkeypatch: pytest.MonkeyPatch, live: int) -> None:
+    """Its partials are sent for before it is known how many were written: the others are NaN."""
+    said = make_inputs(replace(CASE, heads=9, batch=1, tokens=700))
+    said.tensors = (*said.tensors[:6], torch.tensor([live], dtype=torch.int32))
+    want = exact(said, operand_unit=2**-11)
+    out, lse = mla_in_python.decode(monkeypatch, MODULES, said, HopperPlan(5))
+    assert not worst(out, want.out, want.out_bound), worst(out, want.out, want.out_bound)
+    assert not worst(lse, want.lse, want.lse_bound), worst(lse, want.lse, want.lse_bound)

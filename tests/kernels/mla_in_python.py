@@ -106,10 +106,12 @@ class Memory:
         at = np.arange(int(np.prod(shape))) + first // size
         assert first % size == 0
         assert (at.max() + 1) * size <= raw.size, "looks beyond its shared memory"
-        if len(shape) > 2 - (layout is None) and hasattr(layout, "swizzle_byte_width") and layout.swizzle_byte_width:
+        if len(shape) > 1 and getattr(layout, "swizzle_byte_width", 0):
             *many, rows, columns = shape
             wide = min(layout.swizzle_byte_width // size, columns)
             at = at.reshape(*many, columns // wide, rows, wide).swapaxes(-3, -2)
+        elif list(getattr(layout, "order", [])) == [0, 1]:  # columns lie together
+            at = at.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-2, -1)
         return cls(raw, dtype, at.reshape(shape), layout)
 
     def index(self, i: int) -> Memory:
@@ -198,7 +200,15 @@ def _store(p: Pointer, value: Any, mask: Any = None) -> None:
         p.array[np.broadcast_to(at, shape)[mask]] = np.broadcast_to(value, shape)[mask]
 
 
-def _assembly(code: str, constraints: str, args: list[Any], **_: Any) -> Any:
+def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, **_: Any) -> Any:
+    if "{a0, a1}" in code:  # four FP8 values to two words of float16, times a factor
+        kind = torch.float8_e5m2 if "e5m2" in code else torch.float8_e4m3fn
+        words = np.ascontiguousarray(args[0])
+        values = torch.from_numpy(words.view(np.uint8)).view(kind).half().view(*words.shape, 4)
+        if len(args) > 1:
+            factors = torch.from_numpy(np.ascontiguousarray(args[1]).view(np.float16)).view(*words.shape, 2)
+            values = values * factors.repeat(1, 1, 2)
+        return tuple(made(half.contiguous().numpy().view(np.int32)[..., 0]) for half in values.split(2, -1))
     if "mov.b32 $1, $2" in code:  # the word of two neighbours, in place of both
         low, high = (np.asarray(args[0]).astype(np.uint16).astype(np.uint32)[..., i::2] for i in (0, 1))
         return made(np.repeat(low | high << 16, 2, -1).view(np.int32))
@@ -246,6 +256,8 @@ class Language:
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
     join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
+    broadcast = staticmethod(lambda a, b: tuple(made(x.copy()) for x in np.broadcast_arrays(a, b)))
+    reshape = staticmethod(lambda x, shape: made(np.reshape(x, shape)))
     expand_dims = staticmethod(lambda x, axis: made(np.expand_dims(x, axis)))
     to_tensor = staticmethod(made)
     num_warps, static_range = staticmethod(lambda: _here.warps), range

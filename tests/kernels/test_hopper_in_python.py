@@ -1,4 +1,4 @@
-"""``hopper.py`` run as Python: blocks, barriers, parts of a stage and what its products are made of."""
+"""``hopper.py`` and ``hopper_in_place.py`` run as Python: blocks, barriers, parts of a stage, what is multiplied."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ import torch
 
 pytest.importorskip("triton", reason="the kernel is written in Gluon, which Triton brings")
 
-from mlacompile.kernels.mla_decode import hopper, hopper_fetch, hopper_plan, hopper_room, hopper_rows, merge
+from mlacompile.kernels.mla_decode import (
+    hopper,
+    hopper_fetch,
+    hopper_in_place,
+    hopper_plan,
+    hopper_room,
+    hopper_rows,
+    merge,
+    widen,
+)
 from mlacompile.kernels.mla_decode.plan import HopperPlan
-from mlacompile.testing.latents import LatentCase, exact, make_inputs, paged, worst
+from mlacompile.testing.latents import LatentCase, exact, in_one_run, make_inputs, paged, quantized, worst
 from tests.kernels import mla_in_python
 
-MODULES = [hopper, hopper_fetch, hopper_plan, hopper_room, hopper_rows, merge]
+MODULES = [hopper, hopper_fetch, hopper_in_place, hopper_plan, hopper_room, hopper_rows, merge, widen]
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
@@ -44,6 +53,33 @@ def parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: 
 @pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
 def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
     parity(monkeypatch, case, page, parts)
+
+
+#: The same on an FP8 cache, and what its factors are for.
+FP8_CASES = [
+    (replace(CASE, **RAGGED), 64, 3, {"per": "token"}),
+    (replace(CASE, heads=72, **RAGGED), 64, 1, {"per": "block"}),
+    (replace(CASE, heads=20, queries=2, causal=True, **RAGGED), 16, 2, {"per": "block", "dtype": torch.float8_e5m2}),
+    (
+        replace(CASE, heads=5, rank=256, rope=32, batch=1, tokens=700),
+        0,
+        5,
+        {"per": "token", "dtype": torch.float8_e5m2},
+    ),
+    (replace(CASE, heads=20, rank=384, rope=0, tokens=130, **RAGGED), 0, 1, {"per": "block"}),
+]
+
+
+@pytest.mark.parametrize(("case", "page", "parts", "fp8"), FP8_CASES, ids=str)
+def test_fp8_parity(
+    monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, fp8: dict[str, Any]
+) -> None:
+    stored, said = quantized(make_inputs(case), rounded=False, **fp8)
+    stored = in_one_run(stored) if fp8["per"] == "block" else stored
+    want = exact(said)
+    out, lse = mla_in_python.decode(monkeypatch, MODULES, paged(stored, page) if page else stored, HopperPlan(parts))
+    assert (out.double() - want.out).norm() / want.out.norm() < 1e-3
+    assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,7 +11,8 @@ A block of 64 tokens is loaded once and serves as key and as value. The parts of
 the order in which they fall free: the first quarter with the rotary keys, the left half, the last quarter. ``_left``
 issues the product with V of block n before the scores of block n + 1, so that reloading hides behind both; ``_right``
 multiplies its last quarter while ``_left`` computes the softmax. Barriers whose two sides can be two blocks apart are
-double.
+double. Where several tiles share a cache, so that memory is not what is waited for, the left half is two parts (HALVES):
+the second is multiplied behind the scores of block n + 1, under its softmax, when tensor cores had little to do.
 
 Memory and barriers are those of ``hopper_room.py``, ``_fetch`` is in ``hopper_fetch.py``, and what both halves do with
 their rows in ``hopper_rows.py``. ``hopper_plan.py`` says which blocks of which rows a program works on. A row that ends
@@ -53,6 +54,18 @@ LOWEST = gl.constexpr(-3.3e38)  # a finite start of the running maximum: -inf - 
 
 
 @gluon.jit
+def _first_scores(x, bar, s0, stage, phase, BLOCK_P: gl.constexpr, FACTORED: gl.constexpr):
+    """Begins the scores of a stage's first quarter and rotary keys, which may be a sum of their own."""
+    mbarrier.wait(bar.first_full.index(stage), phase)
+    keys = x.right.index(2 * stage).permute((1, 0))
+    s = warpgroup_mma(x.q_right.index(0), keys, s0, use_acc=False, is_async=True)
+    s_pe = s0
+    if BLOCK_P > 0:
+        s, s_pe = _rope_scores(x.q_pe, x.pe.index(stage), s, s0, FACTORED)
+    return s, s_pe
+
+
+@gluon.jit
 def _other_scores(x, bar, s, stage, phase, SOONER: gl.constexpr, HALVES: gl.constexpr):
     """Adds the scores of all columns of a stage but its first quarter, in the order in which they arrive."""
     mbarrier.wait(bar.left_full.index(stage), phase)
@@ -68,11 +81,46 @@ def _other_scores(x, bar, s, stage, phase, SOONER: gl.constexpr, HALVES: gl.cons
 
 
 @gluon.jit
+def _add_left(x, a_p, o, stage, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+    """Begins to add a block's products of P and some of its left columns."""
+    return warpgroup_mma(a_p, x.left.index(stage).slice(FIRST, WIDTH, dim=1), o, is_async=True)
+
+
+@gluon.jit
 def _settled(bar, o_late, stage):
     """The second half of the left columns, when a block has been added to it."""
     o_late = warpgroup_mma_wait(0, deps=(o_late,))
     mbarrier.arrive(bar.late_empty.index(stage), count=1)
     return o_late
+
+
+@gluon.jit
+def _store_left(x, o, o_late, m, total, divisor, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, skip, rest,
+                share, i_tile, n_tiles, H, S, R: gl.constexpr, LEFT: gl.constexpr, SOONER: gl.constexpr,
+                ONE_QUERY: gl.constexpr, s_row: gl.constexpr):  # fmt: skip
+    """The left columns of an item's output, its log-sum-exps, and the parts of its row."""
+    whole = (skip == 0) & (rest == 0)
+    slot = _slot(part, skip)
+    total_o = gl.convert_layout(divisor, gl.SliceLayout(1, o.type.layout))
+    through = x.q_left._reinterpret(x.p.dtype, [LEFT // SOONER, ROWS, SOONER], x.q_left.layout)
+    _store_columns(
+        o, total_o, through.index(0), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, SOONER, R, ONE_QUERY
+    )
+    if SOONER < LEFT:
+        _store_columns(
+            o_late, total_o, through.index(1), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SOONER, SOONER,
+            R, ONE_QUERY,
+        )  # fmt: skip
+    r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, s_row)
+    lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
+    if whole:
+        o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
+        gl.store(p_lse + o_lse, lse * LN2, mask=r_row < _count(H, S, ONE_QUERY))
+    else:
+        gl.store(p_part_lse + slot * n_tiles * ROWS + r_row, lse, mask=r_row < _count(H, S, ONE_QUERY))
+    if (skip == 0) & (i_tile == 0):
+        gl.store(p_parts + 2 * row, part)
+        gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
 
 
 @gluon.jit
@@ -121,13 +169,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         stage = g & 1
         phase = (g >> 1) & 1
         mbarrier.wait(bar.queries, item & 1)
-        mbarrier.wait(bar.first_full.index(stage), phase)
-        s = warpgroup_mma(
-            x.q_right.index(0), x.right.index(2 * stage).permute((1, 0)), s0, use_acc=False, is_async=True
-        )
-        s_pe = s0
-        if BLOCK_P > 0:
-            s, s_pe = _rope_scores(x.q_pe, x.pe.index(stage), s, s0, FACTORED)
+        s, s_pe = _first_scores(x, bar, s0, stage, phase, BLOCK_P, FACTORED)
         s = _other_scores(x, bar, s, stage, phase, SOONER, HALVES)
         factor, unit = _factors(factors.index(stage), unit, t, lo, hi, FACTORED, s_layout)
         s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 0)
@@ -148,20 +190,13 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             phase = ((g + 1) >> 1) & 1
             if (t < lo) | (t + BLOCK > hi):
                 _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
-            o = warpgroup_mma(a_p, x.left.index(stage).slice(0, SOONER, dim=1), o, is_async=True)
-            mbarrier.wait(bar.first_full.index(other), phase)
-            s = warpgroup_mma(
-                x.q_right.index(0), x.right.index(2 * other).permute((1, 0)), s0, use_acc=False, is_async=True
-            )
-            if BLOCK_P > 0:
-                s, s_pe = _rope_scores(x.q_pe, x.pe.index(other), s, s0, FACTORED)
-                o = warpgroup_mma_wait(2, deps=(o,))
-            else:
-                o = warpgroup_mma_wait(1, deps=(o,))
+            o = _add_left(x, a_p, o, stage, 0, SOONER)
+            s, s_pe = _first_scores(x, bar, s0, other, phase, BLOCK_P, FACTORED)
+            o = warpgroup_mma_wait(2 if BLOCK_P > 0 else 1, deps=(o,))
             mbarrier.arrive(bar.left_empty.index(stage), count=1)
             s = _other_scores(x, bar, s, other, phase, SOONER, HALVES)
             if HALVES:
-                o_late = warpgroup_mma(a_p, x.left.index(stage).slice(SOONER, SOONER, dim=1), o_late, is_async=True)
+                o_late = _add_left(x, a_p, o_late, stage, SOONER, SOONER)
             t += BLOCK
             factor, new_unit = _factors(factors.index(other), unit, t, lo, hi, FACTORED, s_layout)
             s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 1 if HALVES else 0)
@@ -199,9 +234,9 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         mbarrier.arrive(bar.scores, count=1)
         if (t < lo) | (t + BLOCK > hi):
             _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
-        o = warpgroup_mma(a_p, x.left.index(stage).slice(0, SOONER, dim=1), o, is_async=True)
+        o = _add_left(x, a_p, o, stage, 0, SOONER)
         if HALVES:
-            o_late = warpgroup_mma(a_p, x.left.index(stage).slice(SOONER, SOONER, dim=1), o_late, is_async=True)
+            o_late = _add_left(x, a_p, o_late, stage, SOONER, SOONER)
         # What the output is divided by, as it is held.
         divisor = total
         if FACTORED:
@@ -213,29 +248,10 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             o_late = _settled(bar, o_late, stage)
         mbarrier.arrive(bar.left_empty.index(stage), count=1)
 
-        whole = (skip == 0) & (rest == 0)
-        slot = _slot(part, skip)
-        total_o = gl.convert_layout(divisor, o_row)
-        through = x.q_left._reinterpret(dtype, [LEFT // SOONER, ROWS, SOONER], x.q_left.layout)
-        _store_columns(
-            o, total_o, through.index(0), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, 0, SOONER, R,
-            ONE_QUERY,
+        _store_left(
+            x, o, o_late, m, total, divisor, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, skip, rest, share,
+            i_tile, n_tiles, H, S, R, LEFT, SOONER, ONE_QUERY, s_row,
         )  # fmt: skip
-        if HALVES:
-            _store_columns(
-                o_late, total_o, through.index(1), p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SOONER,
-                SOONER, R, ONE_QUERY,
-            )  # fmt: skip
-        r_row, r_h, r_s = _rows(i_tile, H, ONE_QUERY, s_row)
-        lse = gl.where(total == 0, float("-inf"), m + gl.log2(total))
-        if whole:
-            o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
-            gl.store(p_lse + o_lse, lse * LN2, mask=r_row < _count(H, S, ONE_QUERY))
-        else:
-            gl.store(p_part_lse + slot * n_tiles * ROWS + r_row, lse, mask=r_row < _count(H, S, ONE_QUERY))
-        if (skip == 0) & (i_tile == 0):
-            gl.store(p_parts + 2 * row, part)
-            gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)
         mbarrier.wait(bar.p_empty, g & 1)
         g += 1
         item += 1

@@ -11,8 +11,9 @@ A block of 64 tokens is loaded once and serves as key and as value. The parts of
 the order in which they fall free: the first quarter with the rotary keys, the left half, the last quarter. ``_left``
 issues the product with V of block n before the scores of block n + 1, so that reloading hides behind both; ``_right``
 multiplies its last quarter while ``_left`` computes the softmax. Barriers whose two sides can be two blocks apart are
-double. Where several tiles share a cache, so that memory is not what is waited for, the left half is two parts (HALVES):
-the second is multiplied behind the scores of block n + 1, under its softmax, when tensor cores had little to do.
+double. Where several tiles share a cache, so that memory is not what is waited for, the left half is two parts
+(HALVES): the second is multiplied behind the scores of block n + 1, under its softmax, when tensor cores had little to
+do.
 
 Memory and barriers are those of ``hopper_room.py``, ``_fetch`` is in ``hopper_fetch.py``, and what both halves do with
 their rows in ``hopper_rows.py``. ``hopper_plan.py`` says which blocks of which rows a program works on. A row that ends

@@ -80,7 +80,7 @@ def _store_all(x, q0, pe0, q1, pe1, FIRST: gl.constexpr, N: gl.constexpr, STACKE
                BLOCK_P: gl.constexpr):  # fmt: skip
     """``_store_queries`` of N rows, of which q0 has the first and q1 the others, if there are any."""
     _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
-    if N > q0.shape[0]:
+    if q0.shape[0] < N:
         _store_queries(x, q1, pe1, FIRST + q0.shape[0], STACKED, BLOCK_P)
 
 
@@ -109,7 +109,7 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
             pe1 = _part_of_queries(
                 p, i_tile, FIRST + SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
             )
-    if STACKED:
+    if STACKED:  # noqa: SIM114
         _store_all(x, q0, pe0, q1, pe1, FIRST, N, STACKED, BLOCK_P)
     elif _here(i_tile) >= 0:  # always so, but the compiler, which does not know, would send for later rows later
         _store_all(x, q0, pe0, q1, pe1, FIRST, N, STACKED, BLOCK_P)

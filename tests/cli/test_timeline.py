@@ -57,7 +57,8 @@ def test_a_stamp_stands_behind_every_wait_and_compiles(script: Any, tmp_path: Pa
     assert behind > 30
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "STAMPS_ADDRESS": "4096"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     products, compiled = done.stdout.splitlines()[0].split()
     assert int(products) > 0
     assert compiled.startswith(str(tmp_path)), "not the copy"

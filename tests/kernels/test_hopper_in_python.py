@@ -20,6 +20,7 @@ from mlacompile.kernels.mla_decode import (
     merge,
     widen,
 )
+from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import LatentCase, exact, in_one_run, make_inputs, paged, quantized, worst
 from tests.kernels import mla_in_python
@@ -89,6 +90,16 @@ def test_whoever_is_late(monkeypatch: pytest.MonkeyPatch, seed: int, heads: int)
     with monkeypatch.context() as late:
         mla_in_python.dawdle(late, seed)
         parity(monkeypatch, replace(CASE, heads=heads, tokens=400, **RAGGED), 64, 2)
+
+
+@pytest.mark.parametrize(("parts", "room"), [(1, 2), (33, 32), (64, 64), (66, 64), (70, 64), (71, 128), (132, 128)])
+def test_partials_that_are_merged_at_once(parts: int, room: int) -> None:
+    """A few more than a power of two have a second round, not twice the room."""
+    tensors = (torch.empty(1, 64, 1, 512, dtype=torch.float16), None, torch.empty(1, 64, 512, dtype=torch.float16))
+    out, lse = torch.empty(1, 64, 1, 512, dtype=torch.float16), torch.empty(1, 64, 1)
+    launches = hopper_launches((*tensors, None, None, None, None, None), out, lse, HopperPlan(parts), scale=1.0,
+                               causal=False)  # fmt: skip
+    assert [x.arguments["SLOTS"] for x in launches[1:]] == ([room] if parts > 1 else [])
 
 
 @pytest.mark.parametrize("live", [0, 1, 64, 65, 130, 700])

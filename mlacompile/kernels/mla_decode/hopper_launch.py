@@ -32,7 +32,7 @@ PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
 CHUNK = 256  # batch rows that the planner looks at together
 MERGE_SLOTS = 128  # partials of a row that are looked at together
-SECOND_ROUND = 1.1
+SECOND_ROUND = 1.1  # times that many partials at most are looked at in a second round
 MERGE_PROGRAMS = 1024
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def passings(records: Any, sites: list[str]) -> list[Passing]:
                 statistics.median(begins), statistics.median(ends), max(ends), float(times), (first, first + 3), site
             )
             if found and one.like(found[-1]):
-                found[-1] = Passing(**{**vars(found[-1]), "warps": (found[-1].warps[0], one.warps[1])})
+                found[-1] = replace(found[-1], warps=(found[-1].warps[0], one.warps[1]))
             else:
                 found.append(one)
     return sorted(found, key=lambda one: one.first)
@@ -202,19 +202,24 @@ def main() -> None:
     parser.add_argument("row", help="heads x batch x context")
     parser.add_argument("--kernel", default="gluon-fp8-paged")
     parser.add_argument("--out", type=Path, help="write the timeline as JSON")
+    parser.add_argument("--commit", help="what is measured: the copy has no git")
     parser.add_argument("--sites", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.sites:
         found = call(arguments.row, arguments.kernel, json.loads(Path(arguments.sites).read_text()))
         print(table(found))
         if arguments.out:
-            arguments.out.write_text(json.dumps([vars(one) for one in found], indent=1))
+            from mlacompile.testing.timing import environment
+
+            where = {**environment(), "commit": arguments.commit, "row": arguments.row, "kernel": arguments.kernel}
+            result = {"environment": where, "timeline": [asdict(one) for one in found]}
+            arguments.out.write_text(json.dumps(result, indent=1))
         return
     with tempfile.TemporaryDirectory() as folder:
         sites = Path(folder) / "sites.json"
         sites.write_text(json.dumps(copied(Path(folder))))
-        environment = {**os.environ, "PYTHONPATH": folder, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--sites", str(sites)], env=environment, check=True)
+        variables = {**os.environ, "PYTHONPATH": folder, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--sites", str(sites)], env=variables, check=True)
 
 
 if __name__ == "__main__":

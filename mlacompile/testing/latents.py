@@ -256,8 +256,7 @@ def exact(
 
     unit: relative error of one accumulation step. operand_unit: unit roundoff of the dtype in which P enters the second
     product and in which ``out`` is stored (0: only ``unit``). key_unit: relative error of every cached value that the
-    kernel works with, as key and as value. rows: only the first batch rows, for large inputs. The output may be off by
-    half of the smallest number of its dtype, too.
+    kernel works with, as key and as value. rows: only the first batch rows, for large inputs.
 
     The bounds are first-order forward errors: a score of n products is off by at most (n + 3) * unit *
     sum|q||k|, which a softmax at most doubles into a relative error of each weight; sums over m tokens add m * unit.
@@ -269,8 +268,6 @@ def exact(
     scale = inputs.keywords["scale"]
     b, h, s, r = q_latent.shape
     b = b if rows is None else min(b, rows)
-    kept = torch.finfo(q_latent.dtype)
-    smallest = kept.smallest_normal * kept.eps / 2
     rows_of = c_kv.new_zeros(b, h, s, r, dtype=torch.float64)
     result = Exact(rows_of, torch.full_like(rows_of[..., 0], -math.inf), rows_of.clone(), rows_of[..., 0].clone())
     for row in range(b):
@@ -297,24 +294,30 @@ def exact(
             stored = max(operand_unit, unit)
             result.lse_bound[row, :, query] = score_error + sum_error + 4 * unit * lse.abs()
             result.out_bound[row, :, query] = (
-                (2 * score_error[:, None] + 2 * sum_error + operand_unit + key_unit) * spread
-                + stored * result.out[row, :, query].abs()
-                + smallest
-            )
+                2 * score_error[:, None] + 2 * sum_error + operand_unit + key_unit
+            ) * spread + stored * result.out[row, :, query].abs()
     return result
 
 
-def least_of_e4m3(said: LatentInputs, descale: Tensor, slack: int, drop: int, steady: int) -> Tensor:
+def least_of(dtype: torch.dtype) -> float:
+    """Half of a dtype's smallest number: what it may be off by where there is hardly anything to hold."""
+    kept = torch.finfo(dtype)
+    return kept.smallest_normal * kept.eps / 2
+
+
+def least_of_e4m3(stored: LatentInputs, said: LatentInputs, *, slack: int, drop: int, steady: int) -> Tensor:
     """What the output may be off by because e4m3 has no number between 0 and 2^-9: ``[B, H, 1, R]`` in float64.
 
-    said: a call of one query and no rotary keys, whose cache was quantized with ``descale`` [B, T, 1]. P of a token is
+    stored, said: as ``quantized`` has them, of one query, one factor a token and no rotary keys. P of a token is
     its weight times its factor, in a unit in which that of the block's largest weight and factor would be 2^8 at most
     and 2^(8 - slack - drop) / 2 at least; of a row that falls steeply, 2^-steady of the largest weight so far is as
     good as the block's.
     """
     q_latent, _, c_kv, *_ = said.tensors
+    descale = stored.tensors[8]
     assert q_latent is not None
     assert c_kv is not None
+    assert descale is not None
     scores = q_latent[:, :, 0].double() @ c_kv.double().transpose(1, 2) * said.keywords["scale"]
     weights, factor = torch.softmax(scores, -1), descale[:, :, 0].double()
     result = q_latent.new_zeros(q_latent.shape, dtype=torch.float64)

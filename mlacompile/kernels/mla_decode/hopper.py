@@ -212,9 +212,8 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             e = gl.exp2(s * scale_log2 - m[:, None])
             b_p = _weights(e, factor, unit, dtype, FACTORED)
             mbarrier.wait(bar.p_empty, g & 1)
-            if HALVES:  # noqa: SIM102
-                if not ONE_QUERY:  # sooner than need be: queries of several take the registers of one under way
-                    o_late = _settled(bar, o_late, stage)
+            if HALVES and not ONE_QUERY:  # sooner than need be: several queries leave no registers for one under way
+                o_late = _settled(bar, o_late, stage)
             x.p.store(b_p)
             fence_async_shared()
             mbarrier.arrive(bar.p_full, count=1)

@@ -151,7 +151,7 @@ def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row,
                 mbarrier.wait(bar.late_empty.index(stage), free)
                 full = arrived.late.index(stage)
                 mbarrier.expect(full, BLOCK * N_SOONER * PANEL * BYTES)
-                _copy(d_c, apart_c, N_SOONER * PANEL, full, left, stage * N_LEFT + N_SOONER, N_SOONER,
+                _copy(d_c, apart_c, N_SOONER * PANEL, full, left, stage * N_LEFT * PITCH + N_SOONER, N_SOONER,
                       unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
             unit = ahead
             t += BLOCK

@@ -76,15 +76,6 @@ def _store_queries(x, q, pe, first, STACKED: gl.constexpr, BLOCK_P: gl.constexpr
 
 
 @gluon.jit
-def _store_all(x, q0, pe0, q1, pe1, FIRST: gl.constexpr, N: gl.constexpr, STACKED: gl.constexpr,
-               BLOCK_P: gl.constexpr):  # fmt: skip
-    """``_store_queries`` of N rows, of which q0 has the first and q1 the others, if there are any."""
-    _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
-    if q0.shape[0] < N:
-        _store_queries(x, q1, pe1, FIRST + q0.shape[0], STACKED, BLOCK_P)
-
-
-@gluon.jit
 def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                      stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
                      WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
@@ -109,10 +100,11 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
             pe1 = _part_of_queries(
                 p, i_tile, FIRST + SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
             )
-    if STACKED:  # noqa: SIM114
-        _store_all(x, q0, pe0, q1, pe1, FIRST, N, STACKED, BLOCK_P)
-    elif _here(i_tile) >= 0:  # always so, but the compiler, which does not know, would send for later rows later
-        _store_all(x, q0, pe0, q1, pe1, FIRST, N, STACKED, BLOCK_P)
+    # Always so, but the compiler does not know, which would send for later rows when the first have arrived.
+    if STACKED or _here(i_tile) >= 0:
+        _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
+        if N > SOME:
+            _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
 
 
 @gluon.jit

@@ -227,7 +227,8 @@ def error(row: Row, q: tuple[Tensor, Tensor], call: Call, out: Tensor) -> float:
 
 def coarse(row: Row, plan: Any) -> bool:
     """Whether long rows' weights of the softmax are rounded to one FP8 value."""
-    return getattr(plan, "turned", False) and row.heads * row.queries > TURNED_ROWS and row.context >= plan.coarse_from
+    rows = min(row.heads * row.queries, getattr(plan, "tile_rows", 0))
+    return getattr(plan, "turned", False) and rows > TURNED_ROWS and row.context >= plan.coarse_from
 
 
 def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[str, Any]:

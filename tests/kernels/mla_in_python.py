@@ -209,6 +209,10 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
             factors = torch.from_numpy(np.ascontiguousarray(args[1]).view(np.float16)).view(*words.shape, 2)
             values = values * factors.repeat(1, 1, 2)
         return tuple(made(half.contiguous().numpy().view(np.int32)[..., 0]) for half in values.split(2, -1))
+    if "sub.f16x2" in code:  # a number in e4m3, and what that leaves of it
+        high = from_e4m3(to_e4m3(args[0]))
+        rest = np.asarray(args[0]).astype(np.float16).astype(np.float32) - high
+        return made(high), made(from_e4m3(to_e4m3(rest)))
     if "mov.b32 $1, $2" in code:  # the word of two neighbours, in place of both
         low, high = (np.asarray(args[0]).astype(np.uint16).astype(np.uint32)[..., i::2] for i in (0, 1))
         return made(np.repeat(low | high << 16, 2, -1).view(np.int32))
@@ -324,6 +328,8 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
                 monkeypatch.setattr(module, name, value.value)
             elif callable(getattr(value, "fn", None)):
                 monkeypatch.setattr(module, name, value.fn)
+                defaults = tuple(getattr(x, "value", x) for x in value.fn.__defaults__ or ())
+                monkeypatch.setattr(value.fn, "__defaults__", defaults or None)
             elif hasattr(value, "__wrapped__") and name.startswith("_"):
                 monkeypatch.setattr(module, name, value.__wrapped__)
 

@@ -103,7 +103,7 @@ def is_coarse(case: LatentCase) -> bool:
     return case.heads * case.queries > TURNED_ROWS and case.tokens >= COARSE_FROM
 
 
-def turned(inputs: LatentInputs, **changes: int) -> tuple[Tensor, Tensor]:
+def turned(inputs: LatentInputs, tile_rows: int = 64, **changes: int) -> tuple[Tensor, Tensor]:
     """The kernel, three times over: a result that changes is a race. changes: of its plan."""
     from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches, hopper_shape
     from mlacompile.kernels.mla_decode.launch import device_of
@@ -114,9 +114,10 @@ def turned(inputs: LatentInputs, **changes: int) -> tuple[Tensor, Tensor]:
     assert c_kv is not None
     assert descale is not None
     assert not hopper_shape_reasons(q_latent, q_pe, c_kv, k_pe, mask, table, descale, inputs.keywords["scale"])
-    assert not turned_reasons(c_kv, descale, q_latent.shape[1] * q_latent.shape[2])
+    assert not turned_reasons(c_kv, descale, min(q_latent.shape[1] * q_latent.shape[2], tile_rows))
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
-    plan = replace(hopper_plan(hopper_shape(tensors), device_of(q_latent.device)), turned=True, **changes)
+    plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device), tile_rows)
+    plan = replace(plan, turned=True, **changes)
     results = []
     for _ in range(3):
         out = q_latent.new_full(q_latent.shape, math.nan)  # contiguous, whatever the queries are
@@ -140,6 +141,23 @@ def check(said: LatentInputs, out: Tensor, lse: Tensor, *, coarse: bool = False)
 def test_parity(case: LatentCase, page: int) -> None:
     stored, said = quantized(make_inputs(case, device="cuda"))
     check(said, *turned(paged(stored, page) if page else stored), coarse=is_coarse(case))
+
+
+#: More rows than fit into a tile of 32.
+NARROW = [
+    *(variant(batch=1, heads=heads, tokens=tokens) for heads in (40, 128) for tokens in (1, 700, 8192, 20_000)),
+    variant(heads=130, **RAGGED),
+    variant(heads=24, queries=4, causal=True, **RAGGED),
+    variant(batch=70, heads=64, tokens=700, **RAGGED),
+    variant(heads=50, rank=256, rope=0, dtype=torch.float16, **RAGGED),
+]
+
+
+@pytest.mark.parametrize("per", ["token", "block"])
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_many_rows_in_narrow_tiles(case: LatentCase, per: str) -> None:
+    stored, said = stored_as(make_inputs(case, device="cuda"), per, 64)
+    check(said, *turned(stored, tile_rows=32))
 
 
 @pytest.mark.parametrize("case", [variant(heads=64, tokens=8192), variant(heads=40, tokens=9000, **RAGGED)], ids=str)

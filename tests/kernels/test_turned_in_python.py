@@ -59,15 +59,19 @@ def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan)
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
-#: With the tokens of a page, 0 for a contiguous cache, and programs that share a row: stacked queries and not.
+#: With the tokens of a page, 0 for a contiguous cache, programs that share a row, and the rows of a tile at most: stacked
+#: queries and not.
 CASES = [
-    (replace(CASE, **RAGGED), 64, 3),
-    (replace(CASE, heads=72, batch=1, tokens=200), 0, 1),
-    (replace(CASE, heads=9, batch=1, tokens=700), 64, 5),  # one batch row: 11 blocks by 5 programs, a part has 3
-    (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 32, 1),
-    (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2),
-    (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2),
-    (replace(CASE, heads=33, batch=9, tokens=180, **RAGGED), 64, 1),  # one to three blocks: groups sit items out
+    (replace(CASE, **RAGGED), 64, 3, 64),
+    (replace(CASE, heads=72, batch=1, tokens=200), 0, 1, 64),
+    (replace(CASE, heads=9, batch=1, tokens=700), 64, 5, 64),  # one batch row: 11 blocks by 5 programs, a part has 3
+    (replace(CASE, heads=5, queries=5, rank=256, rope=32, causal=True, **RAGGED), 32, 1, 64),
+    (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2, 64),
+    (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2, 64),
+    (replace(CASE, heads=33, batch=9, tokens=180, **RAGGED), 64, 1, 64),  # one to three blocks: groups sit items out
+    (replace(CASE, heads=72, batch=1, tokens=200), 64, 2, 32),
+    (replace(CASE, heads=36, queries=2, causal=True, **RAGGED), 64, 3, 32),
+    (replace(CASE, heads=50, rank=256, rope=16, **RAGGED), 0, 1, 32),
 ]
 
 
@@ -79,14 +83,16 @@ GROUPED = [
     (replace(CASE, heads=20, rank=384, tokens=200, **RAGGED), 64, 1),
     (replace(CASE, heads=1, rank=272, rope=0, tokens=130), 0, 2),
     (replace(CASE, batch=5, heads=9, rank=144, rope=0, **RAGGED), 128, 2),
+    (replace(CASE, heads=72, batch=1, **RAGGED), 64, 2),
 ]
 
 
-@pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
-def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
+@pytest.mark.parametrize(("case", "page", "parts", "tile_rows"), CASES, ids=str)
+def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, tile_rows: int) -> None:
     stored, said = quantized(make_inputs(case))
     want = exact(said)
-    out, lse = run(monkeypatch, paged(stored, page) if page else stored, HopperPlan(parts, turned=True))
+    plan = HopperPlan(parts, turned=True, tile_rows=tile_rows)
+    out, lse = run(monkeypatch, paged(stored, page) if page else stored, plan)
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
 
@@ -157,7 +163,7 @@ def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCa
     stored, said = quantized(make_inputs(case), per="block", rounded=False)
     want = exact(said)
     stored = in_one_run(paged(stored, page) if page else stored)
-    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True))
+    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True, tile_rows=32))
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
 

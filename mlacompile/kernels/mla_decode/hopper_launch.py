@@ -16,7 +16,7 @@ from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_
 from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
-from mlacompile.kernels.mla_decode.plan import Device, HopperPlan, Shape, hopper_plan, next_power_of_2, turned_faster
+from mlacompile.kernels.mla_decode.plan import Device, HopperPlan, Shape, hopper_plan, next_power_of_2, turned_tile_rows
 from mlacompile.kernels.mla_decode.supports import turned_reasons
 from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
@@ -98,8 +98,11 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     """The plan for a call: shapes, dtypes and strides decide, so meta tensors do."""
     c_kv, descale, shape = tensors[2], tensors[7], hopper_shape(tensors)
     assert c_kv is not None
-    turned = descale is not None and turned_faster(shape) and not turned_reasons(c_kv, descale, shape.rows)
-    return replace(hopper_plan(shape, device), turned=turned)
+    if descale is not None:
+        tile_rows = turned_tile_rows(shape)
+        if tile_rows and not turned_reasons(c_kv, descale, min(shape.rows, tile_rows)):
+            return replace(hopper_plan(shape, device, tile_rows), turned=True)
+    return hopper_plan(shape, device)
 
 
 def _descriptor(x: Tensor, box_rows: int, panel: int, *, swizzle: int | None = None) -> tuple[TensorDescriptor, int]:
@@ -131,10 +134,13 @@ def hopper_launches(
     shape = hopper_shape(tensors)
     b, h, s, r = q_latent.shape
     columns = Columns.of(r)
-    tiles = -(-shape.rows // TILE_ROWS)
+    tile_rows = TILE_ROWS
+    if plan.turned and min(shape.rows, plan.tile_rows) <= TILE_ROWS // 2:
+        tile_rows = TILE_ROWS // 2
+    tiles = -(-shape.rows // tile_rows)
     slots = 2 * plan.parts if plan.parts > 1 else 1
-    partial = q_latent.new_empty(slots, tiles * TILE_ROWS, r if plan.parts > 1 else 2)
-    partial_lse = q_latent.new_empty(slots, tiles * TILE_ROWS, dtype=torch.float32)
+    partial = q_latent.new_empty(slots, tiles * tile_rows, r if plan.parts > 1 else 2)
+    partial_lse = q_latent.new_empty(slots, tiles * tile_rows, dtype=torch.float32)
     parts = q_latent.new_empty(b, 2, dtype=torch.int32)
     arguments = {
         "p_q": q_latent, "p_qpe": q_pe, "p_start": start, "p_length": length, "p_table": block_table,
@@ -152,7 +158,7 @@ def hopper_launches(
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
         kernel = _mla_decode_hopper_turned_kernel
-        more = _turned(c_kv, k_pe, descale, q_latent.dtype, plan.coarse_from, arguments)
+        more = _turned(c_kv, k_pe, descale, q_latent.dtype, tile_rows, plan.coarse_from, arguments)
         more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
@@ -207,6 +213,7 @@ def _turned(
     k_pe: Tensor | None,
     descale: Tensor,
     dtype: torch.dtype,
+    tile_rows: int,
     coarse_from: int,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
@@ -214,8 +221,8 @@ def _turned(
     box_rows = min(arguments["PAGE"], BLOCK) if arguments["PAGE"] else BLOCK
     d_pe, apart_pe = (None, 0) if k_pe is None else _descriptor(k_pe, box_rows, arguments["BLOCK_P"])
     d_scale, apart_scale = _factors(descale, box_rows)
-    columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), TILE_ROWS)
-    stacked = columns <= TILE_ROWS // 2  # leaves room for a stage more
+    columns = min(max(next_power_of_2(arguments["H"] * arguments["S"]), 16), tile_rows)
+    stacked = tile_rows < TILE_ROWS  # leaves room for a stage more
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     parts = 1 if stacked or arguments["T"] >= coarse_from else width // 256
@@ -227,7 +234,7 @@ def _turned(
     elif parts > 1:
         registers = HALVES_VALUE_REGISTERS
     if descale.shape[2] > 1 and not stacked:
-        raise ValueError(f"FP8 products take several factors a token with {TILE_ROWS // 2} rows at most")
+        raise ValueError(f"FP8 products take several factors a token in tiles of {TILE_ROWS // 2} rows only")
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
@@ -254,15 +261,15 @@ def _merge(
     """
     width = max(next_power_of_2(shape.rank), 64)
     slots = min(_power_near(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has
-    warps = 8 if slots > 64 else 4
-    across = warps if slots > 8 else 1
+    warps = 4
+    wide = warps if slots > 8 else 1
     block_c = min(width, 512 if slots <= 4 else 256 if slots <= 16 else max(4096 // slots, 64))
-    rows = warps // across
+    rows = warps // wide
     chunks = -(-shape.rank // block_c)
     groups = min(-(-shape.rows // rows), max(MERGE_PROGRAMS // (shape.batch * chunks), 1))
     arguments = {
         "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts, "p_out": out, "p_lse": lse, "H": shape.heads,
         "S": shape.queries, "n_rows_padded": partial.shape[1], "n_parts": plan.parts, "R": shape.rank, "ROWS": rows,
-        "SLOTS": slots, "BLOCK_C": block_c, "ACROSS": across, "ALONE": shape.batch == 1,
+        "SLOTS": slots, "BLOCK_C": block_c, "WIDE": wide, "ALONE": shape.batch == 1,
     }  # fmt: skip
     return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": warps, "launch_pdl": True})

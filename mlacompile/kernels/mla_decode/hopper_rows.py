@@ -14,8 +14,8 @@ STEADY = gl.constexpr(2.0**-20)
 
 @gluon.jit
 def _rows(i_tile, H, ONE_QUERY: gl.constexpr, layout: gl.constexpr, N: gl.constexpr = ROWS):
-    """Numbers of the first N rows of a tile, and the head and query of each."""
-    o_row = _here(i_tile) * ROWS + gl.arange(0, N, layout)
+    """Numbers of the N rows of a tile, and the head and query of each."""
+    o_row = _here(i_tile) * N + gl.arange(0, N, layout)
     if ONE_QUERY:
         return o_row, o_row, o_row * 0
     else:
@@ -40,7 +40,7 @@ def _limits(i_tile, H, S, T, hi, end, CAUSAL: gl.constexpr, ONE_QUERY: gl.conste
     if CAUSAL:
         _row, _h, o_s = _rows(i_tile, H, ONE_QUERY, layout, N)
         limit = gl.minimum(end - S + o_s + 1, T)
-        sure = gl.minimum(end - S + (i_tile * ROWS) // H + 1, T)
+        sure = gl.minimum(end - S + (i_tile * N) // H + 1, T)
     return limit, sure
 
 

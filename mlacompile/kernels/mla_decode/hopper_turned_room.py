@@ -72,6 +72,12 @@ def _sides(groups):
 
 
 @gluon.constexpr_function
+def _tile_rows(stacked):
+    """Rows (query, head) of a tile: both parts of their queries are as many as one wgmma takes, or each is."""
+    return 32 if stacked else 64
+
+
+@gluon.constexpr_function
 def _fragment(columns, warps, depth=16):
     """The layout of a product's so many columns."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, depth])

@@ -4,7 +4,19 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here
+from mlacompile.kernels.mla_decode.hopper_room import _here
+from mlacompile.kernels.mla_decode.hopper_turned_room import _tile_rows
+
+SOME = gl.constexpr(8)  # rows of queries that are converted at once: with both parts of them a wgmma takes 16
+
+# Four numbers to e4m3, and what that leaves of each, which is exact in float16, to e4m3.
+PARTS_OF_QUERIES = gl.constexpr(
+    "{ .reg .b16 a, b; .reg .b32 x, y; "
+    "cvt.rn.satfinite.e4m3x2.f32 a, $3, $2; cvt.rn.satfinite.e4m3x2.f32 b, $5, $4; mov.b32 $0, {a, b}; "
+    "cvt.rn.f16x2.f32 x, $3, $2; cvt.rn.f16x2.e4m3x2 y, a; sub.f16x2 x, x, y; cvt.rn.satfinite.e4m3x2.f16x2 a, x; "
+    "cvt.rn.f16x2.f32 x, $5, $4; cvt.rn.f16x2.e4m3x2 y, b; sub.f16x2 x, x, y; cvt.rn.satfinite.e4m3x2.f16x2 b, x; "
+    "mov.b32 $1, {a, b}; }"
+)
 
 
 @gluon.jit
@@ -20,17 +32,13 @@ def _two_to(k):
 
 
 @gluon.jit
-def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl.constexpr, WIDTH: gl.constexpr,
-                     D: gl.constexpr, STACKED: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Rows [first, first + N) of a tile's queries, a warp a row; zeros beyond the last. STACKED: every row twice."""
+def _some_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, WIDTH: gl.constexpr, D: gl.constexpr,
+                  STACKED: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Rows [first, first + SOME) of a tile's queries; the last row again for those beyond it, zeros beyond column D."""
     layout: gl.constexpr = gl.BlockedLayout([1, max(WIDTH // 32, 1)], [1, 32], [gl.num_warps(), 1], [1, 0])
-    o_row = first + gl.arange(0, N, gl.SliceLayout(1, layout))
-    if STACKED:  # eight rows, and the same again
-        o_row = o_row // 16 * 8 + o_row % 8
-    else:  # counted here, or rows and addresses would be kept from one item to the next, in local memory
-        EACH: gl.constexpr = gl.num_warps()
-        o_row = _here(o_row % EACH) + o_row // EACH * EACH
-    o_row += i_tile * ROWS
+    # Counted here, or rows and addresses would be kept from one item to the next, in local memory.
+    o_row = _here(i_tile) * _tile_rows(STACKED) + first + gl.arange(0, SOME, gl.SliceLayout(1, layout))
+    o_row = gl.minimum(o_row, H * S - 1)
     o_c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     if ONE_QUERY:
         o_h = o_row
@@ -39,40 +47,56 @@ def _part_of_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, N: gl
         o_h = o_row % H
         o_s = o_row // H
     p_row = p + (o_h * stride_h + o_s * stride_s)[:, None] + (o_c * stride_r)[None, :]
-    return gl.load(p_row, mask=(o_row < H * S)[:, None] & (o_c < D)[None, :], other=0.0)
+    there = (o_row >= 0)[:, None]  # always so; the compiler moves loads without a condition to where they are used
+    if D < WIDTH:
+        return gl.load(p_row, mask=there & (o_c < D)[None, :], other=0.0)
+    else:
+        return gl.load(p_row, mask=there)
 
 
 @gluon.jit
-def _store_queries(x, q, pe, first, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Some of a tile's queries in two FP8 parts, and the powers of two that their rows were divided by.
+def _largest(x):
+    """The largest magnitude of a row's columns that each thread of its warp has: [rows, 32]."""
+    return gl.max(gl.abs(x.reshape([x.shape[0], 32, x.shape[1] // 32])), 2)
+
+
+@gluon.jit
+def _store_queries(x, q, pe, first: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
+    """SOME of a tile's queries in two FP8 parts, and the powers of two that their rows were divided by.
 
     STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none.
     """
     by_row: gl.constexpr = gl.SliceLayout(1, q.type.layout)
     q = q.to(gl.float32)
-    amax = gl.max(gl.abs(q), 1)
-    if BLOCK_P > 0:
+    largest = _largest(q)
+    if BLOCK_P >= 32:
+        pe = pe.to(gl.float32)
+        largest = gl.maximum(largest, gl.convert_layout(_largest(pe), largest.type.layout, assert_trivial=True))
+    amax = gl.convert_layout(gl.max(largest, 1), by_row)
+    if (BLOCK_P > 0) & (BLOCK_P < 32):
         pe = pe.to(gl.float32)
         amax = gl.maximum(amax, gl.convert_layout(gl.max(gl.abs(pe), 1), by_row))
     k = _power(amax)
     down = _two_to(-k)
-    q = q * down[:, None]
-    high = q.to(gl.float8e4nv)
-    if STACKED:
-        is_rest = gl.arange(0, q.shape[0], by_row) % 16 >= 8
-        high = gl.where(is_rest[:, None], q - high.to(gl.float32), q).to(gl.float8e4nv)
-    x.q.index(0).slice(first, q.shape[0], dim=0).store(high)
-    if not STACKED:
-        x.q.index(1).slice(first, q.shape[0], dim=0).store((q - high.to(gl.float32)).to(gl.float8e4nv))
-    if BLOCK_P > 0:
-        by_pe_row: gl.constexpr = gl.SliceLayout(1, pe.type.layout)
-        if STACKED:
-            down = gl.where(gl.arange(0, q.shape[0], by_row) % 16 >= 8, 0.0, down)
-        pe = pe * gl.convert_layout(down, by_pe_row)[:, None]
-        x.q_pe.slice(first, q.shape[0], dim=0).store(pe.to(x.q_pe.dtype))
+    high, rest = gl.inline_asm_elementwise(
+        PARTS_OF_QUERIES, "=r,=r,f,f,f,f", [q * down[:, None]], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True,
+        pack=4,
+    )  # fmt: skip
     # A conversion to FP8 ends at its largest value: rows that are not finite say so here.
     up = gl.where(amax < float("inf"), _two_to(k), float("nan"))
-    x.row_scale.slice(first, q.shape[0], dim=0).store(up)
+    at: gl.constexpr = 2 * first if STACKED else first
+    x.q.index(0).slice(at, SOME, dim=0).store(high)
+    x.row_scale.slice(at, SOME, dim=0).store(up)
+    if STACKED:
+        x.q.index(0).slice(at + SOME, SOME, dim=0).store(rest)
+        x.row_scale.slice(at + SOME, SOME, dim=0).store(up)
+    else:
+        x.q.index(1).slice(at, SOME, dim=0).store(rest)
+    if BLOCK_P > 0:
+        pe = pe * gl.convert_layout(down, gl.SliceLayout(1, pe.type.layout))[:, None]
+        x.q_pe.slice(at, SOME, dim=0).store(pe.to(x.q_pe.dtype))
+        if STACKED:
+            x.q_pe.slice(at + SOME, SOME, dim=0).store(gl.full(pe.shape, 0.0, x.q_pe.dtype, pe.type.layout))
 
 
 @gluon.jit
@@ -81,30 +105,26 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
                      WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
                      ONE_QUERY: gl.constexpr):  # fmt: skip
     """N rows of a tile of queries, from FIRST on: all are on their way before the first is stored."""
-    SOME: gl.constexpr = min(N, 4 * gl.num_warps())  # rows that are converted at once
     p = p_q + i_b.to(gl.int64) * stride_qb
-    q0 = _part_of_queries(p, i_tile, FIRST, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY)
-    pe0 = q0
-    q1 = q0
-    pe1 = q0
-    if N > SOME:
-        q1 = _part_of_queries(
-            p, i_tile, FIRST + SOME, H, S, stride_qh, stride_qs, stride_qr, SOME, WIDTH, R, STACKED, ONE_QUERY
-        )
+    p_pe = p
     if BLOCK_P > 0:
-        p = p_qpe + i_b.to(gl.int64) * stride_pb
-        pe0 = _part_of_queries(
-            p, i_tile, FIRST, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
-        )
-        if N > SOME:
-            pe1 = _part_of_queries(
-                p, i_tile, FIRST + SOME, H, S, stride_ph, stride_ps, stride_pr, SOME, BLOCK_P, P, STACKED, ONE_QUERY
+        p_pe = p_qpe + i_b.to(gl.int64) * stride_pb
+    rows = ()
+    rope = ()
+    for i in gl.static_range(N // SOME):
+        first = FIRST + i * SOME
+        q = _some_queries(p, i_tile, first, H, S, stride_qh, stride_qs, stride_qr, WIDTH, R, STACKED, ONE_QUERY)
+        pe = q
+        if BLOCK_P > 0:
+            pe = _some_queries(
+                p_pe, i_tile, first, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, STACKED, ONE_QUERY
             )
+        rows = rows + (q,)  # type: ignore[assignment]
+        rope = rope + (pe,)  # type: ignore[assignment]
     # Always so, but the compiler does not know, which would send for later rows when the first have arrived.
     if STACKED or _here(i_tile) >= 0:
-        _store_queries(x, q0, pe0, FIRST, STACKED, BLOCK_P)
-        if N > SOME:
-            _store_queries(x, q1, pe1, FIRST + SOME, STACKED, BLOCK_P)
+        for i in gl.static_range(N // SOME):
+            _store_queries(x, rows[i], rope[i], FIRST + i * SOME, STACKED, BLOCK_P)
 
 
 @gluon.jit
@@ -118,17 +138,19 @@ def _turn_back(even, odd, share, through, CODE: gl.constexpr):
 
 @gluon.jit
 def _store_rows(through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, FIRST: gl.constexpr,
-                W: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+                W: gl.constexpr, D: gl.constexpr, COLS: gl.constexpr, STACKED: gl.constexpr,
+                ONE_QUERY: gl.constexpr):  # fmt: skip
     """Write W words of rows of D, from word FIRST on, to the result if the item is a whole row, else to its slot."""
+    TILE: gl.constexpr = _tile_rows(STACKED)
     ACROSS: gl.constexpr = max(W // 128, 1)  # warps
     LANES: gl.constexpr = min(W // 4, 32)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [gl.num_warps() // ACROSS, ACROSS], [1, 0])
     for i in gl.static_range(COLS // 16):
-        o_row = _here(i_tile) * ROWS + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
+        o_row = _here(i_tile) * TILE + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
         o_c = FIRST + gl.arange(0, W, gl.SliceLayout(0, layout))
         mask = (o_row < H * S)[:, None] & (o_c < D)[None, :]
         o_to = o_row
-        p_to = p_part + (slot * n_tiles).to(gl.int64) * ROWS * D
+        p_to = p_part + (slot * n_tiles).to(gl.int64) * TILE * D
         if whole:
             p_to = p_out + i_b.to(gl.int64) * H * S * D
             if not ONE_QUERY:

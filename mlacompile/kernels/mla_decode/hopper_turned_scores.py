@@ -135,7 +135,7 @@ def _report(x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest,
         o_lse = (row.to(gl.int64) * H + r_h) * S + r_s
         gl.store(p_lse + o_lse, lse * LN2, mask=r_row < H * S)
     else:
-        gl.store(p_part_lse + _slot(part, skip) * n_tiles * ROWS + r_row, lse, mask=r_row < H * S)
+        gl.store(p_part_lse + _slot(part, skip) * n_tiles * N + r_row, lse, mask=r_row < H * S)
     if (skip == 0) & (i_tile == 0):
         gl.store(p_parts + 2 * row, part)
         gl.store(p_parts + 2 * row + 1, 1 + (rest + share - 1) // share)

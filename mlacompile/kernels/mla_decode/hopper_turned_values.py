@@ -83,7 +83,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     EACH: gl.constexpr = WIDTH // (2 * PAIRS)  # tiles of a stage
     TILE: gl.constexpr = SIDE * EACH // SIDES  # the first that is multiplied here
     TILES: gl.constexpr = EACH // SIDES if SIDES == 1 else min(EACH // SIDES, GROUPS - TILE)
-    N: gl.constexpr = (2 * COLS if STACKED else COLS) // SIDES  # rows of queries
+    N: gl.constexpr = COLS // SIDES  # rows of queries
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     words = x.k._reinterpret(gl.int16, [STAGES * EACH, BLOCK, PAIRS], square)
     weights = x.p
@@ -152,8 +152,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         if TILES > 1:
             _turn_back(even1, odd1, factor, through.slice(PAIRS, PAIRS, dim=1), CODE)
         _store_rows(
-            through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SIDE * W, W, R // 2, COLS, ONE_QUERY
-        )
+            through, p_out, p_part, whole, row, slot, i_tile, n_tiles, H, S, SIDE * W, W, R // 2, COLS, STACKED,
+            ONE_QUERY,
+        )  # fmt: skip
         if SIDES > 1:
             mbarrier.arrive(bar.rows, count=1)
         item += 1

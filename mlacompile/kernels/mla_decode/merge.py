@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mlacompile.kernels.mla_decode.hopper_room import _launch_later, _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, _wait_for_earlier
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -19,19 +19,19 @@ LN2 = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def _mla_merge_kernel(
     p_part, p_part_lse, p_parts, p_out, p_lse, H, S, n_rows_padded, n_parts,
-    R: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, BLOCK_C: gl.constexpr, ACROSS: gl.constexpr,
+    R: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, BLOCK_C: gl.constexpr, WIDE: gl.constexpr,
     ALONE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (batch, groups of rows, column chunks). Partials: [slots, n_rows_padded, R], their log-sum-exps in base 2.
 
     Of n parts, beginning with part i, the first lies in slot 2 * i + 1 and each other part j in slot 2 * j. ROWS and
-    SLOTS: so many are looked at together. ACROSS: warps that divide the slots among them; the others divide rows.
+    SLOTS: so many are looked at together. WIDE: warps that divide the columns among them; the others divide rows.
     ALONE: there is one batch row, which begins with part 0. Partials are then sent for before it is known how many of
     n_parts there are, and what nobody wrote is left out.
     """
-    lanes: gl.constexpr = min(BLOCK_C // 8, 32)
+    lanes: gl.constexpr = min(BLOCK_C // WIDE // 8, 32)
     layout: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 8], [1, 32 // lanes, lanes], [num_warps // ACROSS, ACROSS, 1], [2, 1, 0]
+        [1, 1, 8], [1, 32 // lanes, lanes], [num_warps // WIDE, 1, WIDE], [2, 1, 0]
     )
     by_slot: gl.constexpr = gl.SliceLayout(2, layout)
     by_column: gl.constexpr = gl.SliceLayout(1, layout)
@@ -40,9 +40,10 @@ def _mla_merge_kernel(
     _launch_later()  # a kernel that waits, as ours does, may prepare itself meanwhile
     _wait_for_earlier()
     first = 0
+    count = gl.to_tensor(1)
     if not ALONE:
         first = gl.load(p_parts + 2 * i_b)
-    count = gl.load(p_parts + 2 * i_b + 1)
+        count = gl.load(p_parts + 2 * i_b + 1)
     if ALONE or count > 1:
         o_c = gl.program_id(2) * BLOCK_C + gl.arange(0, BLOCK_C, gl.SliceLayout(0, by_column))
         o_slot = gl.arange(0, SLOTS, gl.SliceLayout(0, by_slot))
@@ -52,27 +53,34 @@ def _mla_merge_kernel(
             acc = gl.zeros((ROWS, BLOCK_C), gl.float32, by_column)
             peak = gl.full((ROWS,), float("-inf"), gl.float32, by_row)
             total = gl.zeros((ROWS,), gl.float32, by_row)
-            for i in range(0, gl.maximum(count, 1), SLOTS):  # the first round need not wait for the count
+            i = gl.to_tensor(0)
+            while i < count:
                 o_part = i + o_slot
                 slot = 2 * (first + o_part) + gl.where(o_part == 0, 1, 0)
-                o_in = slot.to(gl.int64)[None, :] * n_rows_padded + o_row[:, None]
+                # 32 bits do: tiles and parts are no more than fill a GPU.
+                o_in = slot[None, :] * n_rows_padded + o_row[:, None]
                 mask = (o_part < (n_parts if ALONE else count))[None, :] & m_row[:, None]
                 lse = gl.load(p_part_lse + o_in, mask=mask, other=float("-inf"))
                 p = p_part + gl.expand_dims(o_in * R, 2) + gl.expand_dims(o_c[None, :], 1)
                 m_c = gl.expand_dims((o_c < R)[None, :], 1)
-                part = gl.load(p, mask=gl.expand_dims(mask, 2) & m_c, other=0.0).to(gl.float32)
-                if ALONE:
-                    there = (o_part < count)[None, :] & m_row[:, None]
-                    lse = gl.where(there, lse, float("-inf"))
-                    part = gl.where(gl.expand_dims(there, 2), part, 0.0)
-                higher = gl.maximum(peak, gl.max(lse, 1))
-                use = gl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
-                weight = gl.exp2(lse - use[:, None])
-                shrink = gl.exp2(peak - use)
-                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, by_column))[:, None]
-                acc += gl.sum(part * gl.expand_dims(weight, 2), 1)
-                total = total * shrink + gl.sum(weight, 1)
-                peak = higher
+                part = gl.load(p, mask=gl.expand_dims(mask, 2) & m_c, other=0.0)
+                # Always so, but the compiler does not know, which would ask for the number first, and wait for it.
+                if not ALONE or _here(H) > 0:
+                    seen = part.to(gl.float32)
+                    if ALONE:
+                        count = gl.load(p_parts + 1)
+                        there = (o_part < count)[None, :] & m_row[:, None]
+                        lse = gl.where(there, lse, float("-inf"))
+                        seen = gl.where(gl.expand_dims(there, 2), seen, 0.0)
+                    higher = gl.maximum(peak, gl.max(lse, 1))
+                    use = gl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN
+                    weight = gl.exp2(lse - use[:, None])
+                    shrink = gl.exp2(peak - use)
+                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, by_column))[:, None]
+                    acc += gl.sum(seen * gl.expand_dims(weight, 2), 1)
+                    total = total * shrink + gl.sum(weight, 1)
+                    peak = higher
+                i += SLOTS
             o_out = (i_b.to(gl.int64) * H + o_row % H) * S + o_row // H
             share = 1.0 / gl.where(total == 0, 1.0, total)
             by_out: gl.constexpr = gl.SliceLayout(1, by_column)

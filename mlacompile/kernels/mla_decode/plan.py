@@ -149,8 +149,9 @@ class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
 
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
-    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. coarse_from: of
-    how many tokens on the weights of its softmax are FP8 values, too, with more than 32 rows.
+    costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. tile_rows: at
+    most so many rows (query, head) are a tile, 64, or 32 of those products. coarse_from: of how many tokens on the
+    weights of the softmax are FP8 values, too, in tiles of 64.
     """
 
     parts: int
@@ -158,19 +159,25 @@ class HopperPlan:
     overhead: int = 2
     turned: bool = False
     coarse_from: int = COARSE_FROM
+    tile_rows: int = 64
 
     def __str__(self) -> str:
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{'-turned' * self.turned}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{f'-turned{self.tile_rows}' * self.turned}"
 
 
-def turned_faster(shape: Shape) -> bool:
-    """Whether an FP8 cache should be multiplied as it is, where it can be, rather than widened in place."""
-    return shape.rows <= TURNED_ROWS or shape.batch * shape.tokens >= TURNED_TOKENS
+def turned_tile_rows(shape: Shape) -> int:
+    """Rows of a tile where an FP8 cache should be multiplied as it is, where it can be, 0 where widened in place."""
+    if shape.rows <= TURNED_ROWS:
+        return TURNED_ROWS
+    if shape.batch * shape.tokens >= TURNED_TOKENS:
+        return 64
+    return TURNED_ROWS if shape.batch == 1 else 0
 
 
-def hopper_plan(shape: Shape, device: Device) -> HopperPlan:
+def hopper_plan(shape: Shape, device: Device, tile_rows: int = 64) -> HopperPlan:
     """As many parts as fill the chip, and no more than there is work for."""
-    tiles = -(-shape.rows // 64)
+    tiles = -(-shape.rows // tile_rows)
     min_share = 2
     blocks = shape.batch * -(-shape.tokens // 64)
-    return HopperPlan(max(min(device.sm_count // tiles, -(-blocks // min_share)), 1), min_share)
+    parts = max(min(device.sm_count // tiles, -(-blocks // min_share)), 1)
+    return HopperPlan(parts, min_share, tile_rows=tile_rows)

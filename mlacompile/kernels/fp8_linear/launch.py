@@ -196,6 +196,7 @@ def tiles_launches(
         "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk, "stride_sb": sb,
         "stride_sn": sn, "stride_sn2": sn2, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "BY_HEAD": by_head, "SPLIT": split, "STAGES": tiles.stages, "TWO": len(weights) == 2, "PDL": chains(out.device),
+        "EXACT": out.dtype == torch.float32,
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
     launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]

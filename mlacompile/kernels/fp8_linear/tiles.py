@@ -5,8 +5,9 @@
 ``wgmma`` wants 64 rows or more on its left and as few as 8 columns on its right, so the weight, which has many rows,
 goes to the left and few rows of x waste nothing. Both come by TMA, which leaves registers for more programs an SM and
 reads zeros beyond the edges. Each step is a product of its own, scaled and added in float32: the tensor cores' own sum
-of FP8 products keeps fewer bits, and one of 128 terms is short enough for that not to matter. x that is not quantized
-meets the weight in its own 16 bits, which hold every e4m3 value exactly.
+of FP8 products keeps fewer bits, and one of 128 terms is short enough for that not to matter in 16 bits. For a result
+in float32 both are multiplied in float16. x that is not quantized meets the weight in its own 16 bits. Either holds
+every e4m3 value exactly.
 
 Where one weight has too few tiles to keep all memory channels busy, K is divided too, and a second kernel adds the
 parts in a fixed order.
@@ -32,13 +33,13 @@ def _fp8_tiles_kernel(
     d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out, M, N, N1, K, K_PART,
     stride_xsb, stride_xsm, stride_xsk, stride_sb, stride_sn, stride_sn2, stride_ob,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    TWO: tl.constexpr, PDL: tl.constexpr,
+    TWO: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of weight rows, blocks of rows of x, heads, or parts of K if SPLIT). A part has K_PART columns.
 
     d_x, d_w: descriptors of [(H,) M, K] and [(H,) N, K]; what lies beyond is read as zeros. TWO: weight rows from N1
     on, a multiple of BLOCK_N, are those of a second weight. PDL: the sum of parts is launched as soon as all programs
-    run, and waits where it begins to read.
+    run, and waits where it begins to read. EXACT: products are summed in all bits of float32.
     """
     if SPLIT and PDL:
         gdc_launch_dependents()
@@ -74,7 +75,11 @@ def _fp8_tiles_kernel(
         factor = tl.load(p_descale + k // 128)
         if p_x_descale is not None:
             x_descale = tl.load(p_x_descale + (k // 128) * stride_xsk)
-            acc += tl.dot(b_w, b_x.T) * (x_descale * factor)[None, :]
+            if EXACT:
+                product = tl.dot(_widened(b_w, tl.float16), _widened(b_x, tl.float16).T)
+            else:
+                product = tl.dot(b_w, b_x.T)
+            acc += product * (x_descale * factor)[None, :]
         else:
             acc += tl.dot(_widened(b_w, b_x.dtype), b_x.T) * factor
     p_out += i_z.to(tl.int64) * stride_ob + o_m.to(tl.int64)[None, :] * N + o_n[:, None]

@@ -32,7 +32,7 @@ from torch import Tensor
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan, mla_decode_hopper
 from mlacompile.kernels.mla_decode.launch import device_of, mla_decode_portable, shape_of
-from mlacompile.kernels.mla_decode.plan import TURNED_ROWS, choose_plan
+from mlacompile.kernels.mla_decode.plan import NARROW_ROWS, choose_plan
 from mlacompile.ops import mla_decode_reference
 from mlacompile.ops.fp8_quantize import fp8_quantize_reference
 from mlacompile.ops.mla_decode import dequantize_cache
@@ -228,7 +228,7 @@ def error(row: Row, q: tuple[Tensor, Tensor], call: Call, out: Tensor) -> float:
 def coarse(row: Row, plan: Any) -> bool:
     """Whether long rows' weights of the softmax are rounded to one FP8 value."""
     rows = min(row.heads * row.queries, getattr(plan, "tile_rows", 0))
-    return getattr(plan, "turned", False) and rows > TURNED_ROWS and row.context >= plan.coarse_from
+    return getattr(plan, "turned", False) and rows > NARROW_ROWS and row.context >= plan.coarse_from
 
 
 def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[str, Any]:

@@ -29,8 +29,17 @@ def main() -> None:
     plain = make_inputs(CASE, device="cuda")
     per_token, _ = quantized(make_inputs(CASE, device="cuda"), per="token")
     per_block, _ = quantized(make_inputs(CASE, device="cuda"), per="block")
-    in_place, _ = quantized(make_inputs(replace(CASE, heads=40), device="cuda"), per="token")  # not by FP8 products
-    calls = [plain, paged(plain, 64), per_token, paged(per_token, 64), in_place, in_one_run(paged(per_block, 64))]
+    forty, _ = quantized(make_inputs(replace(CASE, heads=40), device="cuda"), per="token")
+    in_place, _ = quantized(make_inputs(CASE, device="cuda"), per="token", dtype=torch.float8_e5m2)
+    calls = [
+        plain,
+        paged(plain, 64),
+        per_token,
+        paged(per_token, 64),
+        forty,
+        in_place,
+        in_one_run(paged(per_block, 64)),
+    ]
     for inputs in calls:
         for impl in impls:
             mla_decode(*inputs.tensors, **inputs.keywords, impl=impl)
@@ -41,9 +50,9 @@ def main() -> None:
         from mlacompile.kernels.mla_decode.plan import HopperPlan
 
         plan = HopperPlan(2, turned=True)
-        mla_decode_hopper(*paged(in_place, 64).tensors, **in_place.keywords, plan=plan)  # type: ignore[arg-type]
+        mla_decode_hopper(*paged(forty, 64).tensors, **forty.keywords, plan=plan)  # type: ignore[arg-type]
         torch.cuda.synchronize()
-        print("FP8 products of 40 rows ran", flush=True)
+        print("FP8 products of 40 rows in one tile ran", flush=True)
         for m in (50, 100):
             both = [make_product(m, n, 784, quantized=True, device="cuda") for n in (1280, 200)]
             weights, descales = [p.weight for p in both], [p.weight_descale for p in both]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlacompile.kernels.mla_decode.plan import COARSE_FROM, TURNED_ROWS
+from mlacompile.kernels.mla_decode.plan import COARSE_FROM, NARROW_ROWS
 from mlacompile.kernels.mla_decode.supports import hopper_shape_reasons, turned_reasons
 from mlacompile.ops import mla_decode
 from mlacompile.testing.latents import (
@@ -100,7 +100,7 @@ def stored_as(inputs: LatentInputs, per: str, page: int = 0) -> tuple[LatentInpu
 
 
 def is_coarse(case: LatentCase) -> bool:
-    return case.heads * case.queries > TURNED_ROWS and case.tokens >= COARSE_FROM
+    return case.heads * case.queries > NARROW_ROWS and case.tokens >= COARSE_FROM
 
 
 def turned(inputs: LatentInputs, tile_rows: int = 64, **changes: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from mlacompile.kernels.mla_decode.plan import (
     hopper_plan,
     row_tiles,
     shared_memory,
-    turned_faster,
+    turned_tile_rows,
 )
 
 DEVICES = [
@@ -73,27 +73,33 @@ def test_one_sequence_gets_small_tiles(heads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "queries", "batch", "tokens", "faster"),
+    ("heads", "queries", "batch", "tokens", "rows"),
     [
-        (1, 1, 1, 1, True),
-        (16, 1, 1, 8192, True),
-        (16, 2, 300, 64, True),
-        (33, 1, 1, 8192, False),
-        (16, 4, 3, 8192, False),
-        (16, 4, 4, 8192, True),
-        (64, 1, 1, 8192, False),
-        (128, 1, 1, 32768, True),
-        (128, 1, 16, 8192, True),
-        (128, 2, 64, 8192, True),
+        (1, 1, 1, 1, 32),
+        (16, 1, 1, 8192, 32),
+        (16, 2, 300, 64, 32),
+        (16, 2, 300, 8192, 32),
+        (33, 1, 1, 8192, 32),
+        (16, 4, 3, 8192, 32),
+        (16, 4, 4, 8192, 64),
+        (64, 1, 1, 8192, 32),
+        (128, 1, 1, 32768, 32),
+        (128, 1, 1, 65536, 64),
+        (128, 1, 16, 8192, 64),
+        (128, 2, 64, 8192, 64),
     ],
 )
-def test_which_fp8_caches_are_multiplied_as_they_are(
-    heads: int, queries: int, batch: int, tokens: int, faster: bool
-) -> None:
-    assert turned_faster(Shape(batch, heads, queries, tokens, 512, 64)) == faster
+def test_how_many_rows_are_a_tile_of_fp8_products(heads: int, queries: int, batch: int, tokens: int, rows: int) -> None:
+    assert turned_tile_rows(Shape(batch, heads, queries, tokens, 512, 64)) == rows
+
+
+def test_narrow_tiles_get_fewer_parts() -> None:
+    shape = Shape(1, 128, 1, 8192, 512, 64)
+    assert hopper_plan(shape, Device(), 32).parts == 132 // 4
+    assert hopper_plan(shape, Device()).parts == 8192 // 64 // 2
 
 
 def test_a_hopper_plan_says_so() -> None:
     plan = hopper_plan(Shape(64, 16, 1, 8192, 512, 64), Device())
     assert str(plan) == "x132-min2-over2"
-    assert str(replace(plan, turned=True)) == "x132-min2-over2-turned"
+    assert str(replace(plan, turned=True)) == "x132-min2-over2-turned64"

@@ -264,7 +264,7 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     heads, queries, rank, rope, page, _ = variant
     width = 256 if rank <= 256 else 512
     stacked = heads * queries <= 32
-    places = 1 if stacked else 4  # two groups fetch, the first block of an item and later ones
+    places = 1 if stacked else 5  # two groups fetch, the first block of an item and later ones, and once the third
     assert main.counts["UTMALDG"] == copies(rank, rope, page) * places
     keys = 2 * (1 if stacked else 2) * width // 32  # before the loop and in it, or in those of two groups
     values = 0 if stacked else width // 64
@@ -283,6 +283,21 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     assert main.smem <= SMEM
 
 
+@pytest.mark.parametrize("cached", ["per token", "per block"])
+def test_fp8_products_in_narrow_tiles(cached: str, record_property: Record) -> None:
+    """128 rows as four tiles are what 32 rows are."""
+    variant = (512, 64, 64, torch.bfloat16)
+    (main,) = build_hopper(128, 1, *variant, cached=cached, merge=False, turned=True, tile_rows=32)
+    (one,) = build_hopper(32, 1, *variant, cached=cached, merge=False, turned=True)
+    record_property("compiled", table([main]))
+    assert {k: main.counts[k] for k in ("QGMMA", "HGMMA", "UTMALDG")} == {
+        k: one.counts[k] for k in ("QGMMA", "HGMMA", "UTMALDG")
+    }
+    assert main.serialized == main.unordered == 0
+    assert main.local_in_loops == (0, 0), "what spills is beside the loops"
+    assert main.smem <= SMEM
+
+
 @pytest.mark.parametrize("rank", [512, *([256, 384] if FULL else [])])
 def test_fp8_products_of_short_rows(rank: int, record_property: Record) -> None:
     """No row is long: nothing of the products of weights in FP8 is compiled, and stages come and go in halves."""
@@ -290,7 +305,7 @@ def test_fp8_products_of_short_rows(rank: int, record_property: Record) -> None:
     (main,) = build_hopper(*variant, cached="per token", merge=False, turned=True, coarse_from=SHAPE.tokens + 1)
     record_property("compiled", table([main]))
     width = 256 if rank <= 256 else 512
-    assert main.counts["UTMALDG"] == 4 * copies(rank, 64, 64, width // 256)
+    assert main.counts["UTMALDG"] == 5 * copies(rank, 64, 64, width // 256)
     assert main.counts["QGMMA"] == 2 * 2 * width // 32 + (0 if width == 512 else width // 64), "keys as they are"
     assert main.counts["HGMMA"] == 2 * 64 // 16 + 4 * width // 128
     assert main.serialized == main.unordered == 0

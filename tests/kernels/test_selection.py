@@ -93,29 +93,30 @@ def test_what_the_hopper_kernel_cannot_take_goes_to_the_next_with_the_reason() -
 
 
 @pytest.mark.parametrize(
-    ("turned", "heads", "queries", "batch", "page", "fp8"),
+    ("tile_rows", "heads", "queries", "batch", "page", "fp8"),
     [
-        (True, 16, 1, 1, 0, 1),
-        (True, 16, 2, 64, 64, 1),
-        (True, 128, 1, 16, 64, 1),
-        (False, 128, 1, 1, 64, 1),
-        (False, 16, 4, 1, 0, 1),
-        (True, 16, 1, 1, 0, 4),
-        (True, 16, 1, 64, 64, 4),
-        (True, 16, 2, 128, 64, 4),
-        (False, 33, 1, 64, 64, 4),
-        (False, 16, 4, 64, 0, 4),
-        (False, 128, 1, 128, 64, 4),
-        (False, 16, 1, 64, 64, 0),
+        (32, 16, 1, 1, 0, 1),
+        (32, 16, 2, 64, 64, 1),
+        (64, 128, 1, 16, 64, 1),
+        (32, 128, 1, 1, 64, 1),
+        (32, 16, 4, 1, 0, 1),
+        (32, 16, 1, 1, 0, 4),
+        (32, 16, 1, 64, 64, 4),
+        (32, 16, 2, 128, 64, 4),
+        (32, 128, 1, 1, 64, 4),
+        (0, 33, 1, 64, 64, 4),
+        (0, 16, 4, 64, 0, 4),
+        (0, 128, 1, 128, 64, 4),
+        (0, 16, 1, 64, 64, 0),
     ],
 )
-def test_fp8_products_are_chosen(turned: bool, heads: int, queries: int, batch: int, page: int, fp8: int) -> None:
-    """By what a row can hold, and with several factors a token up to 32 rows only."""
+def test_fp8_products_are_chosen(tile_rows: int, heads: int, queries: int, batch: int, page: int, fp8: int) -> None:
+    """In wide or narrow tiles by what a batch can hold, and with several factors a token in narrow ones only."""
     pytest.importorskip("triton", reason="tiles are described to Triton")
     from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
 
-    tensors = call(heads, batch, 8192, queries=queries, page=page, fp8=fp8)
-    assert choose_hopper_plan(tensors, Device()).turned == turned
+    plan = choose_hopper_plan(call(heads, batch, 8192, queries=queries, page=page, fp8=fp8), Device())
+    assert (plan.tile_rows if plan.turned else 0) == tile_rows
 
 
 def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:

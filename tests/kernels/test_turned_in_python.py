@@ -59,8 +59,8 @@ def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan)
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
-#: With the tokens of a page, 0 for a contiguous cache, programs that share a row, and the rows of a tile at most: stacked
-#: queries and not.
+#: With the tokens of a page, 0 for a contiguous cache, programs that share a row, and how many rows a tile may have:
+#: stacked queries and not.
 CASES = [
     (replace(CASE, **RAGGED), 64, 3, 64),
     (replace(CASE, heads=72, batch=1, tokens=200), 0, 1, 64),

@@ -8,8 +8,9 @@ through registers:
     _scores   four warps: all scores, the softmax, P
     _values   eight warps: the output, turned: O^T = V^T * P^T, sums of pairs of columns by rows
 
-With more than 32 rows scores take longer than all else. Two groups of four warps then take blocks by turns, and each
-fetches its own (``hopper_turned_by_turns.py``).
+More than 32 rows are cut into tiles of 32, which begin and end soon, where there are few blocks for each program, and
+into tiles of 64 where there are many. With 64 rows scores take longer than all else: two groups of four warps take
+blocks by turns, and each fetches its own (``hopper_turned_by_turns.py``).
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
 Both are multiplied with the same keys and add to one sum; up to 32 rows are STACKED, both parts in one tile, at the

@@ -29,17 +29,18 @@ from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _page
 from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
+    SLACK,
     _add_rope,
+    _by_thread,
     _fp8_products,
-    _live_factors,
+    _of_thread,
     _products,
     _report,
-    _unit_of_p,
+    _unit_of_block,
 )
 from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
-SLACK = gl.constexpr(6)  # powers of two by which a row may exceed what it counts from before that moves
 DROP = gl.constexpr(6)  # and by which a block may stay below, where P may be e4m3
 STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
 QUARTER = gl.constexpr(16)  # tokens
@@ -78,16 +79,6 @@ def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
-def _unit_of_block(x, stage, t, lo, hi, coarse):
-    """The exponent of the unit of a block's P. Every warp looks at all factors, so none waits for another."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
-    largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
-    unit = _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM) + SLACK
-    return unit + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
-
-
-@gluon.jit
 def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):
     """Scores of block b, part by part as they arrive; rotary ones are begun.
 
@@ -114,20 +105,6 @@ def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, 
     factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
     return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
-
-
-@gluon.constexpr_function
-def _by_thread():
-    """The layout of what each thread sums up of its rows: four of them share a row."""
-    return gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-                                      [ROWS, 4])  # fmt: skip
-
-
-@gluon.jit
-def _of_thread(e):
-    """Sums of a quarter's tokens, of each thread by itself."""
-    e = gl.sum(gl.sum(e.reshape([ROWS, 2, 4, 2]), 3), 1)
-    return gl.convert_layout(e, _by_thread(), assert_trivial=True)
 
 
 @gluon.jit
@@ -173,7 +150,7 @@ def _half_of_p(x, to, s, m, row_scale, b, stage, i: gl.constexpr, t, lo, hi, coa
 @gluon.jit
 def _counted(total, m_before, m):
     """Sums that counted from m_before, counted from m."""
-    by_thread: gl.constexpr = gl.SliceLayout(1, _by_thread())
+    by_thread: gl.constexpr = gl.SliceLayout(1, _by_thread(ROWS))
     return total * gl.convert_layout(gl.exp2(m_before - m), by_thread, assert_trivial=True)[:, None]
 
 
@@ -211,7 +188,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
         most = m
-        total = gl.zeros((ROWS, 4), gl.float32, _by_thread())
+        total = gl.zeros((ROWS, 4), gl.float32, _by_thread(ROWS))
 
         first = (g + SIDE) & 1
         t += first * BLOCK
@@ -221,6 +198,12 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
             _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS, PARTS)
+        if SIDE == 0:  # noqa: SIM102
+            if (g == 0) & (n > 2):  # all stages are free, and the queries are still to come
+                if SUB == 1:
+                    unit = _unit(p_pages, row, t + 2 * BLOCK, n_pages, n_columns, PAGE)
+                _fetch_parts(x, bar, cache, 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS,
+                             PARTS)  # fmt: skip
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
@@ -233,7 +216,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS)
             s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
-            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi, coarse)
+            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi) + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
@@ -244,7 +227,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
             m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b, PARTS)
-            if i + 2 < n:
+            if (i + 2 < n) & (b > 0):
                 _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY, PARTS)  # fmt: skip
             left, right = _halves(s)
@@ -255,7 +238,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             total = _counted(total, earlier, m) + _of_thread(sums)
             t += 2 * BLOCK
             if EARLY < PARTS:  # noqa: SIM102
-                if i + 2 < n:
+                if (i + 2 < n) & (b > 0):
                     _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS,
                                  PARTS)  # fmt: skip
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)

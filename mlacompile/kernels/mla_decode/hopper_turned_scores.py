@@ -13,9 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
-from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _slot, _softmax
+from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _seen, _slot
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
+SLACK = gl.constexpr(6)  # powers of two by which a row may exceed what it counts from before that moves
 LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
 
 
@@ -105,22 +106,53 @@ def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
 
 
 @gluon.jit
-def _publish(x, bar, s, m, total, row_scale, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr):  # fmt: skip
-    """Softmax of block b: stores P and alpha for ``_values``, and returns the running maximum and sum."""
+def _unit_of_block(x, stage, t, lo, hi):
+    """The exponent of the unit of P in float16. Every warp looks at all factors, so none waits for another."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
+    largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
+    return _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM) + SLACK
+
+
+@gluon.constexpr_function
+def _by_thread(rows):
+    """The layout of what each thread sums up of so many rows: four of them share a row."""
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    if rows == 32:
+        return gl.DistributedLinearLayout([], lanes, [[8, 0], [16, 0]], [], [rows, 4])
+    return gl.DistributedLinearLayout([[8, 0]], lanes, [[16, 0], [32, 0]], [], [rows, 4])
+
+
+@gluon.jit
+def _of_thread(e):
+    """Sums of a row's tokens, of each thread by itself."""
+    rows: gl.constexpr = e.shape[0]
+    e = gl.sum(gl.sum(e.reshape([rows, e.shape[1] // 8, 4, 2]), 3), 1)
+    return gl.convert_layout(e, _by_thread(rows), assert_trivial=True)
+
+
+@gluon.jit
+def _publish(x, bar, s, m, total, row_scale, unit, b, stage, t, lo, hi, sure, limit, CAUSAL: gl.constexpr):
+    """Softmax of block b: P and alpha for ``_values``. Returns what exponents count from, and the sums of each thread.
+
+    The former is moved when a row exceeds it by 2^SLACK: for most blocks earlier output need not be multiplied.
+    """
     layout: gl.constexpr = _softmax_layout()
-    s = _together(s)
-    factors = _live_factors(x.factors.index(stage), t, lo, hi, gl.SliceLayout(0, layout))
-    shift = _unit_of_p(gl.max(gl.abs(factors), 0), HEADROOM)
-    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, layout)
-    m = m + shift
+    s = _seen(_together(s), t, lo, hi, sure, limit, CAUSAL, layout)
+    highest = gl.max(s, 1) * row_scale + unit
+    m_before = m
+    m = gl.where(highest > m + SLACK, highest, m)
+    alpha = gl.exp2(m_before - m)
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
+    factors = _live_factors(x.factors.index(stage), t, lo, hi, gl.SliceLayout(0, layout))
     buffer = b & 1
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.alpha.index(buffer).slice(0, s.shape[0], dim=0).store(alpha)
     x.p.index(buffer).slice(0, s.shape[0], dim=0).store((e * factors[None, :]).to(gl.float16))
     fence_async_shared()
     mbarrier.arrive(bar.p_full.index(buffer), count=1)
-    return m, total * alpha + gl.sum(e, 1)
+    by_thread: gl.constexpr = gl.SliceLayout(1, _by_thread(s.shape[0]))
+    return m, total * gl.convert_layout(alpha, by_thread, assert_trivial=True)[:, None] + _of_thread(e)
 
 
 @gluon.jit
@@ -162,7 +194,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, N)
         m = gl.full((N,), LOWEST, gl.float32, by_row)
-        total = gl.full((N,), 0.0, gl.float32, by_row)
+        total = gl.zeros((N, 4), gl.float32, _by_thread(N))
 
         mbarrier.wait(bar.queries, item & 1)
         q, q_pe = _queries_of(x, first_layout, BLOCK_P)
@@ -176,8 +208,10 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, q, ahead, s0)
+            unit = _unit_of_block(x, stage, t, lo, hi)
+            if AHEAD:
                 s = warpgroup_mma_wait(1, deps=(s,))
-            m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL)
+            m, total = _publish(x, bar, s, m, total, row_scale, unit, g, stage, t, lo, hi, sure, limit, CAUSAL)
             if not AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, q, ahead, s0)
@@ -187,12 +221,14 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
         s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
+        unit = _unit_of_block(x, stage, t, lo, hi)
         if AHEAD:
             s = warpgroup_mma_wait(0, deps=(s,))
-        m, total = _publish(x, bar, s, m, total, row_scale, g, stage, t, lo, hi, sure, limit, CAUSAL)
+        m, total = _publish(x, bar, s, m, total, row_scale, unit, g, stage, t, lo, hi, sure, limit, CAUSAL)
+        total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         _report(
-            x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S, by_row,
-            N, ONE_QUERY,
+            x, bar, m, total_of_rows, p_lse, p_part_lse, p_parts, part, row, skip, rest, share, i_tile, n_tiles, H, S,
+            by_row, N, ONE_QUERY,
         )  # fmt: skip
         g += 1
         item += 1

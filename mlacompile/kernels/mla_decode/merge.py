@@ -30,9 +30,7 @@ def _mla_merge_kernel(
     n_parts there are, and what nobody wrote is left out.
     """
     lanes: gl.constexpr = min(BLOCK_C // WIDE // 8, 32)
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 8], [1, 32 // lanes, lanes], [num_warps // WIDE, 1, WIDE], [2, 1, 0]
-    )
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // lanes, lanes], [num_warps // WIDE, 1, WIDE], [2, 1, 0])
     by_slot: gl.constexpr = gl.SliceLayout(2, layout)
     by_column: gl.constexpr = gl.SliceLayout(1, layout)
     by_row: gl.constexpr = gl.SliceLayout(1, by_slot)

@@ -134,10 +134,12 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
 
 
-#: With up to so many rows (query, head) FP8 products were faster than widening in place wherever it was measured, with
-#: more where a batch can hold so many tokens: what begins and ends a row of the batch takes longer (docs/kernels.md).
-TURNED_ROWS = 32
-TURNED_TOKENS = 2**15
+#: FP8 products were faster than widening in place wherever it was measured. Tiles of so many rows (query, head) begin
+#: and end sooner, but each tile brings the cache from L2 again. So tiles are wide where a batch, or the only row of it,
+#: can hold so many tokens; with several factors a token they cannot be, and are widened (docs/kernels.md).
+NARROW_ROWS = 32
+WIDE_FROM = 2**15
+WIDE_FROM_ALONE = 36 * 2**10
 
 #: Weights of a softmax over so many tokens may be rounded to e4m3: that is 1.5e-2 of the output at 8192 tokens of
 #: random data, and less with more. Of fewer they are float16.
@@ -166,12 +168,9 @@ class HopperPlan:
 
 
 def turned_tile_rows(shape: Shape) -> int:
-    """Rows of a tile where an FP8 cache should be multiplied as it is, where it can be, 0 where widened in place."""
-    if shape.rows <= TURNED_ROWS:
-        return TURNED_ROWS
-    if shape.batch * shape.tokens >= TURNED_TOKENS:
-        return 64
-    return TURNED_ROWS if shape.batch == 1 else 0
+    """Rows (query, head) of a tile where an FP8 cache is multiplied as it is."""
+    wide = shape.batch * shape.tokens >= (WIDE_FROM_ALONE if shape.batch == 1 else WIDE_FROM)
+    return 64 if wide and shape.rows > NARROW_ROWS else NARROW_ROWS
 
 
 def hopper_plan(shape: Shape, device: Device, tile_rows: int = 64) -> HopperPlan:

@@ -49,8 +49,8 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     parts = ()
     for i in gl.static_range(AHEAD):
-        parts = parts + (_kept(_pairs_of(words.index(first + i // STEPS), i % STEPS, a_layout)),)  # type: ignore
-    v_even, v_odd = _columns_of_words(parts[0], a_layout)
+        parts = parts + (_kept(_pairs_of(words.index(first + i // STEPS), i % STEPS, a_layout)),)  # type: ignore[assignment]
+    v_even, v_odd = _columns_of_words(parts[0], a_layout)  # type: ignore[misc]
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     if AHEAD == N:  # P holds the factors
         mbarrier.arrive(bar.empty.index(stage), count=1)

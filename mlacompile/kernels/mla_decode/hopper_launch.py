@@ -25,8 +25,7 @@ BLOCK = 64  # tokens
 RIGHT_REGISTERS = 216
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
-TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 176}  # by the columns of the turned output
-HALVES_VALUE_REGISTERS = 184  # where stages come and go in halves, whose scores need fewer
+TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 184}  # by the columns of the turned output
 GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
 PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
@@ -231,8 +230,6 @@ def _turned(
     registers = TURNED_VALUE_REGISTERS[columns]
     if descale.shape[2] > 1:
         registers = GROUPED_VALUE_REGISTERS
-    elif parts > 1:
-        registers = HALVES_VALUE_REGISTERS
     if descale.shape[2] > 1 and not stacked:
         raise ValueError(f"FP8 products take several factors a token in tiles of {TILE_ROWS // 2} rows only")
     return {

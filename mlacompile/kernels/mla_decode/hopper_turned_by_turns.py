@@ -26,7 +26,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _is_coarse, _of_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
     SLACK,
@@ -67,10 +67,10 @@ def _joined(first, second):
 
 
 @gluon.jit
-def _weighed(x, e, stage, i: gl.constexpr, t, lo, hi):
+def _weighed(x, e, b, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
     by_token: gl.constexpr = gl.SliceLayout(0, _fragment(QUARTER, 4))
-    factors = x.factors.index(stage).slice(i * QUARTER, QUARTER, dim=0).load(by_token)
+    factors = x.factors.index(b % PLACES).slice(i * QUARTER, QUARTER, dim=0).load(by_token)
     # As ``_live_factors``, but asked once a block and reckoned in the branch alone: registers are short.
     if (t < lo) | (t + BLOCK > hi):
         o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, by_token)
@@ -102,7 +102,7 @@ def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, 
         s = warpgroup_mma(q, keys, s, is_async=True)
     if PARTS == 1:
         mbarrier.arrive(bar.turn.index(b & 1), count=1)
-    factors = x.factors.index(stage).load(gl.SliceLayout(0, _fp8_products()))
+    factors = x.factors.index(b % PLACES).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
     return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
 
@@ -130,7 +130,7 @@ def _count_from(x, bar, s, m_before, most, row_scale, unit, b, PARTS: gl.constex
 
 
 @gluon.jit
-def _half_of_p(x, to, s, m, row_scale, b, stage, i: gl.constexpr, t, lo, hi, coarse):
+def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi, coarse):
     """Exponentials of half a block's scores: stores P, in e4m3 or in float16, and returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
@@ -138,8 +138,8 @@ def _half_of_p(x, to, s, m, row_scale, b, stage, i: gl.constexpr, t, lo, hi, coa
     s0, s1 = _halves(s)
     e0 = gl.exp2(s0 * scale - exponent)
     e1 = gl.exp2(s1 * scale - exponent)
-    p0 = _weighed(x, e0, stage, 2 * i, t, lo, hi)
-    p1 = _weighed(x, e1, stage, 2 * i + 1, t, lo, hi)
+    p0 = _weighed(x, e0, b, 2 * i, t, lo, hi)
+    p1 = _weighed(x, e1, b, 2 * i + 1, t, lo, hi)
     if coarse:
         _coarse(to, b & 1).store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
     else:
@@ -161,7 +161,7 @@ def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_
     stage = b % STAGES
     for i in gl.static_range(FIRST, END):
         mbarrier.wait(_of_part(bar.empty, bar.empty_last, stage, i), ((b // STAGES) & 1) ^ 1)
-        _fetch_part(x, bar, cache, stage, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
+        _fetch_part(x, bar, cache, b, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
 
 
 @gluon.jit
@@ -216,10 +216,13 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS)
             s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
-            unit_of_p = _unit_of_block(x, b % STAGES, t, lo, hi) + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
+            unit_of_p = _unit_of_block(x, b % PLACES, t, lo, hi) + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
-            s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
+            if (t < lo) | (t + BLOCK > sure):
+                if CAUSAL:  # reckoned here, or it would be kept in registers
+                    limit, _sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
+                s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
             if (i == n - 1) & ((row + 1 >= B) | (todo - taken <= overhead)):
                 _launch_later()
             other = (b + 1) & 1
@@ -231,8 +234,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                 _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY, PARTS)  # fmt: skip
             left, right = _halves(s)
-            sums = _half_of_p(x, x.p, left, m, row_scale, b, b % STAGES, 0, t, lo, hi, coarse)
-            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, b % STAGES, 1, t, lo, hi, coarse)
+            sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi, coarse)
+            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi, coarse)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)

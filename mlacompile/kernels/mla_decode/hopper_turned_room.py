@@ -10,6 +10,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
 
 FACTORS = gl.constexpr(4)  # of a token in shared memory, if there are several
+PLACES = gl.constexpr(4)  # for factors of one block each, which are used longer than its latents
 COARSE_BLOCKS = gl.constexpr(1024)  # at most so many are added up in FP8 products, whose sum drops what is small in it
 
 
@@ -130,7 +131,7 @@ def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
         return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], several)
     else:
         one: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], one)
+        return gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK], one)
 
 
 @gluon.jit

@@ -4,9 +4,10 @@ Of long rows P is e4m3, and values are what they are in the cache, taken apart i
 converted (``COARSE``). That rounds each weight by up to 6 %, of which the output keeps the less the more tokens share
 in it. Of short rows P is float16, and so are values on their way through registers.
 
-The first words of the next block are loaded while the last products of this one run. What the next block's exponents
-count from is looked at then, too: for most blocks it is what they counted from before, and nothing of the output has
-to be multiplied.
+Where P is e4m3 all words of a block are loaded as soon as its scores are computed. Then its stage is sent for again
+while its P is still reckoned. In float16 there are no registers for that: the first words of the next block are loaded
+while the last products of this one run. What the next block's exponents count from is known by then, too: for most
+blocks it is what they counted from before, and nothing of the output has to be multiplied.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -50,14 +51,19 @@ def _words(words, first, i: gl.constexpr, COARSE: gl.constexpr, layout: gl.const
 
 
 @gluon.jit
-def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, COARSE: gl.constexpr,
-                 layout: gl.constexpr):  # fmt: skip
-    """What the first two steps of a block multiply, whose scores are computed."""
-    first = g % STAGES * TILES
+def _clear_dead_block(words, first, t, lo, hi, TILES: gl.constexpr):
+    """Zero what nobody sees of a block whose first tile that is."""
     if (t < lo) | (t + BLOCK > hi):
         for i in gl.static_range(TILES):
             _clear_dead_words(words.index(first + i), t, lo, hi)
-    return _words(words, first, 0, COARSE, layout), _words(words, first, 1, COARSE, layout)
+
+
+@gluon.jit
+def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """What the first two steps of a block multiply, whose scores are computed."""
+    first = g % STAGES * TILES
+    _clear_dead_block(words, first, t, lo, hi, TILES)
+    return _words(words, first, 0, False, layout), _words(words, first, 1, False, layout)
 
 
 @gluon.jit
@@ -81,28 +87,26 @@ def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constex
 
 @gluon.jit
 def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, COARSE: gl.constexpr,
-                    layout: gl.constexpr):  # fmt: skip
+                    TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
     later, latest: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns
     these for the next block, too, if there is one ``more`` of this item.
     """
-    STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
+    STEPS: gl.constexpr = BLOCK // STEP
     N: gl.constexpr = TILES * STEPS
-    AHEAD: gl.constexpr = 2 if COARSE else 3  # steps by which words are loaded before they are multiplied
+    AHEAD: gl.constexpr = 3  # steps by which words are loaded before they are multiplied
     stage = g % STAGES
     buffer = g & 1
-    even, odd = _columns(later, COARSE, layout)
+    even, odd = _columns(later, False, layout)
     later = latest
-    if not COARSE:
-        latest = _words(words, stage * TILES, 2, COARSE, layout)
+    latest = _words(words, stage * TILES, 2, False, layout)
     if moved:
         alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(N):
-        right = _weights(x, buffer, i % STEPS, STEPS, COARSE)
+        right = _weights(x, buffer, i % STEPS, STEPS, False)
         if i < STEPS:
             even0, odd0 = _add_products(even, odd, right, even0, odd0)
         else:
@@ -110,13 +114,10 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:  # words are loaded when those before them have been taken apart: registers are short
-            even, odd = _columns(later, COARSE, layout)
-        if not COARSE:
-            later = latest
+            even, odd = _columns(later, False, layout)
+        later = latest
         if i + AHEAD < N:
-            latest = _words(words, stage * TILES, i + AHEAD, COARSE, layout)
-        if COARSE:
-            later = latest
+            latest = _words(words, stage * TILES, i + AHEAD, False, layout)
         if PARTS > 1:
             if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
                 mbarrier.arrive(_of_part(bar.empty, bar.empty_last, stage, i // STEPS), count=1)
@@ -125,10 +126,41 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, COARSE, layout)
+        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1, moved, later, latest
+
+
+@gluon.jit
+def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr,
+                      STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Adds a block's products in FP8. earlier: there is output of earlier blocks."""
+    STEPS: gl.constexpr = BLOCK // FP8_STEP
+    stage = g % STAGES
+    buffer = g & 1
+    mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)  # the block's scores are computed: it has arrived
+    if _moved(x.alpha.index(buffer)) & earlier:
+        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    _clear_dead_block(words, stage * TILES, t, lo, hi, TILES)
+    parts = ()
+    for i in gl.static_range(TILES * STEPS):
+        parts = parts + (_words(words, stage * TILES, i, True, layout),)  # type: ignore[assignment]
+    mbarrier.arrive(bar.empty.index(stage), count=1)
+    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
+    for i in gl.static_range(TILES * STEPS):
+        even, odd = _columns(parts[i], True, layout)
+        right = _weights(x, buffer, i % STEPS, STEPS, True)
+        if i < STEPS:
+            even0, odd0 = _add_products(even, odd, right, even0, odd0)
+        else:
+            even1, odd1 = _add_products(even, odd, right, even1, odd1)
+        if i > 0 and i + 1 < TILES * STEPS:  # so that registers of words serve for those of later ones
+            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
+    even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
+    mbarrier.arrive(bar.p_empty.index(buffer), count=1)
+    return even0, odd0, even1, odd1
 
 
 @gluon.jit
@@ -142,16 +174,24 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
     odd0 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     even1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     odd1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
-    mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
-    moved = n < 0  # there is no earlier output
-    later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, COARSE, layout)
-    for i in range(n):
-        even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
-            x, bar, words, g, t, lo, hi, moved, i + 1 < n, later, latest, even0, odd0, even1, odd1, TILES, STAGES,
-            PARTS, COARSE, layout,
-        )  # fmt: skip
-        t += BLOCK
-        g += 1
+    if COARSE:
+        for i in range(n):
+            even0, odd0, even1, odd1 = _add_coarse_block(
+                x, bar, words, g, t, lo, hi, i > 0, even0, odd0, even1, odd1, TILES, STAGES, layout
+            )
+            t += BLOCK
+            g += 1
+    else:
+        mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
+        moved = n < 0  # there is no earlier output
+        later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
+        for i in range(n):
+            even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
+                x, bar, words, g, t, lo, hi, moved, i + 1 < n, later, latest, even0, odd0, even1, odd1, TILES, STAGES,
+                PARTS, layout,
+            )  # fmt: skip
+            t += BLOCK
+            g += 1
     even0 = gl.convert_layout(even0, to_layout, assert_trivial=True)
     odd0 = gl.convert_layout(odd0, to_layout, assert_trivial=True)
     even1 = gl.convert_layout(even1, to_layout, assert_trivial=True)

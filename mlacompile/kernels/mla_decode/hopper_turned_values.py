@@ -15,8 +15,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
     STEP,
     _add_products,
     _clear_dead_words,
-    _columns_of_words,
-    _kept,
+    _columns_of,
     _pairs_of,
     _shrunk,
     _step_of,
@@ -38,40 +37,33 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
     The one or two tiles of words are first and the one behind it; TILE: counted from the first columns of a latent.
-    All words are loaded while P is reckoned, so that no product waits for shared memory; with several factors a token
-    there are no registers for more than the first.
     """
     layout: gl.constexpr = even0.type.layout
     COLS: gl.constexpr = even0.shape[1]
-    STEPS: gl.constexpr = BLOCK // STEP
-    N: gl.constexpr = TILES * STEPS
-    AHEAD: gl.constexpr = 1 if GROUPS > 1 else N  # steps whose words are loaded before P is there
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    parts = ()
-    for i in gl.static_range(AHEAD):
-        parts = parts + (_kept(_pairs_of(words.index(first + i // STEPS), i % STEPS, a_layout)),)  # type: ignore[assignment]
-    v_even, v_odd = _columns_of_words(parts[0], a_layout)  # type: ignore[misc]
+    tile = words.index(first)
+    pairs = _pairs_of(tile, 0, a_layout)
+    v_even, v_odd = _columns_of(pairs)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    if AHEAD == N:  # P holds the factors
-        mbarrier.arrive(bar.empty.index(stage), count=1)
     if GROUPS > 1 or _moved(x.alpha.index(buffer).slice(0, ROWS // 2, dim=0)):
         alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
         even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
-    for i in gl.static_range(N):
-        right = _step_of(_weights_of(x, weights, buffer, TILE + i // STEPS, COLS, GROUPS), i % STEPS)
-        if i < STEPS:
-            even0, odd0 = _add_products(v_even, v_odd, right, even0, odd0)
-        else:
-            even1, odd1 = _add_products(v_even, v_odd, right, even1, odd1)
-        if i > 0:
-            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
-        if i + 1 < AHEAD:
-            v_even, v_odd = _columns_of_words(parts[i + 1], a_layout)
-        elif i + 1 < N:
-            pairs = _pairs_of(words.index(first + (i + 1) // STEPS), (i + 1) % STEPS, a_layout)
-            v_even, v_odd = _columns_of_words(_kept(pairs), a_layout)
-    if AHEAD < N:
-        mbarrier.arrive(bar.empty.index(stage), count=1)
+    b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
+    even0, odd0 = _add_products(v_even, v_odd, _step_of(b_p, 0), even0, odd0)
+    for i in gl.static_range(1, BLOCK // STEP):
+        pairs = _pairs_of(tile, i, a_layout)
+        v_even, v_odd = _columns_of(pairs)
+        even0, odd0 = _add_products(v_even, v_odd, _step_of(b_p, i), even0, odd0)
+        even0, odd0 = warpgroup_mma_wait(2, deps=(even0, odd0))
+    if TILES > 1:
+        tile = words.index(first + 1)
+        b_p = _weights_of(x, weights, buffer, TILE + 1, COLS, GROUPS)
+        for i in gl.static_range(BLOCK // STEP):
+            pairs = _pairs_of(tile, i, a_layout)
+            v_even, v_odd = _columns_of(pairs)
+            even1, odd1 = _add_products(v_even, v_odd, _step_of(b_p, i), even1, odd1)
+            even1, odd1 = warpgroup_mma_wait(2, deps=(even1, odd1))
+    mbarrier.arrive(bar.empty.index(stage), count=1)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1

@@ -40,6 +40,12 @@ def _pairs_of(tile, i, layout: gl.constexpr):
 
 
 @gluon.jit
+def _columns_of(pairs):
+    """Even columns and odd columns in float16."""
+    return gl.inline_asm_elementwise(SPLIT, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
+
+
+@gluon.jit
 def _kept(pairs):
     """Pairs as words, which a loop can keep in as many registers: as 16-bit numbers it would take them apart."""
     words = gl.inline_asm_elementwise(
@@ -51,7 +57,7 @@ def _kept(pairs):
 
 @gluon.jit
 def _columns_of_words(words, layout: gl.constexpr):
-    """Even columns and odd columns in float16, of pairs that were kept."""
+    """``_columns_of`` pairs that were kept."""
     both = gl.join(words, words).reshape([words.shape[0], 2 * words.shape[1]])
     both = gl.convert_layout(both, layout, assert_trivial=True)
     return gl.inline_asm_elementwise(SPLIT, "=r,=r,r,r", [both], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)

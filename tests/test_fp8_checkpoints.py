@@ -232,11 +232,12 @@ def test_blocks_that_end_with_the_heads_are_used_as_they_are(monkeypatch: pytest
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
-def test_on_a_gpu_every_site_is_absorbed_and_no_less_exact() -> None:
+def test_on_a_gpu_every_site_is_absorbed_and_logits_are_those_of_eager_mode() -> None:
     """With a cache that rounds the latent as eager mode does on its way into the up-projection.
 
     That leaves nothing to differ but rounding, which quantizing activations multiplies: where a value lies between two
-    of FP8, its last bit decides. So both are held against the same weights with nothing else rounded.
+    of FP8, its last bit decides. In float32, with products summed in all of its bits, that decides hardly anything.
+    Both are held against the same weights with nothing else rounded, too.
     """
     sizes = SIZES | {"kv_lora_rank": 512, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16}
     model = fp8_model(**sizes).to(DEVICE)
@@ -257,4 +258,5 @@ def test_on_a_gpu_every_site_is_absorbed_and_no_less_exact() -> None:
     exact = logits(model)
     errors = {"from eager": relative(got, want), "exact": relative(got, exact), "eager": relative(want, exact)}
     print(errors)
+    assert errors["from eager"] <= 2e-2, errors
     assert errors["exact"] <= 1.25 * errors["eager"], errors

@@ -116,13 +116,15 @@ def test_weights_of_long_rows_are_rounded_once(monkeypatch: pytest.MonkeyPatch) 
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3, "more than two blocks are not added up in FP8"
 
 
-@pytest.mark.parametrize("coarse_from", [0, 1000])
+@pytest.mark.parametrize(("coarse_from", "tile_rows"), [(0, 64), (1000, 64), (1000, 32)])
 @pytest.mark.parametrize("slope", [-3.0, -0.4, 0.4, 3.0])
-def test_scores_that_rise_or_fall_all_along(monkeypatch: pytest.MonkeyPatch, slope: float, coarse_from: int) -> None:
+def test_scores_that_rise_or_fall_all_along(
+    monkeypatch: pytest.MonkeyPatch, slope: float, coarse_from: int, tile_rows: int
+) -> None:
     """Up to 1300 powers of two between the first token and the last."""
     stored, said = quantized(sloped(make_inputs(replace(CASE, heads=40, batch=1, tokens=300, rope=0)), slope))
     want = exact(said, unit=2**-22, operand_unit=2**-11 if coarse_from else 2**-4)
-    out, lse = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=coarse_from))
+    out, lse = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=coarse_from, tile_rows=tile_rows))
     bound = want.out_bound + least_of(out.dtype)
     if not coarse_from:
         turns = hopper_turned_by_turns
@@ -169,24 +171,25 @@ def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCa
 
 
 @pytest.mark.parametrize(
-    ("heads", "per", "batch", "coarse"),
+    ("heads", "per", "batch", "coarse", "tile_rows"),
     [
-        (16, "token", 1, False),
-        (64, "token", 1, False),
-        (64, "token", 9, False),
-        (64, "token", 1, True),
-        (64, "token", 9, True),
-        (16, "block", 1, False),
+        (16, "token", 1, False, 64),
+        (64, "token", 1, False, 64),
+        (64, "token", 9, False, 64),
+        (64, "token", 1, True, 64),
+        (64, "token", 9, True, 64),
+        (16, "block", 1, False, 64),
+        (72, "token", 2, False, 32),
     ],
 )
 def test_nobody_is_waited_for_too_little(
-    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool
+    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool, tile_rows: int
 ) -> None:
     """Whoever is late, the result is the same to the bit: a stage or a buffer given back too early shows here."""
     case = replace(CASE, heads=heads, batch=batch, tokens=900 // batch, length=batch > 1)
     stored, _ = quantized(make_inputs(case), per=per, rounded=per == "token")
     stored = paged(stored, 64) if per == "token" else in_one_run(paged(stored, 64))
-    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000)
+    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000, tile_rows=tile_rows)
     want = run(monkeypatch, stored, plan)
     for seed in range(3):
         with monkeypatch.context() as late:

@@ -106,10 +106,10 @@ def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
 
 
 @gluon.jit
-def _unit_of_block(x, stage, t, lo, hi):
+def _unit_of_block(x, place, t, lo, hi):
     """The exponent of the unit of P in float16. Every warp looks at all factors, so none waits for another."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    factors = _live_factors(x.factors.index(stage), t, lo, hi, layout)
+    factors = _live_factors(x.factors.index(place), t, lo, hi, layout)
     largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
     return _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM) + SLACK
 

@@ -99,7 +99,7 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     assert c_kv is not None
     if descale is not None:
         tile_rows = turned_tile_rows(shape)
-        if not turned_reasons(c_kv, descale, min(shape.rows, tile_rows)):
+        if not turned_reasons(c_kv, descale, tile_rows):
             return replace(hopper_plan(shape, device, tile_rows), turned=True)
     return hopper_plan(shape, device)
 

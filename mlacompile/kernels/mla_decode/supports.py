@@ -9,11 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mlacompile.kernels.mla_decode.plan import NARROW_ROWS
+
 MAX_RANK = 512  # the float32 output tile of 64 rows then fills half of an SM's registers
 MAX_ROPE = 128
 MAX_BATCH = 65_535
 HOPPER_MAX_ROPE = 64  # two stages of rope keys and the queries' share of shared memory
-TURNED_MAX_ROWS = 32  # with several factors a token: what is stacked, and so leaves room for a P of each
 _INT32 = 2**31
 
 
@@ -220,16 +221,16 @@ def _copy_reasons(x: Tensor) -> list[str]:
     return reasons
 
 
-def turned_reasons(c_kv: Tensor, descale: Tensor, rows: int) -> list[str]:
+def turned_reasons(c_kv: Tensor, descale: Tensor, tile_rows: int) -> list[str]:
     """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says.
 
-    rows: (query, head) of a batch row.
+    tile_rows: rows (query, head) of a tile.
     """
     reasons = []
-    if descale.shape[2] > 1 and rows > TURNED_MAX_ROWS:
+    if descale.shape[2] > 1 and tile_rows > NARROW_ROWS:  # others are not stacked, and leave no room for a P of each
         reasons.append(
-            f"there are {descale.shape[2]} factors a token and {rows} rows (query, head), FP8 products take several "
-            f"factors with {TURNED_MAX_ROWS} rows at most"
+            f"there are {descale.shape[2]} factors a token, FP8 products take several in tiles of {NARROW_ROWS} rows "
+            f"(query, head) only, and tiles of {tile_rows} are faster for one"
         )
     if c_kv.dtype != torch.float8_e4m3fn:
         reasons.append(f"the latents are {c_kv.dtype}, FP8 products take {torch.float8_e4m3fn}")

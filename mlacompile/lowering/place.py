@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
+from mlacompile.lowering.experts import place_experts
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.quantized_rows import place_quantized_rows
 from mlacompile.lowering.read_early import read_early
@@ -42,6 +43,8 @@ def place(
         gm.graph.eliminate_dead_code()
         notes.append(f"rows are quantized with what stands before them in one pass, at {placed} places")
     inline_references(gm)
+    if wanted == "auto" and (placed := place_experts(gm)):
+        notes.append(f"{placed} products of experts in FP8 find the rows of each expert on the device")
     if chosen and wanted == "auto":
         place_cpu_rows(gm, fused=fused)
         gm.graph.eliminate_dead_code()  # what nobody uses must not stand between a product and what follows it

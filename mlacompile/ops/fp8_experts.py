@@ -2,8 +2,8 @@
 
     y[m, n] = Σ_g  x_descale[m, g] · descale[e, n / 128, g] · Σ_{k in g} x[m, k] · weight[e, n, k],    e = expert[m]
 
-Rows need not be in the order of their experts. Which experts have rows is asked on the host, so a graph with this op is
-not replayed as a CUDA graph.
+Rows need not be in the order of their experts. Without a kernel it is asked on the host which experts have rows, and no
+CUDA graph can replay that; where a kernel takes the inputs, compiled graphs have ``fp8_experts_placed``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.geometry import scale_groups
+from mlacompile.kernels import registry
 from mlacompile.ops.fp8_linear import E4M3, check_weight, fp8_linear_reference
 
 
@@ -31,7 +32,14 @@ def fp8_experts_reference(
 
 @torch.library.custom_op("mlacompile::fp8_experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def fp8_experts(
-    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor, dtype: torch.dtype
+    x: Tensor,
+    x_descale: Tensor,
+    weight: Tensor,
+    weight_descale: Tensor,
+    expert: Tensor,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
 ) -> Tensor:
     """``x[m] @ weight[expert[m]].T`` of scaled FP8 factors.
 
@@ -40,11 +48,41 @@ def fp8_experts(
         weight: e4m3 ``[E, N, K]``. weight_descale: float32 ``[E, ⌈N / 128⌉, ⌈K / 128⌉]``.
         expert: integers ``[M]``. Rows whose expert is not one of the E are zero.
         dtype: of the result.
+        impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
         ``[M, N]`` in ``dtype``, summed in float32.
     Raises:
-        UnsupportedInputError: shapes or dtypes that do not fit together.
+        UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
     """
+    _check(x, x_descale, weight, weight_descale, expert)
+    arguments = (x, x_descale, weight, weight_descale, expert, dtype)
+    kernel = registry.chosen("fp8_experts", impl, *arguments)
+    if kernel is None:
+        return fp8_experts_reference(*arguments)
+    return kernel.run(*arguments)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("mlacompile::fp8_experts_placed", mutates_args=())
+def fp8_experts_placed(
+    x: Tensor,
+    x_descale: Tensor,
+    weight: Tensor,
+    weight_descale: Tensor,
+    expert: Tensor,
+    dtype: torch.dtype,
+    *,
+    impl: str,
+) -> Tensor:
+    """``fp8_experts`` by a kernel, named by ``impl``: which experts have rows stays on the device, so a CUDA graph can
+    replay it.
+
+    Raises:
+        UnsupportedInputError: as ``fp8_experts`` does.
+    """
+    return fp8_experts(x, x_descale, weight, weight_descale, expert, dtype, impl=impl)
+
+
+def _check(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor) -> None:
     check_weight("fp8_experts", weight, weight_descale)
     groups = scale_groups(weight.shape[-1])
     fits = weight.dim() == 3 and x.dim() == 2 and x.dtype == E4M3 and x.shape[1] == weight.shape[2]
@@ -54,11 +92,18 @@ def fp8_experts(
             f"{list(expert.shape)} for weights {list(weight.shape)}; expected {E4M3} [M, K] with [M, {groups}] and [M] "
             "for [E, N, K]"
         )
-    return fp8_experts_reference(x, x_descale, weight, weight_descale, expert, dtype)
 
 
+@fp8_experts_placed.register_fake
 @fp8_experts.register_fake
 def _(
-    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor, dtype: torch.dtype
+    x: Tensor,
+    x_descale: Tensor,
+    weight: Tensor,
+    weight_descale: Tensor,
+    expert: Tensor,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)

@@ -87,6 +87,9 @@ def test_one_sequence_gets_small_tiles(heads: int) -> None:
         (128, 1, 1, 65536, 64),
         (128, 1, 16, 8192, 64),
         (128, 2, 64, 8192, 64),
+        (128, 2, 1, 8192, 32),
+        (128, 8, 1, 8192, 64),
+        (128, 512, 1, 1024, 64),
     ],
 )
 def test_how_many_rows_are_a_tile_of_fp8_products(heads: int, queries: int, batch: int, tokens: int, rows: int) -> None:

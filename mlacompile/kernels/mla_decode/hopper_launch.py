@@ -253,8 +253,8 @@ def _merge(
 ) -> Launch:
     """Each thread has four to eight loads in flight, and all of a row's partials are on their way at once.
 
-    Few partials of a row are summed by one warp, a thread for each eight columns. Many are divided among threads and
-    warps, and the row along its columns. Many rows, most of which are whole, get few programs each.
+    Few partials of a row are summed by one warp, a thread for each eight columns. Many are divided among threads, and
+    the row along its columns among warps and programs. Many rows, most of which are whole, get few programs each.
     """
     width = max(next_power_of_2(shape.rank), 64)
     slots = min(_power_near(max(plan.parts // shape.batch, 2)), MERGE_SLOTS)  # about as many as a row has

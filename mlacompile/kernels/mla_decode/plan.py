@@ -140,6 +140,7 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
 NARROW_ROWS = 32
 WIDE_FROM = 2**15
 WIDE_FROM_ALONE = 36 * 2**10
+MEASURED_ROWS = 128  # at most; twice as many are as much work as twice the tokens
 
 #: Weights of a softmax over so many tokens may be rounded to e4m3: that is 1.5e-2 of the output at 8192 tokens of
 #: random data, and less with more. Of fewer they are float16.
@@ -169,7 +170,8 @@ class HopperPlan:
 
 def turned_tile_rows(shape: Shape) -> int:
     """Rows (query, head) of a tile where an FP8 cache is multiplied as it is."""
-    wide = shape.batch * shape.tokens >= (WIDE_FROM_ALONE if shape.batch == 1 else WIDE_FROM)
+    work = shape.batch * shape.tokens * max(shape.rows, MEASURED_ROWS)
+    wide = work >= (WIDE_FROM_ALONE if shape.batch == 1 else WIDE_FROM) * MEASURED_ROWS
     return 64 if wide and shape.rows > NARROW_ROWS else NARROW_ROWS
 
 

@@ -30,8 +30,7 @@ def fp8_experts_reference(
     return out
 
 
-@torch.library.custom_op("mlacompile::fp8_experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def fp8_experts(
+def _experts(
     x: Tensor,
     x_descale: Tensor,
     weight: Tensor,
@@ -62,26 +61,6 @@ def fp8_experts(
     return kernel.run(*arguments)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("mlacompile::fp8_experts_placed", mutates_args=())
-def fp8_experts_placed(
-    x: Tensor,
-    x_descale: Tensor,
-    weight: Tensor,
-    weight_descale: Tensor,
-    expert: Tensor,
-    dtype: torch.dtype,
-    *,
-    impl: str,
-) -> Tensor:
-    """``fp8_experts`` by a kernel, named by ``impl``: which experts have rows stays on the device, so a CUDA graph can
-    replay it.
-
-    Raises:
-        UnsupportedInputError: as ``fp8_experts`` does.
-    """
-    return fp8_experts(x, x_descale, weight, weight_descale, expert, dtype, impl=impl)
-
-
 def _check(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, expert: Tensor) -> None:
     check_weight("fp8_experts", weight, weight_descale)
     groups = scale_groups(weight.shape[-1])
@@ -94,9 +73,7 @@ def _check(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor,
         )
 
 
-@fp8_experts_placed.register_fake
-@fp8_experts.register_fake
-def _(
+def _fake(
     x: Tensor,
     x_descale: Tensor,
     weight: Tensor,
@@ -107,3 +84,12 @@ def _(
     impl: str = "auto",
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
+
+
+fp8_experts = torch.library.custom_op(
+    "mlacompile::fp8_experts", _experts, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+#: The same with a kernel named: which experts have rows stays on the device, so a CUDA graph can replay it.
+fp8_experts_placed = torch.library.custom_op("mlacompile::fp8_experts_placed", _experts, mutates_args=())
+for _op in (fp8_experts, fp8_experts_placed):
+    _op.register_fake(_fake)

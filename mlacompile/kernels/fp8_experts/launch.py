@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.fp8_linear.launch import Launch
+from mlacompile.kernels.fp8_linear.launch import Launch, descriptor, power
 
 BLOCK_N = 64  # rows of a weight: two tiles share a scale
 
@@ -26,7 +24,7 @@ class ExpertTiles:
 
 def choose_expert_tiles(m: int, experts: int) -> ExpertTiles:
     """Tiles for m rows that so many experts share: of about as many rows as one of them has, up to 128."""
-    block_m = min(128, max(16, 1 << max(0, -(-m // experts) - 1).bit_length()))
+    block_m = min(128, max(16, power(-(-m // experts))))
     return ExpertTiles(block_m, stages=4 if block_m <= 64 else 3)
 
 
@@ -62,15 +60,13 @@ def experts_launch(
 
     (m, k), (experts, n, _) = x.shape, weight.shape
     tiles = tiles or choose_expert_tiles(m, experts)
-    unit = [s if s % 16 == 0 else 16 for s in weight.stride()[:2]] + [1]  # strides of single elements are whole, too
     arguments = {
-        "p_x": x.view(torch.uint8), "p_x_descale": x_descale,
-        "d_w": TensorDescriptor(weight, list(weight.shape), unit, [1, BLOCK_N, SCALE_GROUP]),
+        "p_x": x.view(torch.uint8), "p_x_descale": x_descale, "d_w": descriptor(weight, BLOCK_N),
         "p_descale": weight_descale, "p_order": order, "p_starts": starts, "p_out": out,
         "N": n, "K": k, "E": experts, "stride_xm": x.stride(0), "stride_xsm": x_descale.stride(0),
         "stride_xsk": x_descale.stride(1), "stride_se": weight_descale.stride(0),
         "stride_sn": weight_descale.stride(1), "BLOCK_M": tiles.block_m, "BLOCK_N": BLOCK_N,
-        "EXPERTS": 1 << max(0, experts - 1).bit_length(), "STAGES": tiles.stages, "EXACT": out.dtype == torch.float32,
+        "EXPERTS": power(experts), "STAGES": tiles.stages, "EXACT": out.dtype == torch.float32,
     }  # fmt: skip
     grid = (-(-n // BLOCK_N), m // tiles.block_m + min(m, experts))
     return Launch(_fp8_experts_kernel, grid, arguments, {"num_warps": tiles.warps})

@@ -68,12 +68,12 @@ def choose_row_tiles(m: int, n: int, k: int, *, norm: bool = False, gate: bool =
     """Tiles for m rows by weights of n rows in all and k columns, by measurement on an H200, for two rows on an H100
     (docs/kernels.md): few rows in many warps, so that all of them are read at once."""
     if m > 1:
-        lanes = min(32, _power(k // 8))
+        lanes = min(32, power(k // 8))
         return RowTiles(4, 8, lanes, 1, 1) if k < 2048 else RowTiles(4, 8, lanes, 4, 4)
     if k <= 512:
-        return RowTiles(4, 16, min(16, _power(k // 16)), 2, 1)
+        return RowTiles(4, 16, min(16, power(k // 16)), 2, 1)
     if k < 2048:
-        return RowTiles(4, 16, min(32, _power(k // 16)), 1, 1)
+        return RowTiles(4, 16, min(32, power(k // 16)), 1, 1)
     if gate:
         return RowTiles(2, 16, 32, 2, 2)
     if n >= 4096:
@@ -89,7 +89,7 @@ def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
     K is divided where there are fewer tiles than fit on the device at once: with up to 16 rows of x five an SM, with
     more one, which then has the shared memory for itself.
     """
-    block_m = min(128, max(16, _power(m)))
+    block_m = min(128, max(16, power(m)))
     block_n = 128 if block_m == 64 and heads == 1 and n >= 4096 else 64
     room = 5 * sms if block_m == 16 else sms
     programs = -(-n // block_n) * -(-m // block_m) * heads
@@ -105,7 +105,7 @@ def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
     return Tiles(block_m, block_n, 4, stages, parts)
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -163,7 +163,7 @@ def rows_launch(
         "p_w2": weights[-1], "p_descale2": descales[-1], "p_out2": out[-1], "N2": rows[-1],
         "stride_wn2": weights[-1].stride(-2), "stride_sn2": descales[-1].stride(-2),
         "p_g": norm, "p_added": added, "eps": eps,
-        "ROWS": _power(m), "ROWS_A_THREAD": tiles.rows, "WIDTH": tiles.width, "LANES": tiles.lanes,
+        "ROWS": power(m), "ROWS_A_THREAD": tiles.rows, "WIDTH": tiles.width, "LANES": tiles.lanes,
         "WARPS_K": tiles.warps_k, "UNROLL": tiles.unroll, "EVEN_K": k % tiles.step == 0, "TWO": len(rows) == 2,
         "GATE": gate,
     }  # fmt: skip
@@ -189,9 +189,9 @@ def tiles_launches(
     by_head = weight.dim() == 3
     (xsb, xsm, xsk), (sb, sn, _), (_, sn2, _) = map(_three_strides, (x_descale, descales[0], descales[-1]))
     arguments = {
-        "d_x": _descriptor(x, tiles.block_m), "p_x_descale": x_descale,
-        "d_w": _descriptor(weight, tiles.block_n), "p_descale": descales[0],
-        "d_w2": _descriptor(weights[-1], tiles.block_n), "p_descale2": descales[-1], "p_out": target,
+        "d_x": descriptor(x, tiles.block_m), "p_x_descale": x_descale,
+        "d_w": descriptor(weight, tiles.block_n), "p_descale": descales[0],
+        "d_w2": descriptor(weights[-1], tiles.block_n), "p_descale2": descales[-1], "p_out": target,
         "M": m, "N": n, "N1": weight.shape[-2], "K": k, "K_PART": part,
         "stride_xsb": xsb, "stride_xsm": xsm, "stride_xsk": xsk, "stride_sb": sb,
         "stride_sn": sn, "stride_sn2": sn2, "stride_ob": m * n, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
@@ -220,7 +220,7 @@ def _three_strides(t: Tensor | None) -> list[int]:
     return [0, 0, 0] if t is None else [0] * (3 - t.dim()) + list(t.stride())
 
 
-def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(t: Tensor, rows: int) -> TensorDescriptor:
     """Blocks of so many rows and 128 columns of ``[(H,) rows, K]``."""
     unit = 16 // t.itemsize  # strides come in whole 16 bytes, of dimensions with a single element too
     strides = [s if s % unit == 0 else unit for s in t.stride()[:-1]] + [1]

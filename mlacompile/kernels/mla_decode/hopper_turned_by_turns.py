@@ -185,7 +185,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
     todo = share
     while (row < B) & (todo > overhead):
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
+        _limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
         most = m
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread(ROWS))
@@ -219,9 +219,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             unit_of_p = _unit_of_block(x, b % PLACES, t, lo, hi) + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
-            if (t < lo) | (t + BLOCK > sure):
-                if CAUSAL:  # reckoned here, or it would be kept in registers
-                    limit, _sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
+            if (t < lo) | (t + BLOCK > sure):  # limits are reckoned here, or they would be kept in registers
+                limit, _sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
                 s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
             if (i == n - 1) & ((row + 1 >= B) | (todo - taken <= overhead)):
                 _launch_later()

@@ -22,7 +22,7 @@ class TurnedTiles:
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
     pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
-    factors: gl.shared_memory_descriptor  # [STAGES, 64], several a token: [STAGES, 64, FACTORS]
+    factors: gl.shared_memory_descriptor  # [PLACES, 64], several a token: [STAGES, 64, FACTORS]
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided

@@ -134,9 +134,9 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
     return min(range(1, min(n_tiles, MAX_SPLITS) + 1), key=microseconds)
 
 
-#: FP8 products were faster than widening in place wherever it was measured. Tiles of so many rows (query, head) begin
-#: and end sooner, but each tile brings the cache from L2 again. So tiles are wide where a batch, or the only row of it,
-#: can hold so many tokens; with several factors a token they cannot be, and are widened (docs/kernels.md).
+#: FP8 products were faster than widening in place where measured, or within 3 %. Tiles of so many rows (query, head)
+#: begin and end sooner, but each tile brings the cache from L2 again. So tiles are wide where a batch, or the only row
+#: of it, can hold so many tokens; with several factors a token they cannot be, and are widened (docs/kernels.md).
 NARROW_ROWS = 32
 WIDE_FROM = 2**15
 WIDE_FROM_ALONE = 36 * 2**10

@@ -164,9 +164,11 @@ def said(c_kv: Tensor, k_pe: Tensor, descale: Tensor | None) -> Tensor:
     return torch.cat([values, k_pe.float()], -1)
 
 
-def queries(row: Row) -> tuple[Tensor, Tensor]:
+def queries(row: Row, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Random queries: scores of a standard deviation of 1.73 times ``spread``."""
     gen = torch.Generator("cuda").manual_seed(0)
-    made = torch.randn(row.batch, row.queries, row.heads, RANK + ROPE, device="cuda", generator=gen).bfloat16()
+    made = torch.randn(row.batch, row.queries, row.heads, RANK + ROPE, device="cuda", generator=gen)
+    made = (spread * made).bfloat16()
     q_latent, q_pe = made.transpose(1, 2).split([RANK, ROPE], dim=-1)
     return q_latent, q_pe
 
@@ -231,9 +233,9 @@ def coarse(row: Row, plan: Any) -> bool:
     return getattr(plan, "turned", False) and rows > NARROW_ROWS and row.context >= plan.coarse_from
 
 
-def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[str, Any]:
+def measure(row: Row, contender: Contender, pool: Pool, repeats: int, spread: float = 1.0) -> dict[str, Any]:
     calls = [make_call(row, tokens, contender.paged, contender.kind) for tokens in pool.slices(row)]
-    q = queries(row)
+    q = queries(row, spread)
     plan = contender.plan(row, calls[0])
     run = contender.runner(row, q, plan)
     out = run(calls[0])
@@ -245,6 +247,7 @@ def measure(row: Row, contender: Contender, pool: Pool, repeats: int) -> dict[st
     return {
         **asdict(row),
         "name": contender.name,
+        "spread": spread,
         "plan": str(plan),
         "bytes": row.bytes(contender.token_bytes),
         "us": microseconds,
@@ -297,6 +300,7 @@ def main() -> None:
     parser.add_argument("--kernels", default=KERNELS, help="separated by semicolons")
     parser.add_argument("--rows", default="", help="comma separated; default: the whole table")
     parser.add_argument("--repeats", type=int, default=9, help="replays per measurement")
+    parser.add_argument("--spread", type=float, default=1.0, help="of scores, in units of 1.73 (default 1)")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead; 0: none")
     parser.add_argument("--out", type=Path, help="write all records as JSON")
     parser.add_argument("--commit", help="what is measured, where the tree has no git of its own")
@@ -317,7 +321,7 @@ def main() -> None:
     for row, contender in work:
         floor = max(row.bytes(contender.token_bytes) / bandwidth, row.flops / flops) * 1e6
         try:
-            record = measure(row, contender, pool, arguments.repeats)
+            record = measure(row, contender, pool, arguments.repeats, arguments.spread)
         except Exception as failed:  # a kernel that does not launch must not cost the others their run
             print(f"{row} {contender.name}: {type(failed).__name__}: {str(failed)[:150]}", flush=True)
             continue

@@ -305,14 +305,16 @@ def least_of(dtype: torch.dtype) -> float:
     return kept.smallest_normal * kept.eps / 2
 
 
-def least_of_e4m3(stored: LatentInputs, said: LatentInputs, *, slack: int, drop: int, steady: int) -> Tensor:
+def least_of_e4m3(stored: LatentInputs, said: LatentInputs) -> Tensor:
     """What the output may be off by because e4m3 has no number between 0 and 2^-9: ``[B, H, 1, R]`` in float64.
 
     stored, said: as ``quantized`` has them, of one query, one factor a token and no rotary keys. P of a token is
-    its weight times its factor, in a unit in which that of the block's largest weight and factor would be 2^8 at most
-    and 2^(8 - slack - drop) / 2 at least; of a row that falls steeply, 2^-steady of the largest weight so far is as
-    good as the block's.
+    its weight times its factor, in a unit in which the largest number it may be, 2^8, is ``top`` at most.
     """
+    from mlacompile.kernels.mla_decode import hopper_turned_by_turns as kernel
+
+    names = ("FP8_SLACK", "FP8_SPARE", "YOUNG", "DROP", "STEADY")
+    slack, spare, young, drop, steady = (int(getattr(kernel, name)) for name in names)
     q_latent, _, c_kv, *_ = said.tensors
     descale = stored.tensors[8]
     assert q_latent is not None
@@ -321,11 +323,15 @@ def least_of_e4m3(stored: LatentInputs, said: LatentInputs, *, slack: int, drop:
     scores = q_latent[:, :, 0].double() @ c_kv.double().transpose(1, 2) * said.keywords["scale"]
     weights, factor = torch.softmax(scores, -1), descale[:, :, 0].double()
     result = q_latent.new_zeros(q_latent.shape, dtype=torch.float64)
-    best = weights[..., 0]
-    for w, f, v in zip(weights.split(64, -1), factor.split(64, 1), c_kv.double().split(64, 1), strict=True):
-        best = torch.maximum(best, w.amax(-1))
-        largest = torch.maximum(w.amax(-1) * 2.0**drop, best * 2.0**-steady) * f.amax(-1)[:, None]
-        step = 2.0**-10 * 2.0 ** (slack - 8 + 1) * largest
+    top = torch.zeros_like(weights[..., 0])
+    blocks = zip(weights.split(64, -1), factor.split(64, 1), c_kv.double().split(64, 1), strict=True)
+    for b, (w, f, v) in enumerate(blocks):
+        largest = w.amax(-1) * f.amax(-1)[:, None]
+        if 0 < b < young:
+            top = torch.maximum(largest * 2.0**drop, top * 2.0**-steady)
+        else:
+            top = torch.maximum(largest * 2.0 ** (slack + spare), top)
+        step = 2.0**-10 * 2.0 ** (1 - 8) * top
         result[:, :, 0] += step[..., None] * (v / f[..., None]).abs().sum(1)[:, None]
     return result
 

@@ -7,6 +7,7 @@ registers do not exist here; that conversions between them move nothing is for t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import random
@@ -251,6 +252,7 @@ class Language:
     sum = staticmethod(lambda x, axis: made(np.sum(x, axis)))
     max = staticmethod(lambda x, axis: made(np.fmax.reduce(x, axis)))
     min = staticmethod(lambda x, axis: made(np.min(x, axis)))
+    reduce = staticmethod(lambda x, axis, combine: functools.reduce(combine, np.moveaxis(x, axis, 0)))
     associative_scan = staticmethod(lambda x, axis, combine: made(np.cumsum(x, axis)))
     arange = staticmethod(lambda begin, end, layout=None: made(np.arange(int(begin), int(end))))
     zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))

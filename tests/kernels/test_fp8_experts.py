@@ -28,7 +28,9 @@ def test_the_interpreter_agrees() -> None:
     assert done.stdout == "ran\n"
 
 
-@pytest.mark.parametrize(("m", "experts", "block_m"), [(8, 256, 16), (512, 256, 16), (4096, 64, 64), (65536, 256, 128)])
+@pytest.mark.parametrize(
+    ("m", "experts", "block_m"), [(8, 256, 16), (512, 256, 16), (4096, 256, 32), (65536, 256, 128)]
+)
 def test_what_it_compiles_to(
     m: int, experts: int, block_m: int, record_property: Callable[[str, object], None]
 ) -> None:

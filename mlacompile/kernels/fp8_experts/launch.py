@@ -23,8 +23,9 @@ class ExpertTiles:
 
 
 def choose_expert_tiles(m: int, experts: int) -> ExpertTiles:
-    """Tiles for m rows that so many experts share: of about as many rows as one of them has, up to 128."""
-    block_m = min(128, max(16, power(-(-m // experts))))
+    """Tiles for m rows that so many experts share: of up to 128 rows, and about twice as many as one of them has, or
+    half of them would have a few rows beyond a tile, and the weight be read twice (measured, docs/kernels.md)."""
+    block_m = min(128, max(16, power(-(-2 * m // experts))))
     return ExpertTiles(block_m, stages=4 if block_m <= 64 else 3)
 
 

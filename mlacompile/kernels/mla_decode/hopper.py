@@ -5,7 +5,7 @@ two groups of four warps share it, and one more warp fetches the cache:
 
     _fetch   cache rows, contiguous or by pages, into two stages of shared memory, each in three parts
     _left    all scores, the softmax, and output columns [0, LEFT) with P from registers
-    _right   the other columns, as two quarters, with P from shared memory
+    _right   the other columns, as two quarters, with P through shared memory
 
 A block of 64 tokens is loaded once and serves as key and as value. The parts of a stage have barriers of their own, in
 the order in which they fall free: the first quarter with the rotary keys, the left half, the last quarter. ``_left``
@@ -85,6 +85,14 @@ def _other_scores(x, bar, s, stage, phase, SOONER: gl.constexpr, HALVES: gl.cons
 def _add_left(x, a_p, o, stage, FIRST: gl.constexpr, WIDTH: gl.constexpr):
     """Begins to add a block's products of P and some of its left columns."""
     return warpgroup_mma(a_p, x.left.index(stage).slice(FIRST, WIDTH, dim=1), o, is_async=True)
+
+
+@gluon.jit
+def _store_p(x, p, MULTIPLIED: gl.constexpr):
+    """P for ``_right``, which loads it, or multiplies it where it lies."""
+    x.p.store(p)
+    if MULTIPLIED:
+        fence_async_shared()
 
 
 @gluon.jit
@@ -180,8 +188,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         e = gl.exp2(s * scale_log2 - m[:, None])
         total = gl.sum(e, 1)
         b_p = _weights(e, factor, unit, dtype, FACTORED)
-        x.p.store(b_p)
-        fence_async_shared()
+        _store_p(x, b_p, FACTORED)
         mbarrier.arrive(bar.p_full, count=1)
         a_p = gl.convert_layout(b_p, p_layout)
 
@@ -201,7 +208,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             t += BLOCK
             factor, new_unit = _factors(factors.index(other), unit, t, lo, hi, FACTORED, s_layout)
             s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 1 if HALVES else 0)
-            mbarrier.arrive(bar.scores, count=1)
+            mbarrier.arrive(bar.scores.index(stage), count=1)
             s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
             total = total * alpha
             if FACTORED:
@@ -214,8 +221,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             mbarrier.wait(bar.p_empty, g & 1)
             if HALVES and not ONE_QUERY:  # sooner than need be: several queries leave no registers for one under way
                 o_late = _settled(bar, o_late, stage)
-            x.p.store(b_p)
-            fence_async_shared()
+            _store_p(x, b_p, FACTORED)
             mbarrier.arrive(bar.p_full, count=1)
             # From here on _right works too.
             o = o * gl.convert_layout(alpha, o_row)[:, None]
@@ -231,7 +237,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
         stage = g & 1
-        mbarrier.arrive(bar.scores, count=1)
+        mbarrier.arrive(bar.scores.index(stage), count=1)
         if (t < lo) | (t + BLOCK > hi):
             _clear_dead(x.left.index(stage), t, lo, hi, LEFT, PANEL)
         o = _add_left(x, a_p, o, stage, 0, SOONER)
@@ -264,8 +270,11 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
 def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr):  # fmt: skip
-    """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed."""
+           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+    """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed.
+
+    HELD: P is read once and held in registers, where there are enough; if not, either product reads it.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUARTER, 16]
     )
@@ -303,13 +312,18 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
             if (t < lo) | (t + BLOCK > hi):
                 _clear_dead(x.right.index(2 * stage), t, lo, hi, QUARTER, PANEL)
                 _clear_dead(x.right.index(2 * stage + 1), t, lo, hi, QUARTER, PANEL)
-            o1 = warpgroup_mma(x.p, x.right.index(2 * stage), o1, is_async=True)
+            a_p = x.p
+            if HELD:
+                a_p = x.p.load(gl.DotOperandLayout(0, layout, 2))
+                mbarrier.arrive(bar.p_empty, count=1)
+            o1 = warpgroup_mma(a_p, x.right.index(2 * stage), o1, is_async=True)
             o1 = warpgroup_mma_wait(0, deps=(o1,))
             mbarrier.arrive(bar.first_empty.index(stage), count=1)
-            mbarrier.wait(bar.scores, g & 1)
-            o2 = warpgroup_mma(x.p, x.right.index(2 * stage + 1), o2, is_async=True)
+            mbarrier.wait(bar.scores.index(stage), phase)
+            o2 = warpgroup_mma(a_p, x.right.index(2 * stage + 1), o2, is_async=True)
             o2 = warpgroup_mma_wait(0, deps=(o2,))
-            mbarrier.arrive(bar.p_empty, count=1)
+            if not HELD:
+                mbarrier.arrive(bar.p_empty, count=1)
             mbarrier.arrive(bar.last_empty.index(stage), count=1)
             t += BLOCK
             g += 1
@@ -362,11 +376,12 @@ def _mla_decode_hopper_kernel(
                      HALVES)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, 1.0)),
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, 1.0,
+                      True)),
             (_fetch, (x, bar, arrived, d_c, d_pe, None, p_start, p_length, p_table, row, position, share, overhead, B,
                       T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE,
                       HALVES)),
         ],
         [4, 1],
-        [RIGHT_REGS, 32],
+        [RIGHT_REGS, 40],
     )  # fmt: skip

@@ -60,7 +60,7 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, 
     """
     BOX: gl.constexpr = _tokens(desc.block_type.shape)
     SUB: gl.constexpr = BLOCK // BOX
-    for j in range(SUB):  # not unrolled: this partition has 32 registers
+    for j in range(SUB):  # not unrolled: this partition has few registers
         o_t = t + j * BOX
         if SUB > 1:
             unit = _unit(p_pages, unit, o_t, n_pages, n_columns, PAGE)
@@ -109,7 +109,7 @@ def _fetch(x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row,
     todo = share
     while (row < B) & (todo > overhead):
         _lo, _hi, _end, t, n, _skip, _rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
-        todo = _here(todo - taken)  # one register of the 32 that the loop need not keep
+        todo = _here(todo - taken)  # one register less that the loop has to keep
         p_pages = p_table
         if PAGE > 0:
             p_pages += row.to(gl.int64) * stride_table

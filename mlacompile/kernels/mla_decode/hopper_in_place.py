@@ -155,7 +155,7 @@ def _mla_decode_hopper_in_place_kernel(
                      False)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, SHRINK)),
+                      stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, SHRINK, False)),
             (_widen, (x, bar, arrived, factors, ratios, p_start, p_length, row, position, share, overhead, B, T, LEFT,
                       QUARTER, GROUPS, G, CODE, HEADROOM, SHRINK)),
             (_fetch, (x, bar, arrived, d_c, d_pe, d_scale, p_start, p_length, p_table, row, position, share, overhead,

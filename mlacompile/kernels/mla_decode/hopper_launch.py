@@ -22,7 +22,7 @@ from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
 TILE_ROWS = 64
 BLOCK = 64  # tokens
-RIGHT_REGISTERS = 216
+RIGHT_REGISTERS = 208
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
 TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 184}  # by the columns of the turned output

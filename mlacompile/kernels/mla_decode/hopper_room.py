@@ -38,7 +38,7 @@ class Tiles:
 
 @aggregate
 class Signals:
-    """Barriers. The first nine exist once a stage; the others are waited for once a block or once a work item."""
+    """Barriers. The first ten exist once a stage; the others are waited for once a block or once a work item."""
 
     first_full: gl.shared_memory_descriptor  # first quarter and rotary keys have arrived
     left_full: gl.shared_memory_descriptor
@@ -141,7 +141,7 @@ def _setup(dtype: gl.constexpr, rope_dtype: gl.constexpr, LEFT: gl.constexpr, QU
         late_full, late_empty = _barriers(2), _barriers(2)
     bar = Signals(
         first_full, left_full, last_full, late_full, first_empty, left_empty, last_empty, late_empty, _barriers(2),
-        _barriers(1), _barriers(1), _barriers(1), _barriers(1), _barriers(1),
+        _barriers(2), _barriers(1), _barriers(1), _barriers(1), _barriers(1),
     )  # fmt: skip
     fence_async_shared()
     return x, bar

@@ -5,9 +5,11 @@ every other block, have twice the time, and one multiplies while the other works
 products when the other has issued its own, or both would multiply, and then both reckon.
 
 Blocks depend on one another by what exponents count from. Each group tells the other what it was after its block. It
-is only moved when a row exceeds it by 2^SLACK or stays 2^DROP below it: earlier output then need not be multiplied for
-most blocks, ``_values`` skip it, and P of each block uses most of the range of e4m3, which has little of it. Sums stay
-with the group, and are put together at the end of an item.
+is moved when a row exceeds it by 2^SLACK, and earlier output of that row is then multiplied by ``_values``. Where P is
+e4m3, which has little range to waste, it is by 2^FP8_SLACK. There it may also fall, but only in the first YOUNG blocks
+of an item: behind a first token that has a thousand times the weight of any other, as many models have one, little
+would be left of the others. Later a block that is low is mostly chance. Sums stay with the group, and are put together
+at the end of an item.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -26,6 +28,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
+from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
 from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
@@ -41,29 +44,13 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
 from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
-DROP = gl.constexpr(6)  # and by which a block may stay below, where P may be e4m3
-STEADY = gl.constexpr(16)  # but not further below the largest so far: earlier output, in the same unit, would overflow
+FP8_SLACK = gl.constexpr(3.0)
+FP8_LESS_ROOM = gl.constexpr(HEADROOM - SLACK - FP8_HEADROOM + FP8_SLACK)  # above what exponents count from
+FP8_SPARE = gl.constexpr(2.0)  # powers of two that the first block of an item leaves for larger scores to come
+YOUNG = gl.constexpr(8)  # blocks of an item in which what they count from may fall, too,
+DROP = gl.constexpr(12.0)  # where a block's largest is so far below the largest number that P may be,
+STEADY = gl.constexpr(12.0)  # by no more than this at once: earlier output, in the same unit, must not overflow
 QUARTER = gl.constexpr(16)  # tokens
-
-
-@gluon.jit
-def _halves(x):
-    """The first half of a fragment's columns and the second, each where it was."""
-    rows: gl.constexpr = x.shape[0]
-    columns: gl.constexpr = x.shape[1] // 2
-    first, second = gl.split(x.reshape([rows, 2, columns]).permute((0, 2, 1)))
-    layout: gl.constexpr = _fragment(columns, gl.num_warps())
-    first = gl.convert_layout(first, layout, assert_trivial=True)
-    return first, gl.convert_layout(second, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _joined(first, second):
-    """The opposite of ``_halves``."""
-    rows: gl.constexpr = first.shape[0]
-    columns: gl.constexpr = 2 * first.shape[1]
-    both = gl.join(first, second).permute((0, 2, 1)).reshape([rows, columns])
-    return gl.convert_layout(both, _fragment(columns, gl.num_warps()), assert_trivial=True)
 
 
 @gluon.jit
@@ -108,25 +95,24 @@ def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, 
 
 
 @gluon.jit
-def _count_from(x, bar, s, m_before, most, row_scale, unit, b, PARTS: gl.constexpr):
-    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
-
-    most: the largest that a block of this group would have counted from, returned with this one.
-    """
+def _count_from(x, bar, s, m_before, row_scale, unit, coarse, b, i, PARTS: gl.constexpr):
+    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``. i: its number in
+    its item."""
     buffer = b & 1
     highest = gl.max(s, 1) * row_scale + unit
     if PARTS == 1:
-        most = gl.maximum(most, highest)
-        far = (highest > m_before + SLACK) | (highest < m_before - DROP)
-        m = gl.where(far, gl.maximum(highest, m_before - STEADY), m_before)
-        m = gl.maximum(m, most - STEADY)
-    else:  # float16 has range enough for what stays below
+        slack = gl.where(coarse, FP8_SLACK, SLACK)
+        spare = gl.where(coarse & (i == 0), FP8_SPARE, 0.0)
+        low = gl.where(coarse & (i < YOUNG), FP8_SLACK - DROP, float("-inf"))
+        m = gl.where(highest > m_before + slack, highest + spare, m_before)
+        m = gl.where(highest < m_before + low, gl.maximum(highest, m_before - STEADY), m)
+    else:
         m = gl.where(highest > m_before + SLACK, highest, m_before)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m)
     x.alpha.index(buffer).store(gl.exp2(m_before - m))
     mbarrier.arrive(bar.m.index(buffer), count=1)
-    return m, most
+    return m
 
 
 @gluon.jit
@@ -187,7 +173,6 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
         _limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
-        most = m
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread(ROWS))
 
         first = (g + SIDE) & 1
@@ -216,7 +201,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS)
             s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
-            unit_of_p = _unit_of_block(x, b % PLACES, t, lo, hi) + gl.where(coarse, HEADROOM - FP8_HEADROOM, 0)
+            unit_of_p = _unit_of_block(x, b % PLACES, t, lo, hi) + gl.where(coarse, FP8_LESS_ROOM, 0.0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             if (t < lo) | (t + BLOCK > sure):  # limits are reckoned here, or they would be kept in registers
@@ -228,7 +213,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
-            m, most = _count_from(x, bar, s, m_before, most, row_scale, unit_of_p, b, PARTS)
+            m = _count_from(x, bar, s, m_before, row_scale, unit_of_p, coarse, b, i, PARTS)
             if (i + 2 < n) & (b > 0):
                 _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY, PARTS)  # fmt: skip

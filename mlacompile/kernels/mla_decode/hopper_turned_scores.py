@@ -16,7 +16,7 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _seen, _slot
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
-SLACK = gl.constexpr(6)  # powers of two by which a row may exceed what it counts from before that moves
+SLACK = gl.constexpr(6.0)  # powers of two by which a row may exceed what it counts from before that moves
 LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
 
 
@@ -88,10 +88,10 @@ def _with_rope(x, q_pe, s, stage, BLOCK_P: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _unit_of_p(largest, headroom: gl.constexpr):
-    """The exponent of the unit in which P is held that is multiplied with factors up to ``largest``."""
+def _unit_of_p(largest, room: gl.constexpr):
+    """The exponent of the unit in which P reaches 2^room that is multiplied with factors up to ``largest``."""
     largest = gl.maximum(largest, LEAST_FACTOR)
-    return ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + headroom)).to(gl.float32)
+    return ((largest.to(gl.int32, bitcast=True) >> 23) - (126 + room)).to(gl.float32)
 
 
 @gluon.jit
@@ -107,11 +107,12 @@ def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
 
 @gluon.jit
 def _unit_of_block(x, place, t, lo, hi):
-    """The exponent of the unit of P in float16. Every warp looks at all factors, so none waits for another."""
+    """The exponent of the unit of P in float16, which leaves SLACK. Every warp looks at all factors: none waits for
+    another."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     factors = _live_factors(x.factors.index(place), t, lo, hi, layout)
     largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
-    return _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM) + SLACK
+    return _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM - SLACK)
 
 
 @gluon.constexpr_function

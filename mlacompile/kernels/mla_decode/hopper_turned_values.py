@@ -8,16 +8,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _slot
+from mlacompile.kernels.mla_decode.hopper_turned_moved import _moved, _shrunk
 from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment, _is_coarse, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
-from mlacompile.kernels.mla_decode.hopper_turned_wide import _moved, _sum_of_item
+from mlacompile.kernels.mla_decode.hopper_turned_wide import _sum_of_item
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     STEP,
     _add_products,
     _clear_dead_words,
     _columns_of,
     _pairs_of,
-    _shrunk,
     _step_of,
 )
 
@@ -45,9 +45,10 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
     pairs = _pairs_of(tile, 0, a_layout)
     v_even, v_odd = _columns_of(pairs)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    if GROUPS > 1 or _moved(x.alpha.index(buffer).slice(0, ROWS // 2, dim=0)):
-        alpha = x.alpha.index(buffer).slice(0, COLS, dim=0).load(gl.SliceLayout(0, layout))
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    alpha = x.alpha.index(buffer).slice(0, COLS, dim=0)
+    moved = _moved(alpha)
+    if moved != 0:
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, moved, TILES)
     b_p = _weights_of(x, weights, buffer, TILE, COLS, GROUPS)
     even0, odd0 = _add_products(v_even, v_odd, _step_of(b_p, 0), even0, odd0)
     for i in gl.static_range(1, BLOCK // STEP):

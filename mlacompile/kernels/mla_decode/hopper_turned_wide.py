@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_turned_moved import _moved, _shrunk
 from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
@@ -27,16 +28,8 @@ from mlacompile.kernels.mla_decode.hopper_turned_words import (
     _fp8_words_of,
     _kept,
     _pairs_of,
-    _shrunk,
     _step_of,
 )
-
-
-@gluon.jit
-def _moved(alpha):
-    """Whether any row counts from another maximum than before. Every warp looks at all rows: none waits for another."""
-    layout: gl.constexpr = gl.BlockedLayout([alpha.shape[0] // 32], [32], [gl.num_warps()], [0])
-    return gl.max(alpha.load(layout).to(gl.int32, bitcast=True) ^ 0x3F800000, 0) != 0
 
 
 @gluon.jit
@@ -90,8 +83,8 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
                     TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
-    later, latest: its first words, in the order of their steps. moved: earlier output has to be multiplied. Returns
-    these for the next block, too, if there is one ``more`` of this item.
+    later, latest: its first words, in the order of their steps. moved: groups of rows whose earlier output has to be
+    multiplied. Returns these for the next block, too, if there is one ``more`` of this item.
     """
     STEPS: gl.constexpr = BLOCK // STEP
     N: gl.constexpr = TILES * STEPS
@@ -101,9 +94,8 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     even, odd = _columns(later, False, layout)
     later = latest
     latest = _words(words, stage * TILES, 2, False, layout)
-    if moved:
-        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    if moved != 0:
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, x.alpha.index(buffer), moved, TILES)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(N):
         right = _weights(x, buffer, i % STEPS, STEPS, False)
@@ -140,9 +132,10 @@ def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, 
     stage = g % STAGES
     buffer = g & 1
     mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)  # the block's scores are computed: it has arrived
-    if _moved(x.alpha.index(buffer)) & earlier:
-        alpha = x.alpha.index(buffer).load(gl.SliceLayout(0, layout))
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, TILES)
+    alpha = x.alpha.index(buffer)
+    moved = _moved(alpha)
+    if (moved != 0) & earlier:
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, moved, TILES)
     _clear_dead_block(words, stage * TILES, t, lo, hi, TILES)
     parts = ()
     for i in gl.static_range(TILES * STEPS):
@@ -183,7 +176,7 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
             g += 1
     else:
         mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
-        moved = n < 0  # there is no earlier output
+        moved = 0  # there is no earlier output
         later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
         for i in range(n):
             even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(

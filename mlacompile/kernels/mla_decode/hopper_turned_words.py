@@ -102,15 +102,3 @@ def _clear_dead_words(words, t, lo, hi):
         panel = words.slice(i * 64, 64, dim=1)
         panel.store(gl.where(live[:, None], panel.load(layout), 0))
     fence_async_shared()
-
-
-@gluon.jit
-def _shrunk(even0, odd0, even1, odd1, alpha, TILES: gl.constexpr):
-    """Earlier output in units of a new maximum."""
-    alpha = alpha[None, :]
-    even0 *= alpha
-    odd0 *= alpha
-    if TILES > 1:
-        even1 *= alpha
-        odd1 *= alpha
-    return even0, odd0, even1, odd1

@@ -314,7 +314,7 @@ def least_of_e4m3(stored: LatentInputs, said: LatentInputs) -> Tensor:
     from mlacompile.kernels.mla_decode import hopper_turned_by_turns as kernel
 
     names = ("FP8_SLACK", "FP8_SPARE", "YOUNG", "DROP", "STEADY")
-    slack, spare, young, drop, steady = (int(getattr(kernel, name)) for name in names)
+    slack, spare, young, drop, steady = (getattr(x, "value", x) for x in (getattr(kernel, name) for name in names))
     q_latent, _, c_kv, *_ = said.tensors
     descale = stored.tensors[8]
     assert q_latent is not None

@@ -19,11 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
-from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_rows import _limits, _softmax
 from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
-    SLACK,
     _fp8_products,
     _products,
     _report,
@@ -156,13 +155,10 @@ def _p_of_two(x, e, stage, group: gl.constexpr):
 @gluon.jit
 def _publish_groups(x, bar, s, largest, m, total, row_scale, b, stage, t, lo, hi, sure, limit, GROUPS: gl.constexpr,
                     CAUSAL: gl.constexpr):  # fmt: skip
-    """Softmax of block b: stores P of each group and alpha for ``_values``, returns what exponents count from and the
-    running sum."""
-    s = _seen(s, t, lo, hi, sure, limit, CAUSAL, _softmax_layout())
-    highest = gl.max(s, 1) * row_scale + _unit_of_p(largest, HEADROOM - SLACK)
-    m_before = m
-    m = gl.where(highest > m + SLACK, highest, m)
-    alpha = gl.exp2(m_before - m)
+    """Softmax of block b: stores P of each group and alpha for ``_values``, returns the running maximum and sum."""
+    shift = _unit_of_p(largest, HEADROOM)
+    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout())
+    m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
     buffer = b & 1
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)

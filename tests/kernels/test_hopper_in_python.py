@@ -43,17 +43,43 @@ CASES = [
 ]
 
 
-def parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
+def parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, *, seldom: bool = False) -> None:
     said = make_inputs(case)
     want = exact(said)
-    out, lse = mla_in_python.decode(monkeypatch, MODULES, paged(said, page) if page else said, HopperPlan(parts))
+    plan = HopperPlan(parts, seldom=seldom)
+    out, lse = mla_in_python.decode(monkeypatch, MODULES, paged(said, page) if page else said, plan)
     assert (out.double() - want.out).norm() / want.out.norm() < 1e-3
     assert torch.allclose(lse.double(), want.lse, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("seldom", [False, True])
 @pytest.mark.parametrize(("case", "page", "parts"), CASES, ids=str)
-def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
-    parity(monkeypatch, case, page, parts)
+def test_parity(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, seldom: bool) -> None:
+    parity(monkeypatch, case, page, parts, seldom=seldom)
+
+
+@pytest.mark.parametrize("heads", [16, 72])
+def test_earlier_output_is_multiplied_only_where_a_row_moved(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """Scores so far apart that some rows exceed what they count from by 2^6, in some blocks and not in all."""
+    said = make_inputs(replace(CASE, heads=heads, batch=1, tokens=900))
+    q_latent, q_pe, *_ = said.tensors
+    assert q_latent is not None and q_pe is not None  # noqa: PT018
+    q_latent.mul_(6), q_pe.mul_(6)
+    seen: list[int] = []
+    moved = hopper_rows._moved.fn
+
+    def recorded(alpha: Any) -> Any:
+        groups = moved(alpha)
+        seen.append(int(groups))
+        return groups
+
+    monkeypatch.setattr(hopper_rows._moved, "fn", recorded)
+    out, lse = mla_in_python.decode(monkeypatch, MODULES, said, HopperPlan(1, seldom=True))
+    want = exact(said)
+    assert (out.double() - want.out).norm() / want.out.norm() < 1e-3
+    assert torch.allclose(lse.double(), want.lse, atol=1e-3, rtol=1e-4)
+    assert 0 in seen, "something is multiplied for every block"
+    assert any(seen), "nothing ever moves"
 
 
 #: The same on an FP8 cache, and what its factors are for.

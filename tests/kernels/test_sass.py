@@ -173,6 +173,16 @@ def test_hopper(
     assert merge.local_memory == 0
 
 
+def test_hopper_that_seldom_multiplies_earlier_output(record_property: Callable[[str, object], None]) -> None:
+    variant = (128, 1, 512, 64, 64, torch.bfloat16)
+    (main,), (always,) = (build_hopper(*variant, merge=False, seldom=seldom) for seldom in (True, False))
+    record_property("compiled", table([main]))
+    assert {k: main.counts[k] for k in ("HGMMA", "UTMALDG", "DEPBAR")} == {
+        k: always.counts[k] for k in ("HGMMA", "UTMALDG", "DEPBAR")
+    }
+    assert main.serialized == main.unordered == main.local_memory == 0
+
+
 #: The same, and how the FP8 cache lies.
 FP8_VARIANTS = [
     *([(128, 1, 512, 64, 0, torch.bfloat16, "per token")] if FULL else []),

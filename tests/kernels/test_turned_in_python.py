@@ -147,14 +147,14 @@ def test_only_groups_of_rows_that_moved_are_multiplied(
     q_latent.mul_(6)
     stored, said = quantized(inputs, per=per)
     seen: set[int] = set()
-    moved = hopper_turned_moved._moved.fn
+    moved = hopper_rows._moved.fn
 
     def recorded(alpha: Any) -> Any:
         groups = moved(alpha)
         seen.add(int(groups))
         return groups
 
-    monkeypatch.setattr(hopper_turned_moved._moved, "fn", recorded)
+    monkeypatch.setattr(hopper_rows._moved, "fn", recorded)
     stored = stored if per == "token" else in_one_run(stored)
     out, lse = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=coarse_from, tile_rows=tile_rows))
     coarse = heads > 32 and tile_rows == 64 and not coarse_from

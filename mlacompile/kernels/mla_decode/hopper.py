@@ -40,6 +40,7 @@ from mlacompile.kernels.mla_decode.hopper_rows import (
     _count,
     _factors,
     _limits,
+    _moved,
     _queries,
     _rope_scores,
     _rows,
@@ -96,6 +97,20 @@ def _store_p(x, p, MULTIPLIED: gl.constexpr):
 
 
 @gluon.jit
+def _rescaled(here, alpha, first, second, BOTH: gl.constexpr, SELDOM: gl.constexpr):
+    """Earlier output in units of a new maximum. here: alpha of all rows, in shared memory; SELDOM: looked at first."""
+    if SELDOM:
+        moved = _moved(here)
+    else:
+        moved = 1
+    if moved != 0:
+        first = first * alpha[:, None]
+        if BOTH:
+            second = second * alpha[:, None]
+    return first, second
+
+
+@gluon.jit
 def _settled(bar, o_late, stage):
     """The second half of the left columns, when a block has been added to it."""
     o_late = warpgroup_mma_wait(0, deps=(o_late,))
@@ -137,12 +152,13 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
           overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
           CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, WIDEST: gl.constexpr, factors, FACTORED: gl.constexpr,
-          SHRINK: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
+          SHRINK: gl.constexpr, HALVES: gl.constexpr, SELDOM: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block, and the left columns of the output.
 
     WIDEST: columns of one wgmma. factors: if FACTORED [2, 64], what the latents of a stage, times queries that are
     SHRINK of what they were, are still to be multiplied with. HALVES: the second half of the left columns, o_late, is
-    multiplied behind the scores of the next block.
+    multiplied behind the scores of the next block. SELDOM: as for ``_softmax``; earlier output is multiplied only where
+    some row moved.
     """
     SOONER: gl.constexpr = LEFT // 2 if HALVES else LEFT
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -182,7 +198,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
         s = _other_scores(x, bar, s, stage, phase, SOONER, HALVES)
         factor, unit = _factors(factors.index(stage), unit, t, lo, hi, FACTORED, s_layout)
         s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 0)
-        s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
+        s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout, SELDOM)
         x.alpha.index(stage).store(alpha)
         mbarrier.arrive(bar.alpha.index(stage), count=1)
         e = gl.exp2(s * scale_log2 - m[:, None])
@@ -209,7 +225,7 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             factor, new_unit = _factors(factors.index(other), unit, t, lo, hi, FACTORED, s_layout)
             s = _computed(s, s_pe, factor, FACTORED, BLOCK_P, 1 if HALVES else 0)
             mbarrier.arrive(bar.scores.index(stage), count=1)
-            s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout)
+            s, m, alpha = _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL, s_layout, SELDOM)
             total = total * alpha
             if FACTORED:
                 alpha = alpha * (unit / new_unit)
@@ -224,11 +240,9 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
             _store_p(x, b_p, FACTORED)
             mbarrier.arrive(bar.p_full, count=1)
             # From here on _right works too.
-            o = o * gl.convert_layout(alpha, o_row)[:, None]
-            if HALVES:
-                if ONE_QUERY:
-                    o_late = _settled(bar, o_late, stage)
-                o_late = o_late * gl.convert_layout(alpha, o_row)[:, None]
+            if HALVES and ONE_QUERY:
+                o_late = _settled(bar, o_late, stage)
+            o, o_late = _rescaled(x.alpha.index(other), gl.convert_layout(alpha, o_row), o, o_late, HALVES, SELDOM)
             a_p = gl.convert_layout(b_p, p_layout)
             total += gl.sum(e, 1)
             g += 1
@@ -270,7 +284,8 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
 def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr, HELD: gl.constexpr,
+           SELDOM: gl.constexpr):  # fmt: skip
     """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed.
 
     HELD: P is read once and held in registers, where there are enough; if not, either product reads it.
@@ -303,9 +318,7 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
             stage = g & 1
             phase = (g >> 1) & 1
             mbarrier.wait(bar.alpha.index(stage), phase)
-            alpha = x.alpha.index(stage).load(o_row)
-            o1 = o1 * alpha[:, None]
-            o2 = o2 * alpha[:, None]
+            o1, o2 = _rescaled(x.alpha.index(stage), x.alpha.index(stage).load(o_row), o1, o2, True, SELDOM)
             mbarrier.wait(bar.first_full.index(stage), phase)
             mbarrier.wait(bar.last_full.index(stage), phase)
             mbarrier.wait(bar.p_full, g & 1)
@@ -353,7 +366,8 @@ def _mla_decode_hopper_kernel(
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-    CHUNK: gl.constexpr, MANY: gl.constexpr, HALVES: gl.constexpr, RIGHT_REGS: gl.constexpr, num_warps: gl.constexpr,
+    CHUNK: gl.constexpr, MANY: gl.constexpr, HALVES: gl.constexpr, RIGHT_REGS: gl.constexpr, SELDOM: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
 
@@ -373,11 +387,11 @@ def _mla_decode_hopper_kernel(
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
                      stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False, 1.0,
-                     HALVES)),
+                     HALVES, SELDOM)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                       stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, 1.0,
-                      True)),
+                      True, SELDOM)),
             (_fetch, (x, bar, arrived, d_c, d_pe, None, p_start, p_length, p_table, row, position, share, overhead, B,
                       T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE,
                       HALVES)),

@@ -154,7 +154,7 @@ def hopper_launches(
         "PAGE": 0 if block_table is None else c_kv.shape[1], "CAUSAL": causal and s > 1, "ONE_QUERY": s == 1,
     }  # fmt: skip
     if descale is None:
-        kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
+        kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments) | {"SELDOM": plan.seldom}
     elif plan.turned:
         kernel = _mla_decode_hopper_turned_kernel
         more = _turned(c_kv, k_pe, descale, q_latent.dtype, tile_rows, plan.coarse_from, arguments)

@@ -10,6 +10,8 @@ from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here
 
 SMALLEST = gl.constexpr(1e-30)
 STEADY = gl.constexpr(2.0**-20)
+SLACK = gl.constexpr(6.0)  # powers of two by which a row may exceed what it counts from before that moves
+GROUP = gl.constexpr(8)  # rows: columns of a turned product that lie side by side in a fragment
 
 
 @gluon.jit
@@ -145,14 +147,34 @@ def _seen(s, t, lo, hi, sure, limit, CAUSAL: gl.constexpr, layout: gl.constexpr)
 
 
 @gluon.jit
-def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr):
-    """Masked scores of a block, the new running maximum (base 2), and the factor for what was summed before.
+def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr,
+             SELDOM: gl.constexpr = False):  # fmt: skip
+    """Masked scores of a block, what exponents count from (base 2), and the factor for what was summed before.
 
-    sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL.
+    sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL. SELDOM: what
+    exponents count from is not always the largest so far, but less than that by 2^SLACK at most.
     """
     s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
-    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    highest = gl.max(s, 1) * scale_log2
+    if SELDOM:
+        m_new = gl.where(highest > m + SLACK, highest, m)
+    else:
+        m_new = gl.maximum(m, highest)
     return s, m_new, gl.exp2(m - m_new)
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def _moved(alpha):
+    """Bit i: whether a row of group i counts from another maximum than before. Every warp looks at all rows: none waits
+    for another."""
+    layout: gl.constexpr = gl.BlockedLayout([max(alpha.shape[0] // 32, 1)], [32], [gl.num_warps()], [0])
+    group = gl.arange(0, alpha.shape[0], layout) // GROUP
+    return gl.reduce(gl.where(alpha.load(layout) != 1.0, 1 << group, 0), 0, _either)
 
 
 @gluon.jit

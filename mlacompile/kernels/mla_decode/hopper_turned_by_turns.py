@@ -26,13 +26,12 @@ from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
-from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_rows import SLACK, _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
 from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
-    SLACK,
     _add_rope,
     _by_thread,
     _fp8_products,

@@ -10,23 +10,8 @@ multiplied.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mlacompile.kernels.mla_decode.hopper_rows import GROUP
 from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment
-
-GROUP = gl.constexpr(8)  # rows: columns of a product that lie side by side in a fragment
-
-
-@gluon.jit
-def _either(a, b):
-    return a | b
-
-
-@gluon.jit
-def _moved(alpha):
-    """Bit i: whether a row of group i counts from another maximum than before. Every warp looks at all rows: none waits
-    for another."""
-    layout: gl.constexpr = gl.BlockedLayout([max(alpha.shape[0] // 32, 1)], [32], [gl.num_warps()], [0])
-    group = gl.arange(0, alpha.shape[0], layout) // GROUP
-    return gl.reduce(gl.where(alpha.load(layout) != 1.0, 1 << group, 0), 0, _either)
 
 
 @gluon.jit

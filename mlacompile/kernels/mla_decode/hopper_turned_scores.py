@@ -13,10 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
-from mlacompile.kernels.mla_decode.hopper_rows import _limits, _rows, _seen, _slot
+from mlacompile.kernels.mla_decode.hopper_rows import SLACK, _limits, _rows, _seen, _slot
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision
-SLACK = gl.constexpr(6.0)  # powers of two by which a row may exceed what it counts from before that moves
 LEAST_FACTOR = gl.constexpr(1e-24)  # factors below count as this one: their sums without factor stay finite
 
 

@@ -7,8 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
-from mlacompile.kernels.mla_decode.hopper_rows import _slot
-from mlacompile.kernels.mla_decode.hopper_turned_moved import _moved, _shrunk
+from mlacompile.kernels.mla_decode.hopper_rows import _moved, _slot
+from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
 from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment, _is_coarse, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 from mlacompile.kernels.mla_decode.hopper_turned_wide import _sum_of_item

@@ -16,7 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_moved import _moved, _shrunk
+from mlacompile.kernels.mla_decode.hopper_rows import _moved
+from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
 from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,

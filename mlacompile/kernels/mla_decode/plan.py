@@ -154,7 +154,8 @@ class HopperPlan:
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
     costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. tile_rows: at
     most so many rows (query, head) are a tile, 64, or 32 of those products. coarse_from: of how many tokens on the
-    weights of the softmax are FP8 values, too, in tiles of 64.
+    weights of the softmax are FP8 values, too, in tiles of 64. seldom: on a cache of 16 bits, what exponents count from
+    moves only when a row exceeds it by 2^6, and earlier output is multiplied only then.
     """
 
     parts: int
@@ -163,9 +164,10 @@ class HopperPlan:
     turned: bool = False
     coarse_from: int = COARSE_FROM
     tile_rows: int = 64
+    seldom: bool = False
 
     def __str__(self) -> str:
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{f'-turned{self.tile_rows}' * self.turned}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{f'-turned{self.tile_rows}' * self.turned}{'-seldom' * self.seldom}"
 
 
 def turned_tile_rows(shape: Shape) -> int:

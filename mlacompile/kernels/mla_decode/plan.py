@@ -167,7 +167,8 @@ class HopperPlan:
     seldom: bool = False
 
     def __str__(self) -> str:
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{f'-turned{self.tile_rows}' * self.turned}{'-seldom' * self.seldom}"
+        forms = f"{f'-turned{self.tile_rows}' * self.turned}{'-seldom' * self.seldom}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{forms}"
 
 
 def turned_tile_rows(shape: Shape) -> int:

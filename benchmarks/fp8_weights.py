@@ -1,6 +1,6 @@
 """What weights of the softmax in e4m3 cost, and how often what they count from moves: a simulation, on the CPU.
 
-    python benchmarks/fp8_weights.py                                     the rule of the kernel, what it is made of, another
+    python benchmarks/fp8_weights.py                               the rule of the kernel, its parts, another
     python benchmarks/fp8_weights.py --out results/fp8_weights-cpu.json
 
 A row of scores is taken block by block, as ``hopper_turned_by_turns.py`` takes it: weights of a block are e4m3 values,

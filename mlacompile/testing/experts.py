@@ -35,6 +35,18 @@ def disagreement(
     return ""
 
 
+def disorder(m: int, experts: int, dtype: torch.dtype = torch.int64, device: str = "cpu") -> str:
+    """Where rows are not in the order of their experts, each as it came, or an expert does not begin where it does."""
+    from mlacompile.kernels.fp8_experts.launch import in_order
+
+    expert = _experts(m, experts).to(device, dtype)
+    order, starts = in_order(expert, experts)
+    if not torch.equal(order.long(), expert.sort(stable=True).indices):
+        return f"{m} rows of {experts} experts: {order.tolist()} for {expert.tolist()}"
+    begins = (expert[None, :] < torch.arange(experts + 1, device=device)[:, None]).sum(1)
+    return "" if torch.equal(starts.long(), begins) else f"experts begin at {starts.tolist()}, not {begins.tolist()}"
+
+
 def _experts(m: int, experts: int) -> Tensor:
     """Half of the rows have the first expert, the others any or none."""
     chosen = torch.randint(-1, experts + 1, (m,), generator=torch.Generator().manual_seed(m))

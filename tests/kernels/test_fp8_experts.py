@@ -11,7 +11,7 @@ import torch
 
 from mlacompile.kernels.fp8_experts.supports import experts_reasons
 from mlacompile.ops.fp8_experts import fp8_experts
-from mlacompile.testing.experts import SHAPES, disagreement
+from mlacompile.testing.experts import SHAPES, disagreement, disorder
 from mlacompile.testing.scaled import E4M3, KINDS
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
@@ -52,6 +52,19 @@ def test_what_it_compiles_to(
     assert built.serialized == built.local_memory == built.spill_bytes == 0
 
 
+def test_few_rows_are_ordered_in_one_launch(record_property: Callable[[str, object], None]) -> None:
+    from mlacompile.kernels.fp8_experts.launch import order_launch
+    from mlacompile.testing.sass import compile_for, table
+
+    launch = order_launch(
+        meta(512, dtype=torch.int64), meta(512, dtype=torch.int32), meta(257, dtype=torch.int32)
+    )  # fmt: skip
+    assert launch.grid == (16 + 9,), "32 rows or 32 beginnings a program"
+    built = compile_for(launch.kernel, launch.arguments, launch.options, name="order of 512")
+    record_property("compiled", table([built]))
+    assert built.local_memory == built.spill_bytes == 0
+
+
 def test_what_it_does_not_take() -> None:
     x, w = meta(4, 256, dtype=E4M3), meta(2000, 128, 256, dtype=E4M3)
     reasons = "; ".join(experts_reasons(x, meta(4, 2), w, meta(2000, 1, 2), meta(4), torch.bfloat16))
@@ -66,6 +79,22 @@ def test_what_it_does_not_take() -> None:
 def test_parity(shape: tuple[int, int, int, int], kind: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         assert not disagreement(*shape, kind=kind, dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
+@pytest.mark.parametrize("rows", [1, 8, 130, 4096, 5000])
+def test_order(rows: int) -> None:
+    """Counted, and of many rows sorted, which need not leave those of an expert as they came."""
+    from mlacompile.kernels.fp8_experts.launch import COUNTED_ROWS, in_order
+
+    if rows <= COUNTED_ROWS:
+        assert not disorder(rows, 256, device="cuda")
+    else:
+        expert = torch.randint(-1, 257, (rows,), device="cuda")
+        order, starts = in_order(expert, 256)
+        assert torch.equal(expert[order.long()], expert.sort().values)
+        assert torch.equal(starts, (expert[None] < torch.arange(257, device="cuda")[:, None]).sum(1).int())
 
 
 @pytest.mark.gpu

@@ -11,6 +11,8 @@ from torch import Tensor
 from mlacompile.kernels.fp8_linear.launch import Launch, descriptor, power
 
 BLOCK_N = 64  # rows of a weight: two tiles share a scale
+COUNTED_ROWS = 4096  # up to here every row is compared with every other; more are sorted
+COUNTED_AT_ONCE = 32  # by one program
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,27 @@ def in_order(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
     Rows of no expert come before the first beginning or behind the last.
     """
+    if 0 < len(expert) <= COUNTED_ROWS:
+        order = expert.new_empty(len(expert), dtype=torch.int32)
+        starts = expert.new_empty(experts + 1, dtype=torch.int32)
+        order_launch(expert, order, starts)()
+        return order, starts
     ordered, order = expert.sort()
     starts = torch.searchsorted(ordered, torch.arange(experts + 1, device=expert.device, dtype=expert.dtype))
     return order.to(torch.int32), starts.to(torch.int32)
+
+
+def order_launch(expert: Tensor, order: Tensor, starts: Tensor) -> Launch:
+    """The launch that fills order and starts. Meta tensors do, to compile without a GPU."""
+    from mlacompile.kernels.fp8_experts.order import _expert_order_kernel
+
+    m, experts = len(order), len(starts) - 1
+    grid = (-(-m // COUNTED_AT_ONCE) + -(-(experts + 1) // COUNTED_AT_ONCE),)
+    arguments = {
+        "p_expert": expert.contiguous(), "p_order": order, "p_starts": starts, "M": m, "E": experts,
+        "SOME": COUNTED_AT_ONCE, "STEP": 128,
+    }  # fmt: skip
+    return Launch(_expert_order_kernel, grid, arguments, {"num_warps": 4})
 
 
 def fp8_experts_triton(

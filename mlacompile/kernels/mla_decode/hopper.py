@@ -89,10 +89,10 @@ def _add_left(x, a_p, o, stage, FIRST: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _store_p(x, p, MULTIPLIED: gl.constexpr):
-    """P for ``_right``, which loads it, or multiplies it where it lies."""
+def _store_p(x, p, IN_PLACE: gl.constexpr):
+    """P for ``_right``. IN_PLACE: which multiplies it where it lies, and does not load it."""
     x.p.store(p)
-    if MULTIPLIED:
+    if IN_PLACE:
         fence_async_shared()
 
 

@@ -43,12 +43,12 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
 from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
-FP8_SLACK = gl.constexpr(3.0)
-FP8_LESS_ROOM = gl.constexpr(HEADROOM - SLACK - FP8_HEADROOM + FP8_SLACK)  # above what exponents count from
-FP8_SPARE = gl.constexpr(2.0)  # powers of two that the first block of an item leaves for larger scores to come
-YOUNG = gl.constexpr(8)  # blocks of an item in which what they count from may fall, too,
-DROP = gl.constexpr(12.0)  # where a block's largest is so far below the largest number that P may be,
-STEADY = gl.constexpr(12.0)  # by no more than this at once: earlier output, in the same unit, must not overflow
+FP8_SLACK = gl.constexpr(3.0)  # powers of two, as all of these
+FP8_SPARE = gl.constexpr(2.0)  # what the first block of an item leaves for larger scores to come
+FP8_LESS_ROOM = gl.constexpr((HEADROOM - SLACK) - (FP8_HEADROOM - FP8_SLACK))  # than float16 has for one weight
+YOUNG = gl.constexpr(8)  # blocks of an item in which what exponents count from may fall, too:
+DROP = gl.constexpr(12.0)  # where a block stays so far below the largest number that P may be,
+STEADY = gl.constexpr(12.0)  # by no more than this at once, or earlier output, in the same unit, would overflow
 QUARTER = gl.constexpr(16)  # tokens
 
 

@@ -8,6 +8,8 @@ CUDA graph can replay that; where a kernel takes the inputs, compiled graphs hav
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,14 +76,7 @@ def _check(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor,
 
 
 def _fake(
-    x: Tensor,
-    x_descale: Tensor,
-    weight: Tensor,
-    weight_descale: Tensor,
-    expert: Tensor,
-    dtype: torch.dtype,
-    *,
-    impl: str = "auto",
+    x: Tensor, _x_descale: Tensor, weight: Tensor, _descale: Tensor, _expert: Tensor, dtype: torch.dtype, **_: Any
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 

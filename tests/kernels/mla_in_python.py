@@ -24,6 +24,7 @@ import torch
 from triton.experimental.gluon import language as real
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.mla_decode import hopper_rows
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import LatentInputs
@@ -334,6 +335,20 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
                 monkeypatch.setattr(value.fn, "__defaults__", defaults or None)
             elif hasattr(value, "__wrapped__") and name.startswith("_"):
                 monkeypatch.setattr(module, name, value.__wrapped__)
+
+
+def moved_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What ``_moved`` will find, bit by bit, for every block and partition that asks."""
+    found: list[int] = []
+    moved = hopper_rows._moved.fn
+
+    def recorded(alpha: Any) -> Any:
+        groups = moved(alpha)
+        found.append(int(groups))
+        return groups
+
+    monkeypatch.setattr(hopper_rows._moved, "fn", recorded)
+    return found
 
 
 def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -15,6 +15,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_fetch,
     hopper_in_place,
     hopper_plan,
+    hopper_right,
     hopper_room,
     hopper_rows,
     merge,
@@ -25,7 +26,7 @@ from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import LatentCase, exact, in_one_run, make_inputs, paged, quantized, worst
 from tests.kernels import mla_in_python
 
-MODULES = [hopper, hopper_fetch, hopper_in_place, hopper_plan, hopper_room, hopper_rows, merge, widen]
+MODULES = [hopper, hopper_fetch, hopper_in_place, hopper_plan, hopper_right, hopper_room, hopper_rows, merge, widen]
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
@@ -65,15 +66,7 @@ def test_earlier_output_is_multiplied_only_where_a_row_moved(monkeypatch: pytest
     q_latent, q_pe, *_ = said.tensors
     assert q_latent is not None and q_pe is not None  # noqa: PT018
     q_latent.mul_(6), q_pe.mul_(6)
-    seen: list[int] = []
-    moved = hopper_rows._moved.fn
-
-    def recorded(alpha: Any) -> Any:
-        groups = moved(alpha)
-        seen.append(int(groups))
-        return groups
-
-    monkeypatch.setattr(hopper_rows._moved, "fn", recorded)
+    seen = mla_in_python.moved_groups(monkeypatch)
     out, lse = mla_in_python.decode(monkeypatch, MODULES, said, HopperPlan(1, seldom=True))
     want = exact(said)
     assert (out.double() - want.out).norm() / want.out.norm() < 1e-3

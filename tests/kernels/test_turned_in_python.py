@@ -146,15 +146,7 @@ def test_only_groups_of_rows_that_moved_are_multiplied(
     assert q_latent is not None
     q_latent.mul_(6)
     stored, said = quantized(inputs, per=per)
-    seen: set[int] = set()
-    moved = hopper_rows._moved.fn
-
-    def recorded(alpha: Any) -> Any:
-        groups = moved(alpha)
-        seen.add(int(groups))
-        return groups
-
-    monkeypatch.setattr(hopper_rows._moved, "fn", recorded)
+    seen = mla_in_python.moved_groups(monkeypatch)
     stored = stored if per == "token" else in_one_run(stored)
     out, lse = run(monkeypatch, stored, HopperPlan(1, turned=True, coarse_from=coarse_from, tile_rows=tile_rows))
     coarse = heads > 32 and tile_rows == 64 and not coarse_from
@@ -165,7 +157,7 @@ def test_only_groups_of_rows_that_moved_are_multiplied(
     assert (out.double() - want.out).norm() / want.out.norm() < (2**-4 if coarse else 3e-3)
     assert not worst(lse, want.lse, want.lse_bound), worst(lse, want.lse, want.lse_bound)
     groups = min(-(-heads // 16) * 16, tile_rows, 64) // 8
-    assert seen - {0, (1 << groups) - 1}, seen
+    assert set(seen) - {0, (1 << groups) - 1}, seen
 
 
 def test_what_a_row_counts_from_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

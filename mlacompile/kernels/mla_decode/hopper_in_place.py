@@ -1,8 +1,9 @@
 """The Hopper kernel on an FP8 cache: four more warps widen values to float16 between the fetching and the multiplying.
 
-``_fetch``, ``_left`` and ``_right`` are those of ``hopper.py``, and the latter two see tiles of 16 bits. FP8 values are
-fetched into the first half of the very memory that their tile of 16 bits will fill. ``_widen`` reads them and writes
-the tile over them, last columns first: so there are two stages in flight, as without it, and no memory beside them.
+``_fetch``, ``_left`` and ``_right`` are those of the kernel for 16 bits, and the latter two see tiles of 16 bits. FP8
+values are fetched into the first half of the very memory that their tile of 16 bits will fill. ``_widen`` reads them
+and writes the tile over them, last columns first: so there are two stages in flight, as without it, and no memory
+beside them.
 
 Tiles are in float16 whatever the queries are in: it holds every FP8 value, two of them are converted by one
 instruction, and P is eight times as exact in it. One factor a token multiplies scores and P in float32; of several the
@@ -17,9 +18,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mlacompile.kernels.mla_decode.hopper import _left, _right
+from mlacompile.kernels.mla_decode.hopper import _left
 from mlacompile.kernels.mla_decode.hopper_fetch import _columns, _fetch, _scales_at
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
+from mlacompile.kernels.mla_decode.hopper_right import _right
 from mlacompile.kernels.mla_decode.hopper_room import Parts, _barriers, _setup, _wait_for_earlier
 from mlacompile.kernels.mla_decode.widen import _in_words, _rows_of_words, _twice
 

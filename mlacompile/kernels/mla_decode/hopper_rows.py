@@ -178,6 +178,20 @@ def _moved(alpha):
 
 
 @gluon.jit
+def _rescaled(here, alpha, first, second, BOTH: gl.constexpr, SELDOM: gl.constexpr):
+    """Earlier output in units of a new maximum. here: alpha of all rows, in shared memory; SELDOM: looked at first."""
+    if SELDOM:
+        moved = _moved(here)
+    else:
+        moved = 1
+    if moved != 0:
+        first = first * alpha[:, None]
+        if BOTH:
+            second = second * alpha[:, None]
+    return first, second
+
+
+@gluon.jit
 def _store_columns(o, total, through, p_out, p_part, whole, i_b, slot, i_tile, n_tiles, H, S, COLUMN: gl.constexpr,
                    WIDTH: gl.constexpr, R: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Normalize output columns and write them: to the result if the item is a whole row, else to its slot.

@@ -3,10 +3,11 @@
     python benchmarks/fp8_weights.py                               the rule of the kernel, its parts, another
     python benchmarks/fp8_weights.py --out results/fp8_weights-cpu.json
 
-A row of scores is taken block by block, as ``hopper_turned_by_turns.py`` takes it: weights of a block are e4m3 values,
-counted from a power of two that follows the largest score so far by some rule. Scores are random, of some standard
-deviation; or near each other, behind a first token with 2^n times the weight of any other, whose own values are zero,
-as those of such tokens nearly are. Values have nothing to do with scores: where they have, errors are smaller.
+A row of scores is taken block by block, as ``hopper_turned_by_turns.py`` takes it, the last block first: weights of a
+block are e4m3 values, counted from a power of two that follows the largest score so far by some rule. Scores are
+random, of some standard deviation; or near each other, behind a first token with 2^n times the weight of any other,
+whose own values are zero, as those of such tokens nearly are. Values have nothing to do with scores: where they have,
+errors are smaller.
 ``moved``: of all blocks but the first, in how many a row moves, any of eight rows, any of 64.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +25,44 @@ from torch import Tensor
 from mlacompile.testing.timing import environment
 
 TOKENS, BLOCK, ROWS, COLUMNS = 8192, 64, 64, 32
-TOP = 8  # P is 2^TOP at most
+TOP = 8  # P is 2^TOP at most, by other rules than the kernel's
 REPEATS = 4
 LOG2_E = 1.4427
 DEVIATIONS = (1.73, 4.3, 6.9)
 FIRST_TOKENS = (8, 10, 12, 14)
+FALL = 12.0
 NARROW = 0.3 * LOG2_E  # standard deviation of scores behind a first token
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What exponents count from moves to a block's largest where that exceeds it by 2^slack; the first block leaves
-    2^spare more; in the first ``young`` blocks it falls, by 2^steady at most, to a block 2^drop below the top."""
+    """What exponents count from moves when a block's largest exceeds it by 2^slack, and leaves 2^spare more then.
+
+    top: P is 2^top at most. falls: by 2^FALL at most, to a block that is as far below the top. last_first: the last
+    block is taken first.
+    """
 
     slack: float
     spare: float = 0.0
-    young: int = 0
-    drop: float = 0.0
-    steady: float = 0.0
+    top: float = TOP
+    falls: bool = False
+    last_first: bool = False
 
     @classmethod
     def of_kernel(cls) -> Rule:
         """The rule as it is."""
         from mlacompile.kernels.mla_decode import hopper_turned_by_turns as kernel
 
-        names = ("FP8_SLACK", "FP8_SPARE", "YOUNG", "DROP", "STEADY")
-        return cls(*(getattr(kernel, name).value for name in names))
+        slack, spare, room = (getattr(kernel, name).value for name in ("SLACK", "SPARE", "FP8_ROOM"))
+        return cls(slack, spare, room + slack, last_first=True)
 
-    def next(self, before: Tensor | None, highest: Tensor, block: int) -> Tensor:
-        """What block number ``block`` counts from. before: what the block before did. All of them [rows]."""
+    def next(self, before: Tensor | None, highest: Tensor) -> Tensor:
+        """What a block counts from. before: what the block before did. All of them [rows]."""
         if before is None:
             return highest + self.spare
-        m = torch.where(highest > before + self.slack, highest, before)
-        if block < self.young:
-            low = highest < before + self.slack - self.drop
-            m = torch.where(low, torch.maximum(highest, before - self.steady), m)
+        m = torch.where(highest > before + self.slack, highest + self.spare, before)
+        if self.falls:
+            m = torch.where(highest < before + self.slack - FALL, torch.maximum(highest, before - FALL), m)
         return m
 
 
@@ -72,12 +76,12 @@ def simulate(scores: Tensor, values: Tensor, rule: Rule) -> tuple[float, list[fl
     moved = torch.zeros(3, dtype=torch.float64)
     m: Tensor | None = None
     blocks = list(zip(scores.split(BLOCK, 1), values.split(BLOCK), strict=True))
-    for i, (s, v) in enumerate(blocks):
-        before, m = m, rule.next(m, s.amax(1), i)
+    for s, v in reversed(blocks) if rule.last_first else blocks:
+        before, m = m, rule.next(m, s.amax(1))
         if before is not None:
             some = m != before
             moved += torch.stack([x.double().mean() for x in (some, some.view(-1, 8).any(1), some.any())])
-        unit = m + rule.slack - TOP
+        unit = m + rule.slack - rule.top
         p = torch.exp2(s - unit[:, None]).clamp(max=448).to(torch.float8_e4m3fn).double()
         total += (p @ v.double()) * torch.exp2((unit - largest).double())[:, None]
     want = torch.exp2((scores - largest[:, None]).double()) @ values.double()
@@ -106,9 +110,9 @@ def main() -> None:
     torch.manual_seed(0)
     rule = Rule.of_kernel()
     rules = {
-        "up and down": Rule(6.0, 0.0, TOKENS, 12.0, 16.0),
-        "up only": Rule(rule.slack),
-        "and spare": Rule(rule.slack, rule.spare),
+        "up and down": Rule(6.0, falls=True),
+        "up only": Rule(rule.slack, top=rule.top),
+        "and spare": replace(rule, last_first=False),
         "as it is": rule,
     }
     data = [cases() for _ in range(REPEATS)]

@@ -309,12 +309,12 @@ def least_of_e4m3(stored: LatentInputs, said: LatentInputs) -> Tensor:
     """What the output may be off by because e4m3 has no number between 0 and 2^-9: ``[B, H, 1, R]`` in float64.
 
     stored, said: as ``quantized`` has them, of one query, one factor a token and no rotary keys. P of a token is
-    its weight times its factor, in a unit in which the largest number it may be, 2^8, is ``top`` at most.
+    its weight times its factor, in a unit in which the largest number it may be is ``top`` at most.
     """
     from mlacompile.kernels.mla_decode import hopper_turned_by_turns as kernel
 
-    names = ("FP8_SLACK", "FP8_SPARE", "YOUNG", "DROP", "STEADY")
-    slack, spare, young, drop, steady = (getattr(x, "value", x) for x in (getattr(kernel, name) for name in names))
+    numbers = (getattr(kernel, name) for name in ("SLACK", "SPARE", "FP8_ROOM"))
+    slack, spare, room = (getattr(x, "value", x) for x in numbers)  # the kernel may run as Python
     q_latent, _, c_kv, *_ = said.tensors
     descale = stored.tensors[8]
     assert q_latent is not None
@@ -324,14 +324,10 @@ def least_of_e4m3(stored: LatentInputs, said: LatentInputs) -> Tensor:
     weights, factor = torch.softmax(scores, -1), descale[:, :, 0].double()
     result = q_latent.new_zeros(q_latent.shape, dtype=torch.float64)
     top = torch.zeros_like(weights[..., 0])
-    blocks = zip(weights.split(64, -1), factor.split(64, 1), c_kv.double().split(64, 1), strict=True)
-    for b, (w, f, v) in enumerate(blocks):
-        largest = w.amax(-1) * f.amax(-1)[:, None]
-        if 0 < b < young:
-            top = torch.maximum(largest * 2.0**drop, top * 2.0**-steady)
-        else:
-            top = torch.maximum(largest * 2.0 ** (slack + spare), top)
-        step = 2.0**-10 * 2.0 ** (1 - 8) * top
+    blocks = list(zip(weights.split(64, -1), factor.split(64, 1), c_kv.double().split(64, 1), strict=True))
+    for w, f, v in reversed(blocks):  # the last block of an item is taken first
+        top = torch.maximum(w.amax(-1) * f.amax(-1)[:, None] * 2.0 ** (slack + spare), top)
+        step = 2.0**-10 * 2.0 ** (1 - room - slack) * top
         result[:, :, 0] += step[..., None] * (v / f[..., None]).abs().sum(1)[:, None]
     return result
 

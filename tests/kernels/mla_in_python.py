@@ -221,7 +221,9 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
     if ("e4m3x2" in code or "0x6420" in code) and np.asarray(args[0]).dtype == np.int32:  # words in place of both
         words = np.asarray(args[0]).view(np.uint32)
         pairs = np.where(np.arange(words.shape[-1]) % 2, words >> 16, words & 0xFFFF)
-        return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))
+        times = np.asarray(args[1]) if len(args) > 1 else np.float16(1)
+        halves = (from_e4m3(((pairs >> shift) & 255).astype(np.uint8)).astype(np.float16) for shift in (0, 8))
+        return tuple(made(half * times) for half in halves)
     if "e4m3x2" in code:  # pairs of FP8 values to float16
         pairs = np.asarray(args[0])
         return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))

@@ -118,7 +118,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="tiles are described to Triton")
     from mlacompile.kernels.mla_decode import hopper_launch
 
-    monkeypatch.setattr(hopper_launch, "turned_reasons", lambda c_kv, descale, rows: ["the test asks for the other"])
+    monkeypatch.setattr(hopper_launch, "turned_reasons", lambda c_kv: ["the test asks for the other"])
 
 
 def reproduces(inputs: LatentInputs, impl: str) -> tuple[torch.Tensor, torch.Tensor]:

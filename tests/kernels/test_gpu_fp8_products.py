@@ -89,6 +89,13 @@ GROUPED = [
     (variant(heads=9, rank=320, rope=0, **RAGGED), 0),
     (variant(heads=16, dtype=torch.float16, **RAGGED), 64),
     (variant(heads=16, rope=0, **RAGGED), 64),
+    *((variant(heads=heads, **RAGGED), page) for heads in (40, 64, 128) for page in (0, 64)),
+    (variant(heads=128, queries=2, causal=True, **RAGGED), 64),
+    (variant(batch=1, tokens=20_000, heads=128), 64),
+    (variant(batch=300, tokens=130, heads=130, **RAGGED), 256),
+    (variant(heads=50, rank=256, rope=0, **RAGGED), 32),
+    (variant(heads=64, rank=384, dtype=torch.float16, **RAGGED), 64),
+    (variant(heads=128, dtype=torch.float16, **RAGGED), 64),
 ]
 
 
@@ -114,7 +121,7 @@ def turned(inputs: LatentInputs, tile_rows: int = 64, **changes: int) -> tuple[T
     assert c_kv is not None
     assert descale is not None
     assert not hopper_shape_reasons(q_latent, q_pe, c_kv, k_pe, mask, table, descale, inputs.keywords["scale"])
-    assert not turned_reasons(c_kv, descale, min(q_latent.shape[1] * q_latent.shape[2], tile_rows))
+    assert not turned_reasons(c_kv)
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
     plan = hopper_plan(hopper_shape(tensors), device_of(q_latent.device), tile_rows)
     plan = replace(plan, turned=True, **changes)
@@ -172,7 +179,7 @@ def test_weights_of_long_rows(case: LatentCase) -> None:
     assert (out.double() - want).norm() / want.norm() > NORM, "as exact as float16"
 
 
-@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
+@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block"), (64, "block")])
 def test_a_full_gpu_repeats_itself_to_the_bit(heads: int, per: str) -> None:
     """Many calls of a row a program: what two partitions race for shows in few of them."""
     case = variant(batch=128, heads=heads, tokens=8192)
@@ -193,13 +200,15 @@ def test_factors_in_an_array_of_their_own() -> None:
     check(said, *turned(stored))
 
 
+@pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=str)
-def test_groups_of_every_size(order: tuple[int, ...]) -> None:
+def test_groups_of_every_size(order: tuple[int, ...], heads: int) -> None:
     """Groups of columns 1, 2^-10, 2^-20 and 2^-30 in size, and tokens that differ as well.
 
-    P is in units of the largest factor of a block: 2^-20 of it float16 keeps, 2^-30 not in full precision.
+    P is in units of the largest factor of a block: 2^-20 of it float16 keeps, 2^-30 not in full precision. In wide
+    tiles values are in units of 2^-7 times the largest factor of their token: of 2^-30 of it float16 keeps one bit.
     """
-    inputs = make_inputs(variant(tokens=300), device="cuda")
+    inputs = make_inputs(variant(heads=heads, tokens=300), device="cuda")
     q_latent, q_pe, c_kv, *rest = inputs.tensors
     assert c_kv is not None
     sizes = torch.tensor([2.0 ** (-10 * k) for k in order], device="cuda").repeat_interleave(128)
@@ -210,7 +219,8 @@ def test_groups_of_every_size(order: tuple[int, ...]) -> None:
     want = exact(said, unit=2**-22, operand_unit=UNIT[out.dtype], key_unit=SUM_UNIT)
     assert not worst(lse, want.lse, want.lse_bound), f"lse: {worst(lse, want.lse, want.lse_bound)}"
     for k, got, exactly in zip(order, out.double().split(128, -1), want.out.split(128, -1), strict=True):
-        assert (got - exactly).norm() / exactly.norm() <= (NORM if k < 3 else 0.1), f"2^-{10 * k}"
+        bound = NORM if k < 3 else 0.1 if heads <= NARROW_ROWS else 0.5
+        assert (got - exactly).norm() / exactly.norm() <= bound, f"2^-{10 * k}"
 
 
 @pytest.mark.parametrize("per", ["token", "block"])
@@ -220,7 +230,7 @@ def test_few_rows_are_multiplied_so_unasked(per: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block")])
+@pytest.mark.parametrize(("heads", "per"), [(16, "token"), (64, "token"), (16, "block"), (64, "block")])
 @pytest.mark.parametrize("exponent", [-30, 0, 12])
 def test_queries_and_factors_of_every_size(exponent: int, heads: int, per: str) -> None:
     """Rows of queries and factors of tokens far from 1, beyond the range of float16; a row of zeros."""
@@ -261,6 +271,7 @@ def test_scores_that_rise_or_fall_all_along(slope: float, coarse_from: int) -> N
         (128, "token", 0, 64),
         (128, "token", 0, 32),
         (16, "block", 0, 64),
+        (64, "block", 0, 64),
     ],
 )
 def test_scores_far_apart(heads: int, per: str, coarse_from: int, tile_rows: int) -> None:
@@ -271,7 +282,7 @@ def test_scores_far_apart(heads: int, per: str, coarse_from: int, tile_rows: int
     q_latent.mul_(4)
     stored, said = stored_as(inputs, per)
     out, lse = turned(stored, tile_rows, coarse_from=coarse_from)
-    coarse = heads > NARROW_ROWS and tile_rows == 64 and not coarse_from
+    coarse = heads > NARROW_ROWS and tile_rows == 64 and not coarse_from and per == "token"
     want = exact(said, unit=2**-22, operand_unit=COARSE_UNIT if coarse else UNIT[out.dtype], key_unit=SUM_UNIT)
     bound = want.out_bound + (least_of_e4m3(stored, said) if coarse else 0.0)
     assert not worst(out, want.out, bound), worst(out, want.out, bound)
@@ -281,7 +292,7 @@ def test_scores_far_apart(heads: int, per: str, coarse_from: int, tile_rows: int
 
 @pytest.mark.parametrize(
     ("heads", "per", "coarse_from"),
-    [(16, "token", 1000), (64, "token", 1000), (64, "token", 0), (16, "block", 1000)],
+    [(16, "token", 1000), (64, "token", 1000), (64, "token", 0), (16, "block", 1000), (64, "block", 1000)],
 )
 def test_queries_that_are_not_finite_make_their_rows_nan(heads: int, per: str, coarse_from: int) -> None:
     stored, _ = stored_as(make_inputs(variant(heads=heads, tokens=200), device="cuda"), per, 64)
@@ -298,7 +309,8 @@ def test_queries_that_are_not_finite_make_their_rows_nan(heads: int, per: str, c
 
 
 @pytest.mark.parametrize(
-    ("heads", "per", "coarse_from"), [(16, "token", 1000), (64, "token", 0), (64, "token", 1000), (16, "block", 1000)]
+    ("heads", "per", "coarse_from"),
+    [(16, "token", 1000), (64, "token", 0), (64, "token", 1000), (16, "block", 1000), (64, "block", 1000)],
 )
 def test_nan_in_a_live_row_reaches_the_output(heads: int, per: str, coarse_from: int) -> None:
     stored, _ = stored_as(make_inputs(variant(heads=heads, tokens=200), device="cuda"), per)

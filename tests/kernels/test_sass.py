@@ -181,16 +181,6 @@ def test_hopper(
     assert merge.local_memory == 0
 
 
-def test_hopper_that_seldom_multiplies_earlier_output(record_property: Callable[[str, object], None]) -> None:
-    variant = (128, 1, 512, 64, 64, torch.bfloat16)
-    (main,), (always,) = (build_hopper(*variant, merge=False, seldom=seldom) for seldom in (True, False))
-    record_property("compiled", table([main]))
-    assert {k: main.counts[k] for k in ("HGMMA", "UTMALDG", "DEPBAR")} == {
-        k: always.counts[k] for k in ("HGMMA", "UTMALDG", "DEPBAR")
-    }
-    assert main.serialized == main.unordered == main.local_memory == 0
-
-
 #: The same, and how the FP8 cache lies.
 FP8_VARIANTS = [
     *([(128, 1, 512, 64, 0, torch.bfloat16, "per token")] if FULL else []),
@@ -282,7 +272,7 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     heads, queries, rank, rope, page, _ = variant
     width = 256 if rank <= 256 else 512
     stacked = heads * queries <= 32
-    places = 1 if stacked else 5  # two groups fetch, the first block of an item and later ones, and once the third
+    places = 1 if stacked else 6  # two groups fetch, the first block of an item, later ones, and one the third
     assert main.counts["UTMALDG"] == copies(rank, rope, page) * places
     keys = 2 * (1 if stacked else 2) * width // 32  # before the loop and in it, or in those of two groups
     values = 0 if stacked else width // 64
@@ -292,12 +282,31 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
     assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
-    # In causal order limits of rows spill, of which wide tiles have more and 72 registers for scores.
-    assert main.local_in_loops[0] <= few(0 if queries == 1 else 4 if stacked else 6)
+    # Wide tiles have 72 registers for scores. A form with none spilled takes 60 instructions more a block.
+    spilled = (0 if queries == 1 else 4) if stacked else (13 if queries == 1 else 6)
+    assert main.local_in_loops[0] <= few(spilled)
     assert main.local_in_loops[1] == 0
     if stacked:
         assert main.local_memory == main.spill_bytes == 0
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM
+
+
+@pytest.mark.parametrize("variant", [(128, 1, 512, 64, 64, torch.bfloat16), (16, 4, 384, 0, 0, torch.float16)], ids=str)
+def test_fp8_products_with_several_factors_in_wide_tiles(
+    variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record
+) -> None:
+    (main,) = build_hopper(*variant, cached="per block", merge=False, turned=True)
+    record_property("compiled", table([main]))
+    _, _, rank, rope, page, _ = variant
+    groups = -(-rank // 128)
+    assert main.counts["UTMALDG"] == 6 * copies(rank, rope, page, 2)
+    assert main.counts["QGMMA"] == 2 * 2 * groups * 128 // 32, "both parts of queries by every group's keys, twice"
+    assert main.counts["HGMMA"] == 2 * rope // 16 + 2 * 2 * 64 // 16, "values of 256 columns at a time, even and odd"
+    assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
+    assert main.serialized == main.unordered == 0
+    assert main.local_in_loops[0] <= few(6)
+    assert main.local_in_loops[1] == 0
     assert main.smem <= SMEM
 
 
@@ -323,7 +332,7 @@ def test_fp8_products_of_short_rows(rank: int, record_property: Record) -> None:
     (main,) = build_hopper(*variant, cached="per token", merge=False, turned=True, coarse_from=SHAPE.tokens + 1)
     record_property("compiled", table([main]))
     width = 256 if rank <= 256 else 512
-    assert main.counts["UTMALDG"] == 5 * copies(rank, 64, 64, width // 256)
+    assert main.counts["UTMALDG"] == 6 * copies(rank, 64, 64, width // 256)
     assert main.counts["QGMMA"] == 2 * 2 * width // 32 + (0 if width == 512 else width // 64), "keys as they are"
     assert main.counts["HGMMA"] == 2 * 64 // 16 + 4 * width // 128
     assert main.serialized == main.unordered == 0

@@ -104,14 +104,14 @@ def test_what_the_hopper_kernel_cannot_take_goes_to_the_next_with_the_reason() -
         (32, 16, 1, 64, 64, 4),
         (32, 16, 2, 128, 64, 4),
         (32, 128, 1, 1, 64, 4),
-        (0, 33, 1, 64, 64, 4),
-        (0, 16, 4, 64, 0, 4),
-        (0, 128, 1, 128, 64, 4),
+        (64, 33, 1, 64, 64, 4),
+        (64, 16, 4, 64, 0, 4),
+        (64, 128, 1, 128, 64, 4),
         (0, 16, 1, 64, 64, 0),
     ],
 )
 def test_fp8_products_are_chosen(tile_rows: int, heads: int, queries: int, batch: int, page: int, fp8: int) -> None:
-    """In wide or narrow tiles by what a batch can hold, and with several factors a token in narrow ones only."""
+    """In wide or narrow tiles by what a batch can hold."""
     pytest.importorskip("triton", reason="tiles are described to Triton")
     from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
 
@@ -120,14 +120,9 @@ def test_fp8_products_are_chosen(tile_rows: int, heads: int, queries: int, batch
 
 
 def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:
-    def reasons(rank: int, dtype: torch.dtype, factors: int, tile_rows: int) -> str:
-        descale = meta(2, 64, factors, dtype=torch.float32)
-        return "; ".join(supports.turned_reasons(meta(2, 64, rank, dtype=dtype), descale, tile_rows))
+    def reasons(rank: int, dtype: torch.dtype) -> str:
+        return "; ".join(supports.turned_reasons(meta(2, 64, rank, dtype=dtype)))
 
-    e4m3 = torch.float8_e4m3fn
-    assert not reasons(512, e4m3, 1, 64)
-    assert not reasons(512, e4m3, 4, 32)
-    assert "columns in pairs" in reasons(511, e4m3, 1, 16)
-    assert "e5m2" in reasons(512, torch.float8_e5m2, 4, 16)
-    assert "4 factors a token" in reasons(512, e4m3, 4, 64)
-    assert "tiles of 32 rows" in reasons(512, e4m3, 4, 64)
+    assert not reasons(512, torch.float8_e4m3fn)
+    assert "columns in pairs" in reasons(511, torch.float8_e4m3fn)
+    assert "e5m2" in reasons(512, torch.float8_e5m2)

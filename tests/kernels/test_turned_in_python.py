@@ -20,6 +20,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_rows,
     hopper_turned,
     hopper_turned_by_turns,
+    hopper_turned_chain,
     hopper_turned_fetch,
     hopper_turned_groups,
     hopper_turned_moved,
@@ -49,8 +50,9 @@ from tests.kernels import mla_in_python
 
 MODULES = [
     hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned,
-    hopper_turned_by_turns, hopper_turned_fetch, hopper_turned_groups, hopper_turned_moved, hopper_turned_room,
-    hopper_turned_rows, hopper_turned_scores, hopper_turned_values, hopper_turned_wide, hopper_turned_words, merge,
+    hopper_turned_by_turns, hopper_turned_chain, hopper_turned_fetch, hopper_turned_groups, hopper_turned_moved,
+    hopper_turned_room, hopper_turned_rows, hopper_turned_scores, hopper_turned_values, hopper_turned_wide,
+    hopper_turned_words, merge,
 ]  # fmt: skip
 
 
@@ -85,6 +87,11 @@ GROUPED = [
     (replace(CASE, heads=1, rank=272, rope=0, tokens=130), 0, 2),
     (replace(CASE, batch=5, heads=9, rank=144, rope=0, **RAGGED), 128, 2),
     (replace(CASE, heads=72, batch=1, **RAGGED), 64, 2),
+]
+GROUPED_WIDE = [
+    (replace(CASE, heads=40, **RAGGED), 64, 3, 64),
+    (replace(CASE, heads=50, queries=2, causal=True, rank=384, **RAGGED), 0, 1, 64),
+    (replace(CASE, heads=33, batch=9, rank=256, rope=0, tokens=180, **RAGGED), 32, 1, 64),
 ]
 
 
@@ -160,7 +167,7 @@ def test_only_groups_of_rows_that_moved_are_multiplied(
     assert set(seen) - {0, (1 << groups) - 1}, seen
 
 
-def test_what_a_row_counts_from_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_token_is_taken_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token has a thousand times the weight of any other, all others together more than it: of their P in
     e4m3 little would be left, counted from the first."""
     inputs = make_inputs(replace(CASE, heads=40, batch=1, tokens=1024, rope=0))
@@ -186,12 +193,18 @@ def test_nan_in_a_live_row_reaches_the_output(monkeypatch: pytest.MonkeyPatch, c
     assert not out[2].isnan().any()
 
 
-@pytest.mark.parametrize(("case", "page", "parts"), GROUPED, ids=str)
-def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("case", "page", "parts", "tile_rows"),
+    [*((*x, 32) for x in GROUPED), *((*x, 64) for x in GROUPED if x[0].heads * x[0].queries > 16), *GROUPED_WIDE],
+    ids=str,
+)
+def test_several_factors_a_token(
+    monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, tile_rows: int
+) -> None:
     stored, said = quantized(make_inputs(case), per="block", rounded=False)
     want = exact(said)
     stored = in_one_run(paged(stored, page) if page else stored)
-    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True, tile_rows=32))
+    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True, tile_rows=tile_rows))
     assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
 
@@ -205,6 +218,8 @@ def test_several_factors_a_token(monkeypatch: pytest.MonkeyPatch, case: LatentCa
         (64, "token", 1, True, 64),
         (64, "token", 9, True, 64),
         (16, "block", 1, False, 64),
+        (64, "block", 1, False, 64),
+        (40, "block", 7, False, 64),
         (72, "token", 2, False, 32),
     ],
 )

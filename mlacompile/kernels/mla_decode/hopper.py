@@ -140,14 +140,15 @@ def _left(x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_pa
           overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr,
           R: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr, BLOCK_P: gl.constexpr,
           CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, WIDEST: gl.constexpr, factors, FACTORED: gl.constexpr,
-          SHRINK: gl.constexpr, HALVES: gl.constexpr, SELDOM: gl.constexpr):  # fmt: skip
+          SHRINK: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block, and the left columns of the output.
 
     WIDEST: columns of one wgmma. factors: if FACTORED [2, 64], what the latents of a stage, times queries that are
     SHRINK of what they were, are still to be multiplied with. HALVES: the second half of the left columns, o_late, is
-    multiplied behind the scores of the next block. SELDOM: as for ``_softmax``; earlier output is multiplied only where
-    some row moved.
+    multiplied behind the scores of the next block. Where no factors are, earlier output is multiplied only
+    where some row moved.
     """
+    SELDOM: gl.constexpr = not FACTORED
     SOONER: gl.constexpr = LEFT // 2 if HALVES else LEFT
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
@@ -275,7 +276,7 @@ def _mla_decode_hopper_kernel(
     stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-    CHUNK: gl.constexpr, MANY: gl.constexpr, HALVES: gl.constexpr, RIGHT_REGS: gl.constexpr, SELDOM: gl.constexpr,
+    CHUNK: gl.constexpr, MANY: gl.constexpr, HALVES: gl.constexpr, RIGHT_REGS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles, parts). d_c, d_pe: the cache as [rows, R] and [rows, P], in boxes of PANEL and BLOCK_P columns.
@@ -296,11 +297,11 @@ def _mla_decode_hopper_kernel(
             (_left, (x, bar, p_q, p_start, p_length, p_out, p_lse, p_part, p_part_lse, p_parts, part, row, position,
                      share, overhead, B, i_tile, n_tiles, scale_log2, H, S, T, stride_qb, stride_qh, stride_qs,
                      stride_qr, R, LEFT, QUARTER, PANEL, BLOCK_P, CAUSAL, ONE_QUERY, LEFT, x.alpha, False, 1.0,
-                     HALVES, SELDOM)),
+                     HALVES)),
             (_right, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                       i_tile, n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
                       stride_ps, stride_pr, R, P, LEFT, QUARTER, PANEL, BLOCK_P, ONE_QUERY, 1.0,
-                      True, SELDOM)),
+                      False)),
             (_fetch, (x, bar, arrived, d_c, d_pe, None, p_start, p_length, p_table, row, position, share, overhead, B,
                       T, apart_c, apart_pe, 0, n_pages, stride_table, n_columns, LEFT, QUARTER, BLOCK_P, PAGE,
                       HALVES)),

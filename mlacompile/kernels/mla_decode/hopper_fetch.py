@@ -63,7 +63,7 @@ def _copy(desc, apart, column, full, to, first, N: gl.constexpr, unit, p_pages, 
     for j in range(SUB):  # not unrolled: this partition has few registers
         o_t = t + j * BOX
         if SUB > 1:
-            unit = _unit(p_pages, unit, o_t, n_pages, n_columns, PAGE)
+            unit = _unit(p_pages, unit, o_t, _here(n_pages), n_columns, PAGE)
         if PAGE > 0:
             o_t = o_t & (PAGE - 1)
         o_row = unit * apart + o_t

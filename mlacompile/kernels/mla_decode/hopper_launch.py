@@ -24,6 +24,7 @@ TILE_ROWS = 64
 BLOCK = 64  # tokens
 RIGHT_REGISTERS = 208
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
+NEVER = 2**31 - 1  # tokens
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
 TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 184}  # by the columns of the turned output
 GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
@@ -99,7 +100,7 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     assert c_kv is not None
     if descale is not None:
         tile_rows = turned_tile_rows(shape)
-        if not turned_reasons(c_kv, descale, tile_rows):
+        if not turned_reasons(c_kv):
             return replace(hopper_plan(shape, device, tile_rows), turned=True)
     return hopper_plan(shape, device)
 
@@ -154,7 +155,7 @@ def hopper_launches(
         "PAGE": 0 if block_table is None else c_kv.shape[1], "CAUSAL": causal and s > 1, "ONE_QUERY": s == 1,
     }  # fmt: skip
     if descale is None:
-        kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments) | {"SELDOM": plan.seldom}
+        kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
         kernel = _mla_decode_hopper_turned_kernel
         more = _turned(c_kv, k_pe, descale, q_latent.dtype, tile_rows, plan.coarse_from, arguments)
@@ -224,14 +225,15 @@ def _turned(
     stacked = tile_rows < TILE_ROWS  # leaves room for a stage more
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
+    several = descale.shape[2] > 1
+    if several:
+        coarse_from = NEVER  # values have to be multiplied with what groups have of a token's largest factor
     parts = 1 if stacked or arguments["T"] >= coarse_from else width // 256
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
         d_c = _by_panels(d_c, width // parts // 128)
     registers = TURNED_VALUE_REGISTERS[columns]
-    if descale.shape[2] > 1:
+    if several and stacked:
         registers = GROUPED_VALUE_REGISTERS
-    if descale.shape[2] > 1 and not stacked:
-        raise ValueError(f"FP8 products take several factors a token in tiles of {TILE_ROWS // 2} rows only")
     return {
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],

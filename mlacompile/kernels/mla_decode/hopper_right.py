@@ -26,12 +26,13 @@ from mlacompile.kernels.mla_decode.hopper_rows import (
 def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
            n_tiles, H, S, T, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
            R: gl.constexpr, P: gl.constexpr, LEFT: gl.constexpr, QUARTER: gl.constexpr, PANEL: gl.constexpr,
-           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr, HELD: gl.constexpr,
-           SELDOM: gl.constexpr):  # fmt: skip
+           BLOCK_P: gl.constexpr, ONE_QUERY: gl.constexpr, SHRINK: gl.constexpr,
+           FACTORED: gl.constexpr):  # fmt: skip
     """The columns beyond LEFT, as two quarters: the second is multiplied while the next softmax is computed.
 
-    HELD: P is read once and held in registers, where there are enough; if not, either product reads it.
+    FACTORED: as for ``_left``. There are no registers then to hold P, and either product reads it.
     """
+    HELD: gl.constexpr = not FACTORED
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUARTER, 16]
     )
@@ -60,7 +61,7 @@ def _right(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, posi
             stage = g & 1
             phase = (g >> 1) & 1
             mbarrier.wait(bar.alpha.index(stage), phase)
-            o1, o2 = _rescaled(x.alpha.index(stage), x.alpha.index(stage).load(o_row), o1, o2, True, SELDOM)
+            o1, o2 = _rescaled(x.alpha.index(stage), x.alpha.index(stage).load(o_row), o1, o2, True, not FACTORED)
             mbarrier.wait(bar.first_full.index(stage), phase)
             mbarrier.wait(bar.last_full.index(stage), phase)
             mbarrier.wait(bar.p_full, g & 1)

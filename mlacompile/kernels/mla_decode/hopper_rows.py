@@ -148,7 +148,7 @@ def _seen(s, t, lo, hi, sure, limit, CAUSAL: gl.constexpr, layout: gl.constexpr)
 
 @gluon.jit
 def _softmax(s, m, t, lo, hi, sure, limit, scale_log2, CAUSAL: gl.constexpr, layout: gl.constexpr,
-             SELDOM: gl.constexpr = False):  # fmt: skip
+             SELDOM: gl.constexpr):  # fmt: skip
     """Masked scores of a block, what exponents count from (base 2), and the factor for what was summed before.
 
     sure: every row sees the tokens [lo, sure). limit: past the last token that each row sees, when CAUSAL. SELDOM: what

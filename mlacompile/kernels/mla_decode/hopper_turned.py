@@ -23,8 +23,9 @@ whose right operand, P^T, has as few columns as there are rows (query, head). P 
 kept in the range of float16 by counting the largest factor of a block among the scores. With more than 32 rows, values
 of long contexts are not even converted: P is then e4m3 as well (``hopper_turned_wide.py``).
 
-With several factors a token, one for each group of 128 columns, each group has scores and a P of its own
-(``hopper_turned_groups.py``), and ``_values`` are two partitions of four warps, because eight would share one P.
+With several factors a token, one for each group of 128 columns, each group has scores and a P of its own in tiles of 32
+(``hopper_turned_groups.py``), and ``_values`` are two partitions of four warps, because eight would share one P. In
+tiles of 64 scores of groups are a chain, and values are multiplied instead of P (``hopper_turned_chain.py``).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -55,7 +56,7 @@ def _mla_decode_hopper_turned_kernel(
     VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, as
-    [rows] or as [rows, GROUPS] in boxes of four columns; there are several only if STACKED.
+    [rows] or as [rows, GROUPS] in boxes of four columns.
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
     STACKED: both parts of the queries are rows of one tile; there are 32 rows at most. If not, P of batch rows that
@@ -70,7 +71,7 @@ def _mla_decode_hopper_turned_kernel(
         p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
     )
     cache = (d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, p_table, stride_table, n_pages, n_columns)
-    if GROUPS > 1:
+    if GROUPS > 1 and STACKED:
         gl.warp_specialize([
             (_scores_of_groups, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
                                  overhead, B, i_tile, n_tiles, scale_log2, H, S, T, GROUPS, BLOCK_P, STAGES, CAUSAL,
@@ -90,10 +91,10 @@ def _mla_decode_hopper_turned_kernel(
         gl.warp_specialize([
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
-                                PAGE, STAGES, PARTS, CAUSAL, ONE_QUERY, 0)),
+                                PAGE, STAGES, PARTS, CAUSAL, ONE_QUERY, GROUPS, 0)),
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
-                                PAGE, STAGES, PARTS, CAUSAL, ONE_QUERY, 1)),
+                                PAGE, STAGES, PARTS, CAUSAL, ONE_QUERY, GROUPS, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
                        stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, PARTS, CODE,

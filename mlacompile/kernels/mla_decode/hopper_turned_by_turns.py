@@ -5,11 +5,10 @@ every other block, have twice the time, and one multiplies while the other works
 products when the other has issued its own, or both would multiply, and then both reckon.
 
 Blocks depend on one another by what exponents count from. Each group tells the other what it was after its block. It
-is moved when a row exceeds it by 2^SLACK, and earlier output of that row is then multiplied by ``_values``. Where P is
-e4m3, which has little range to waste, it is by 2^FP8_SLACK. There it may also fall, but only in the first YOUNG blocks
-of an item: behind a first token that has a thousand times the weight of any other, as many models have one, little
-would be left of the others. Later a block that is low is mostly chance. Sums stay with the group, and are put together
-at the end of an item.
+is moved when a row exceeds it by 2^SLACK, to 2^SPARE more than that, and earlier output of the row is then multiplied
+by ``_values``. It never falls, and e4m3 has little range to waste, so the last block of an item is taken first: many
+models give their first token a thousand times the weight of any other, and of P counted from there little would be
+left. Sums stay with the group, and are put together at the end of an item.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -26,12 +25,12 @@ from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
-from mlacompile.kernels.mla_decode.hopper_rows import SLACK, _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
+from mlacompile.kernels.mla_decode.hopper_turned_chain import _scores_in_chain
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
 from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
-    HEADROOM,
     _add_rope,
     _by_thread,
     _fp8_products,
@@ -42,13 +41,10 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
 )
 from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
-FP8_HEADROOM = gl.constexpr(8)  # P in e4m3 reaches 2^8 at most
-FP8_SLACK = gl.constexpr(3.0)  # powers of two, as all of these
-FP8_SPARE = gl.constexpr(2.0)  # what the first block of an item leaves for larger scores to come
-FP8_LESS_ROOM = gl.constexpr((HEADROOM - SLACK) - (FP8_HEADROOM - FP8_SLACK))  # than float16 has for one weight
-YOUNG = gl.constexpr(8)  # blocks of an item in which what exponents count from may fall, too:
-DROP = gl.constexpr(12.0)  # where a block stays so far below the largest number that P may be,
-STEADY = gl.constexpr(12.0)  # by no more than this at once, or earlier output, in the same unit, would overflow
+SLACK = gl.constexpr(3.75)  # powers of two, as all of these
+SPARE = gl.constexpr(2.0)  # what a row that moves leaves for larger scores to come
+ROOM = gl.constexpr(10)  # P is 2^(ROOM + SLACK) at most, in e4m3
+FP8_ROOM = gl.constexpr(5)  # 2^(FP8_ROOM + SLACK), which is less than 448
 QUARTER = gl.constexpr(16)  # tokens
 
 
@@ -56,7 +52,7 @@ QUARTER = gl.constexpr(16)  # tokens
 def _weighed(x, e, b, i: gl.constexpr, t, lo, hi):
     """A quarter of P: exponentials times the factors of their tokens."""
     by_token: gl.constexpr = gl.SliceLayout(0, _fragment(QUARTER, 4))
-    factors = x.factors.index(b % PLACES).slice(i * QUARTER, QUARTER, dim=0).load(by_token)
+    factors = x.largest.index(b % PLACES).slice(i * QUARTER, QUARTER, dim=0).load(by_token)
     # As ``_live_factors``, but asked once a block and reckoned in the branch alone: registers are short.
     if (t < lo) | (t + BLOCK > hi):
         o_t = _here(t) + i * QUARTER + gl.arange(0, QUARTER, by_token)
@@ -94,19 +90,13 @@ def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, 
 
 
 @gluon.jit
-def _count_from(x, bar, s, m_before, row_scale, unit, coarse, b, i, PARTS: gl.constexpr):
-    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``. i: its number in
-    its item."""
+def _count_from(x, bar, highest, m_before, b):
+    """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
+
+    highest: of each row's exponents.
+    """
     buffer = b & 1
-    highest = gl.max(s, 1) * row_scale + unit
-    if PARTS == 1:
-        slack = gl.where(coarse, FP8_SLACK, SLACK)
-        spare = gl.where(coarse & (i == 0), FP8_SPARE, 0.0)
-        low = gl.where(coarse & (i < YOUNG), FP8_SLACK - DROP, float("-inf"))
-        m = gl.where(highest > m_before + slack, highest + spare, m_before)
-        m = gl.where(highest < m_before + low, gl.maximum(highest, m_before - STEADY), m)
-    else:
-        m = gl.where(highest > m_before + SLACK, highest, m_before)
+    m = gl.where(highest - SLACK > m_before, highest + SPARE, m_before)
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.m.index(buffer).store(m)
     x.alpha.index(buffer).store(gl.exp2(m_before - m))
@@ -140,6 +130,14 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
+def _page_before(unit, p_pages, t, n_pages, SUB: gl.constexpr, PAGE: gl.constexpr):
+    """The page of an earlier block, or the first if there is none. unit: where no page holds a whole block."""
+    if (PAGE > 0) & (SUB == 1):
+        unit = _page(p_pages, gl.maximum(t, 0).to(gl.uint32) // PAGE, n_pages)
+    return unit
+
+
+@gluon.jit
 def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
                  STAGES: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     """Sends for parts [FIRST, END) of block b, each when its room has been used for the last time."""
@@ -153,14 +151,17 @@ def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
                      i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
                      BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-                     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+                     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr,
+                     SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    Each group sends for its own blocks, for the next while it works on this one: for EARLY parts before P of this one,
-    because ``_values`` are done with their room by then. With one part P is e4m3 where ``_is_coarse`` says so.
+    The last block is taken first. With one part P is e4m3 where ``_is_coarse`` says so, and behind P a group sends for
+    the block that comes where this one is, which is the other group's: ``_values`` hold its words by then. With two it
+    sends for its own next block, EARLY parts of it before P, as its room falls free.
     """
-    EARLY: gl.constexpr = max(PARTS // 2, 1)
     n_pages, n_columns = cache[8], cache[9]
+    NEXT: gl.constexpr = STAGES if PARTS == 1 else 2
+    EARLY: gl.constexpr = PARTS // 2
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -175,32 +176,34 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread(ROWS))
 
         first = (g + SIDE) & 1
-        t += first * BLOCK
+        t += (n - 1 - first) * BLOCK  # the last block is taken first
         p_pages = _pages_of(cache, row, PAGE)
         unit = row
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
             _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS, PARTS)
-        if SIDE == 0:  # noqa: SIM102
-            if (g == 0) & (n > 2):  # all stages are free, and the queries are still to come
-                if SUB == 1:
-                    unit = _unit(p_pages, row, t + 2 * BLOCK, n_pages, n_columns, PAGE)
-                _fetch_parts(x, bar, cache, 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS,
-                             PARTS)  # fmt: skip
+        if (first == 0) & (n > 2):
+            if SUB == 1:
+                unit = _unit(p_pages, row, t - 2 * BLOCK, n_pages, n_columns, PAGE)
+            _fetch_parts(x, bar, cache, g + 2, unit, p_pages, t - 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS,
+                         PARTS)  # fmt: skip
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
-            if (PAGE > 0) & (SUB == 1):  # the next block's page is looked up now, its address is needed at once then
-                ahead = gl.minimum(t + 2 * BLOCK, gl.maximum(_here(hi) - 1, 0))  # or of the last, which the table has
-                unit = _page(p_pages, ahead.to(gl.uint32) // PAGE, n_pages)
+            if EARLY > 0:
+                unit = _page_before(unit, p_pages, t - NEXT * BLOCK, n_pages, SUB, PAGE)
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS)
-            s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
-            unit_of_p = _unit_of_block(x, b % PLACES, t, lo, hi) + gl.where(coarse, FP8_LESS_ROOM, 0.0)
+            if GROUPS > 1:
+                s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, PARTS, GROUPS)
+            else:
+                s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
+            unit_of_p = _unit_of_block(x.largest.index(b % PLACES), t, lo, hi, ROOM)
+            unit_of_p += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             if (t < lo) | (t + BLOCK > sure):  # limits are reckoned here, or they would be kept in registers
@@ -208,25 +211,30 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                 s = _seen(s, t, lo, hi, sure, limit, CAUSAL, layout)
             if (i == n - 1) & ((row + 1 >= B) | (todo - taken <= overhead)):
                 _launch_later()
+            highest = gl.max(s, 1) * row_scale + unit_of_p
             other = (b + 1) & 1
             mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
-            m = _count_from(x, bar, s, m_before, row_scale, unit_of_p, coarse, b, i, PARTS)
-            if (i + 2 < n) & (b > 0):
-                _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t + 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
+            m = _count_from(x, bar, highest, m_before, b)
+            more = (i > 0) & (i + 2 < n) if EARLY > 0 else i + NEXT < n
+            if EARLY > 0 and more:
+                _fetch_parts(x, bar, cache, b + NEXT, unit, p_pages, t - NEXT * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
                              EARLY, PARTS)  # fmt: skip
             left, right = _halves(s)
             sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi, coarse)
             sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi, coarse)
+            if EARLY == 0:
+                unit = _page_before(unit, p_pages, t - NEXT * BLOCK, n_pages, SUB, PAGE)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)
-            t += 2 * BLOCK
-            if EARLY < PARTS:  # noqa: SIM102
-                if (i + 2 < n) & (b > 0):
-                    _fetch_parts(x, bar, cache, b + 2, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, EARLY, PARTS,
-                                 PARTS)  # fmt: skip
+            if more:
+                _fetch_parts(x, bar, cache, b + NEXT, unit, p_pages, t - NEXT * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES,
+                             EARLY, PARTS, PARTS)  # fmt: skip
+            if CAUSAL:
+                t = _here(t)  # or what limits follow from would be kept as several numbers
+            t -= 2 * BLOCK
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

@@ -20,7 +20,7 @@ from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _softmax
-from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS
+from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     HEADROOM,
     _fp8_products,
@@ -31,8 +31,6 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _together,
     _unit_of_p,
 )
-
-GROUP = gl.constexpr(128)  # columns of a latent that share a factor
 
 
 @gluon.constexpr_function
@@ -157,7 +155,7 @@ def _publish_groups(x, bar, s, largest, m, total, row_scale, b, stage, t, lo, hi
                     CAUSAL: gl.constexpr):  # fmt: skip
     """Softmax of block b: stores P of each group and alpha for ``_values``, returns the running maximum and sum."""
     shift = _unit_of_p(largest, HEADROOM)
-    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout())
+    s, m, alpha = _softmax(s, m - shift, t, lo, hi, sure, limit, row_scale, CAUSAL, _softmax_layout(), False)
     m = m + shift
     e = gl.exp2(s * row_scale[:, None] - m[:, None])
     buffer = b & 1

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
 
+GROUP = gl.constexpr(128)  # columns of a latent that share a factor, if there are several
 FACTORS = gl.constexpr(4)  # of a token in shared memory, if there are several
 PLACES = gl.constexpr(4)  # for factors of one block each, which are used longer than its latents
 COARSE_BLOCKS = gl.constexpr(1024)  # at most so many are added up in FP8 products, whose sum drops what is small in it
@@ -22,7 +23,7 @@ class TurnedTiles:
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
     pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
-    factors: gl.shared_memory_descriptor  # [PLACES, 64], several a token: [STAGES, 64, FACTORS]
+    factors: gl.shared_memory_descriptor  # [PLACES, 64], several a token: [PLACES, 64, FACTORS]
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
     row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
@@ -30,12 +31,16 @@ class TurnedTiles:
     m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
     p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P, which has only 32 columns then
+    largest: gl.shared_memory_descriptor  # [PLACES, 64], what P is multiplied with, a factor or the largest
+    chain: gl.shared_memory_descriptor  # [PLACES * FACTORS, 64], see hopper_turned_chain.py
+    shares: gl.shared_memory_descriptor  # [PLACES, FACTORS, 64] float16, what groups of columns have of that
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, share, m, others, p_last):
+    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, share, m, others, p_last, largest, chain, shares):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.share = p, alpha, row_scale, share
         self.m, self.others, self.p_last = m, others, p_last
+        self.largest, self.chain, self.shares = largest, chain, shares
 
 
 @aggregate
@@ -67,9 +72,9 @@ class TurnedSignals:
 
 
 @gluon.constexpr_function
-def _sides(groups):
+def _sides(groups, stacked):
     """Partitions ``_values``. Eight warps have one P on the right, and a group of 128 columns is work for four."""
-    return 2 if groups > 1 else 1
+    return 2 if groups > 1 and stacked else 1
 
 
 @gluon.constexpr_function
@@ -95,10 +100,10 @@ def _of_part(first, last, stage, i: gl.constexpr):
 
 @gluon.jit
 def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
-    """Two blocks' P. With several factors a token each group has one, [2, groups * 32, 64], and they lie where the
-    queries were, which are held in registers by then: so there is room for a fourth stage."""
+    """Two blocks' P. With several factors a token each group has one if STACKED, [2, groups * 32, 64], and they lie
+    where the queries were, which are held in registers by then: so there is room for a fourth stage."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    if GROUPS > 1:
+    if GROUPS > 1 and STACKED:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
     elif not STACKED:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
         half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
@@ -124,11 +129,11 @@ def _coarse(p, buffer):
 
 
 @gluon.jit
-def _room_of_factors(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+def _room_of_factors(GROUPS: gl.constexpr):
     """As TMA writes them, so that they begin where it can write."""
     if GROUPS > 1:
         several: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        return gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, FACTORS], several)
+        return gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK, FACTORS], several)
     else:
         one: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
         return gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK], one)
@@ -149,12 +154,19 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         p_last = _room_of_p(q, GROUPS, STACKED)
         m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
+    factors = _room_of_factors(GROUPS)
+    largest, chain, shares = factors, factors, factors
+    if not STACKED and GROUPS > 1:
+        largest = gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK], plain)
+        lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        chain = gl.allocate_shared_memory(gl.float32, [PLACES * FACTORS, BLOCK], plain)
+        shares = gl.allocate_shared_memory(gl.float16, [PLACES, FACTORS, BLOCK], lines)
     x = TurnedTiles(
         q,
         gl.allocate_shared_memory(dtype, [ROWS, ROPE], rope),
         gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], bytes_),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK, ROPE], rope),
-        _room_of_factors(STAGES, GROUPS),
+        factors,
         p,
         alpha,
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
@@ -162,8 +174,11 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         m,
         others,
         p_last,
+        largest,
+        chain,
+        shares,
     )
-    SIDES: gl.constexpr = _sides(GROUPS)
+    SIDES: gl.constexpr = _sides(GROUPS, STACKED)
     full, empty = _barriers(STAGES), _barriers(STAGES, SIDES)
     p_full, p_empty = _barriers(2), _barriers(2, SIDES)
     queries, total = _barriers(1 if STACKED else 2, SIDES), _barriers(1)

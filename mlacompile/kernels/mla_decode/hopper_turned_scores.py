@@ -105,13 +105,12 @@ def _live_factors(factors, t, lo, hi, layout: gl.constexpr):
 
 
 @gluon.jit
-def _unit_of_block(x, place, t, lo, hi):
-    """The exponent of the unit of P in float16, which leaves SLACK. Every warp looks at all factors: none waits for
-    another."""
+def _unit_of_block(factors, t, lo, hi, room: gl.constexpr):
+    """``_unit_of_p`` of a block. Every warp looks at all factors: none waits for another."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    factors = _live_factors(x.factors.index(place), t, lo, hi, layout)
-    largest = gl.max(factors.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
-    return _unit_of_p(largest.to(gl.float32, bitcast=True), HEADROOM - SLACK)
+    live = _live_factors(factors, t, lo, hi, layout)
+    largest = gl.max(live.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # magnitudes are in the order of their bits
+    return _unit_of_p(largest.to(gl.float32, bitcast=True), room)
 
 
 @gluon.constexpr_function
@@ -208,7 +207,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
             if AHEAD:
                 mbarrier.wait(bar.full.index(ahead), ((g + 1) // STAGES) & 1)
                 s_next = _key_scores(x, q, ahead, s0)
-            unit = _unit_of_block(x, stage, t, lo, hi)
+            unit = _unit_of_block(x.factors.index(stage), t, lo, hi, HEADROOM - SLACK)
             if AHEAD:
                 s = warpgroup_mma_wait(1, deps=(s,))
             m, total = _publish(x, bar, s, m, total, row_scale, unit, g, stage, t, lo, hi, sure, limit, CAUSAL)
@@ -221,7 +220,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
         if (row + 1 >= B) | (todo - taken <= overhead):
             _launch_later()
         s = _with_rope(x, q_pe, s_next, stage, BLOCK_P, layout)
-        unit = _unit_of_block(x, stage, t, lo, hi)
+        unit = _unit_of_block(x.factors.index(stage), t, lo, hi, HEADROOM - SLACK)
         if AHEAD:
             s = warpgroup_mma_wait(0, deps=(s,))
         m, total = _publish(x, bar, s, m, total, row_scale, unit, g, stage, t, lo, hi, sure, limit, CAUSAL)

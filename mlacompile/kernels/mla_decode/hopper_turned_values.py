@@ -77,7 +77,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CODE: gl.constexpr,
             ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
-    SIDES: gl.constexpr = _sides(GROUPS)
+    SIDES: gl.constexpr = _sides(GROUPS, STACKED)
     WIDE: gl.constexpr = not STACKED
     layout: gl.constexpr = _fragment(COLS, gl.num_warps())
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
@@ -117,11 +117,11 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         if WIDE:
             if _is_coarse(lo, hi, n, coarse_from, PARTS):
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, True, layout
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, True, layout
                 )
             else:
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, False, layout
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, False, layout
                 )
             g += n
         else:

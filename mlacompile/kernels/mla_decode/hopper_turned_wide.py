@@ -17,14 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_rows import _moved
+from mlacompile.kernels.mla_decode.hopper_turned_chain import _columns_times_shares
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
-from mlacompile.kernels.mla_decode.hopper_turned_room import _coarse, _fragment, _of_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _of_part
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     STEP,
     _add_products,
+    _both_of_words,
     _clear_dead_words,
-    _columns_of_words,
+    _columns_of_both,
     _fp8_columns_of,
     _fp8_words_of,
     _kept,
@@ -61,12 +63,14 @@ def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _columns(words, COARSE: gl.constexpr, layout: gl.constexpr):
-    """Even and odd columns as left operands."""
-    if COARSE:
-        return _fp8_columns_of(words, layout)
+def _columns(x, words, g, i: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
+    """Even and odd columns of step i of block g in float16, as left operands."""
+    STEPS: gl.constexpr = BLOCK // STEP
+    both = _both_of_words(words, gl.DotOperandLayout(0, layout, 2))
+    if GROUPS > 1:
+        return _columns_times_shares(x, both, g % PLACES, i // STEPS, i % STEPS)
     else:
-        return _columns_of_words(words, gl.DotOperandLayout(0, layout, 2))
+        return _columns_of_both(both)
 
 
 @gluon.jit
@@ -81,7 +85,8 @@ def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constex
 
 @gluon.jit
 def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+                    TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
+                    layout: gl.constexpr):  # fmt: skip
     """Adds a block's products, and says that its stage and its P are no longer needed.
 
     later, latest: its first words, in the order of their steps. moved: groups of rows whose earlier output has to be
@@ -92,7 +97,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     AHEAD: gl.constexpr = 3  # steps by which words are loaded before they are multiplied
     stage = g % STAGES
     buffer = g & 1
-    even, odd = _columns(later, False, layout)
+    even, odd = _columns(x, later, g, 0, GROUPS, layout)
     later = latest
     latest = _words(words, stage * TILES, 2, False, layout)
     if moved != 0:
@@ -107,7 +112,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:  # words are loaded when those before them have been taken apart: registers are short
-            even, odd = _columns(later, False, layout)
+            even, odd = _columns(x, later, g, i + 1, GROUPS, layout)
         later = latest
         if i + AHEAD < N:
             latest = _words(words, stage * TILES, i + AHEAD, False, layout)
@@ -119,7 +124,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     if more:
         mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
         moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        later, latest = _first_words(words, g + 1, t + BLOCK, lo, hi, TILES, STAGES, layout)
+        later, latest = _first_words(words, g + 1, t - BLOCK, lo, hi, TILES, STAGES, layout)
     even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
     mbarrier.arrive(bar.p_empty.index(buffer), count=1)
     return even0, odd0, even1, odd1, moved, later, latest
@@ -144,7 +149,7 @@ def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, 
     mbarrier.arrive(bar.empty.index(stage), count=1)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(TILES * STEPS):
-        even, odd = _columns(parts[i], True, layout)
+        even, odd = _fp8_columns_of(parts[i], layout)
         right = _weights(x, buffer, i % STEPS, STEPS, True)
         if i < STEPS:
             even0, odd0 = _add_products(even, odd, right, even0, odd0)
@@ -159,7 +164,7 @@ def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, 
 
 @gluon.jit
 def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-                 COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
+                 GROUPS: gl.constexpr, COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
     """The sum of the products of an item's n blocks, the first of which is block g, from token t on."""
     PAIRS: gl.constexpr = words.shape[2]
     ROWS: gl.constexpr = to_layout.instr_shape[1]
@@ -168,12 +173,13 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
     odd0 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     even1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     odd1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
+    t += (n - 1) * BLOCK
     if COARSE:
         for i in range(n):
             even0, odd0, even1, odd1 = _add_coarse_block(
                 x, bar, words, g, t, lo, hi, i > 0, even0, odd0, even1, odd1, TILES, STAGES, layout
             )
-            t += BLOCK
+            t -= BLOCK
             g += 1
     else:
         mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
@@ -182,9 +188,9 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
         for i in range(n):
             even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
                 x, bar, words, g, t, lo, hi, moved, i + 1 < n, later, latest, even0, odd0, even1, odd1, TILES, STAGES,
-                PARTS, layout,
+                PARTS, GROUPS, layout,
             )  # fmt: skip
-            t += BLOCK
+            t -= BLOCK
             g += 1
     even0 = gl.convert_layout(even0, to_layout, assert_trivial=True)
     odd0 = gl.convert_layout(odd0, to_layout, assert_trivial=True)

@@ -56,10 +56,15 @@ def _kept(pairs):
 
 
 @gluon.jit
-def _columns_of_words(words, layout: gl.constexpr):
-    """``_columns_of`` pairs that were kept."""
+def _both_of_words(words, layout: gl.constexpr):
+    """Each of the words that were kept, in place of the two tokens whose pairs it holds."""
     both = gl.join(words, words).reshape([words.shape[0], 2 * words.shape[1]])
-    both = gl.convert_layout(both, layout, assert_trivial=True)
+    return gl.convert_layout(both, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _columns_of_both(both):
+    """``_columns_of`` pairs that were kept."""
     return gl.inline_asm_elementwise(SPLIT, "=r,=r,r,r", [both], dtype=(gl.float16, gl.float16), is_pure=True, pack=2)
 
 

@@ -135,11 +135,10 @@ def choose_splits(tiles: Plan, shape: Shape, device: Device) -> int:
 
 
 #: FP8 products were faster than widening in place where measured, or within 3 %. Tiles of so many rows (query, head)
-#: begin and end sooner, but each tile brings the cache from L2 again. So tiles are wide where a batch, or the only row
-#: of it, can hold so many tokens; with several factors a token they cannot be, and are widened (docs/kernels.md).
+#: begin and end sooner, but each tile brings the cache from L2 again. So tiles are wide where a batch can hold so many
+#: tokens (docs/kernels.md).
 NARROW_ROWS = 32
 WIDE_FROM = 2**15
-WIDE_FROM_ALONE = 36 * 2**10
 MEASURED_ROWS = 128  # at most; twice as many are as much work as twice the tokens
 
 #: Weights of a softmax over so many tokens may be rounded to e4m3: that is 1.5e-2 of the output at 8192 tokens of
@@ -154,8 +153,7 @@ class HopperPlan:
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
     costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. tile_rows: at
     most so many rows (query, head) are a tile, 64, or 32 of those products. coarse_from: of how many tokens on the
-    weights of the softmax are FP8 values, too, in tiles of 64. seldom: on a cache of 16 bits, what exponents count from
-    moves only when a row exceeds it by 2^6, and earlier output is multiplied only then.
+    weights of the softmax are FP8 values, too, in tiles of 64.
     """
 
     parts: int
@@ -164,17 +162,14 @@ class HopperPlan:
     turned: bool = False
     coarse_from: int = COARSE_FROM
     tile_rows: int = 64
-    seldom: bool = False
 
     def __str__(self) -> str:
-        forms = f"{f'-turned{self.tile_rows}' * self.turned}{'-seldom' * self.seldom}"
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{forms}"
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{f'-turned{self.tile_rows}' * self.turned}"
 
 
 def turned_tile_rows(shape: Shape) -> int:
     """Rows (query, head) of a tile where an FP8 cache is multiplied as it is."""
-    work = shape.batch * shape.tokens * max(shape.rows, MEASURED_ROWS)
-    wide = work >= (WIDE_FROM_ALONE if shape.batch == 1 else WIDE_FROM) * MEASURED_ROWS
+    wide = shape.batch * shape.tokens * max(shape.rows, MEASURED_ROWS) >= WIDE_FROM * MEASURED_ROWS
     return 64 if wide and shape.rows > NARROW_ROWS else NARROW_ROWS
 
 

@@ -9,8 +9,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mlacompile.kernels.mla_decode.plan import NARROW_ROWS
-
 MAX_RANK = 512  # the float32 output tile of 64 rows then fills half of an SM's registers
 MAX_ROPE = 128
 MAX_BATCH = 65_535
@@ -221,17 +219,9 @@ def _copy_reasons(x: Tensor) -> list[str]:
     return reasons
 
 
-def turned_reasons(c_kv: Tensor, descale: Tensor, tile_rows: int) -> list[str]:
-    """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says.
-
-    tile_rows: rows (query, head) of a tile.
-    """
+def turned_reasons(c_kv: Tensor) -> list[str]:
+    """Why the kernel with FP8 products cannot read an FP8 cache, besides what ``hopper_shape_reasons`` says."""
     reasons = []
-    if descale.shape[2] > 1 and tile_rows > NARROW_ROWS:  # others are not stacked, and leave no room for a P of each
-        reasons.append(
-            f"there are {descale.shape[2]} factors a token, FP8 products take several in tiles of {NARROW_ROWS} rows "
-            f"(query, head) only, and tiles of {tile_rows} are faster for one"
-        )
     if c_kv.dtype != torch.float8_e4m3fn:
         reasons.append(f"the latents are {c_kv.dtype}, FP8 products take {torch.float8_e4m3fn}")
     if c_kv.shape[2] % 2:

@@ -1,0 +1,118 @@
+"""Several factors a token, one for each group of 128 columns, where a tile of ``hopper_turned.py`` has 64 rows.
+
+Scores of the groups are one chain: what has been added up of a group is multiplied with its factor over the next one's,
+in the registers of the sum, and the next group's products add to it; behind the last stands its factor itself. P is
+multiplied with the largest factor of each token, and values with what each group has of that while they are converted
+to float16: P is one, and ``_values`` have one product for all columns, as with one factor a token.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_room import _here
+from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLACES
+from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR, _add_rope, _fp8_products, _products
+from mlacompile.kernels.mla_decode.hopper_turned_words import STEP
+
+WHOLE = gl.constexpr(128.0)  # what a group with the largest factor has of it: 448 times that float16 still holds
+# ``SPLIT``, and both times what their group has of the factors of the two tokens.
+SPLIT_TIMES = gl.constexpr(
+    "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
+    "cvt.rn.f16x2.e4m3x2 x, a; mul.rn.f16x2 $0, x, $4; cvt.rn.f16x2.e4m3x2 x, b; mul.rn.f16x2 $1, x, $4; }"
+)
+
+
+@gluon.jit
+def _columns_of_four(x):
+    """Four columns, from [tokens, 4]."""
+    even, odd = gl.split(x.reshape([x.shape[0], 2, 2]))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _four_columns(first, second, third, fourth):
+    """The opposite of ``_columns_of_four``."""
+    both = gl.join(gl.join(first, third), gl.join(second, fourth))
+    return both.reshape([first.shape[0], 4])
+
+
+@gluon.jit
+def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
+    """From a block's factors, [tokens, 4], what its scores, its P and its values are multiplied with.
+
+    Factors of tokens that nobody sees may be anything, and are taken for 1. None is nearer to 0 than LEAST_FACTOR.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, FACTORS], [32, 1], [gl.num_warps(), 1], [1, 0])
+    o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    f = gl.where(((o_t >= lo) & (o_t < hi))[:, None], x.factors.index(place).load(layout), 1.0)
+    f = gl.where(gl.abs(f) < LEAST_FACTOR, LEAST_FACTOR, f)
+    first, second, third, fourth = _columns_of_four(f)
+    largest = gl.maximum(gl.abs(first), gl.abs(second))
+    after_second, after_third = second, third  # what stands in the chain behind them
+    if GROUPS > 2:
+        largest = gl.maximum(largest, gl.abs(third))
+        after_second = second / third
+    if GROUPS > 3:
+        largest = gl.maximum(largest, gl.abs(fourth))
+        after_third = third / fourth
+    lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    chain = x.chain._reinterpret(gl.float32, [PLACES, FACTORS, BLOCK], lines).index(place)
+    chain.permute((1, 0)).store(_four_columns(first / second, after_second, after_third, fourth))
+    largest = largest * (1 / WHOLE)
+    shares = f / gl.convert_layout(largest, gl.SliceLayout(1, layout))[:, None]
+    x.shares.index(place).permute((1, 0)).store(shares.to(gl.float16))
+    x.largest.index(place).store(largest)
+
+
+@gluon.jit
+def _begin_group(x, s, stage, k: gl.constexpr):
+    """Begins to add the products of a group of columns to s. The small part of the queries goes first."""
+    zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
+    keys = x.k.index(stage).slice(k * GROUP, GROUP, dim=1).permute((1, 0))
+    s = warpgroup_mma(x.q.index(zero + 1).slice(k * GROUP, GROUP, dim=1), keys, s, use_acc=k > 0, is_async=True)
+    return warpgroup_mma(x.q.index(zero).slice(k * GROUP, GROUP, dim=1), keys, s, is_async=True)
+
+
+@gluon.jit
+def _scores_in_chain(x, bar, s, b, t, lo, hi, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+                     GROUPS: gl.constexpr):  # fmt: skip
+    """Scores of block b, group by group; rotary ones are begun. Factors are looked at while the first group's products
+    run: they come with the last part."""
+    stage = b % STAGES
+    place = b % PLACES
+    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
+    s = _begin_group(x, s, stage, 0)
+    if PARTS > 1:
+        mbarrier.wait(bar.full_last.index(stage), (b // STAGES) & 1)
+    _prepare_factors(x, place, t, lo, hi, GROUPS)
+    for k in gl.static_range(GROUPS):
+        if k > 0:
+            s = _begin_group(x, s, stage, k)
+        factors = x.chain.index(FACTORS * place + k).load(gl.SliceLayout(0, _fp8_products()))
+        s = warpgroup_mma_wait(0, deps=(s,))
+        if k + 1 < GROUPS:
+            s = s * factors[None, :]
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
+
+
+@gluon.jit
+def _columns_times_shares(x, both, place, tile: gl.constexpr, step: gl.constexpr):
+    """Even and odd columns of 256 in float16, times what their groups have of a token's factor.
+
+    both: words of pairs, in place of the two tokens that they are of. tile: of 128 pairs, the two halves of which are
+    groups. step: of STEP tokens.
+    """
+    layout: gl.constexpr = both.type.layout
+    words = both.reshape([2, both.shape[0] // 2, STEP])
+    shares = x.shares.index(place).slice(2 * tile, 2, dim=0).slice(step * STEP, STEP, dim=1)
+    r = gl.expand_dims(shares.load(gl.SliceLayout(1, words.type.layout)), 1)
+    r, _same = gl.broadcast(r, words)
+    r = gl.convert_layout(r.reshape([both.shape[0], STEP]), layout, assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        SPLIT_TIMES, "=r,=r,r,r,r", [both, r], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+    )

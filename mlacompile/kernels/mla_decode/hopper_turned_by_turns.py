@@ -232,9 +232,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if more:
                 _fetch_parts(x, bar, cache, b + NEXT, unit, p_pages, t - NEXT * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES,
                              EARLY, PARTS, PARTS)  # fmt: skip
-            if CAUSAL:
-                t = _here(t)  # or what limits follow from would be kept as several numbers
-            t -= 2 * BLOCK
+            t = _here(t) - 2 * BLOCK  # or the compiler would keep several numbers that follow from it, and spill others
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

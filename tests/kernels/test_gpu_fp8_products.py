@@ -195,6 +195,23 @@ def test_several_factors_a_token(case: LatentCase, page: int) -> None:
     check(said, *turned(stored))
 
 
+@pytest.mark.parametrize("per", ["token", "block"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        variant(heads=128, **RAGGED),
+        variant(heads=40, queries=3, causal=True, **RAGGED),
+        variant(batch=128, heads=64, tokens=2000),
+        variant(batch=300, tokens=130, heads=130, **RAGGED),
+        variant(heads=50, rank=256, rope=0, **RAGGED),
+    ],
+    ids=str,
+)
+def test_blocks_that_come_whole_in_float16(case: LatentCase, per: str) -> None:
+    stored, said = stored_as(make_inputs(case, device="cuda"), per, 64)
+    check(said, *turned(stored, whole=True))
+
+
 def test_factors_in_an_array_of_their_own() -> None:
     stored, said = quantized(make_inputs(variant(**RAGGED), device="cuda"), per="block", rounded=False)
     check(said, *turned(stored))

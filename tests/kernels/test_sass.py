@@ -291,20 +291,21 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     assert main.smem <= SMEM
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("variant", [(128, 1, 512, 64, 64, torch.bfloat16), (16, 4, 384, 0, 0, torch.float16)], ids=str)
 def test_fp8_products_with_several_factors_in_wide_tiles(
-    variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record
+    variant: tuple[int, int, int, int, int, torch.dtype], whole: bool, record_property: Record
 ) -> None:
-    (main,) = build_hopper(*variant, cached="per block", merge=False, turned=True)
+    (main,) = build_hopper(*variant, cached="per block", merge=False, turned=True, whole=whole)
     record_property("compiled", table([main]))
     _, _, rank, rope, page, _ = variant
     groups = -(-rank // 128)
-    assert main.counts["UTMALDG"] == 6 * copies(rank, rope, page, 2)
+    assert main.counts["UTMALDG"] == 6 * copies(rank, rope, page, 1 if whole else 2)
     assert main.counts["QGMMA"] == 2 * 2 * groups * 128 // 32, "both parts of queries by every group's keys, twice"
     assert main.counts["HGMMA"] == 2 * rope // 16 + 2 * 2 * 64 // 16, "values of 256 columns at a time, even and odd"
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == main.unordered == 0
-    assert main.local_in_loops[0] <= few(6)
+    assert main.local_in_loops[0] <= few(12 if whole else 6)
     assert main.local_in_loops[1] == 0
     assert main.smem <= SMEM
 

@@ -209,28 +209,53 @@ def test_several_factors_a_token(
     assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("per", ["token", "block"])
 @pytest.mark.parametrize(
-    ("heads", "per", "batch", "coarse", "tile_rows"),
+    ("case", "page", "parts"),
     [
-        (16, "token", 1, False, 64),
-        (64, "token", 1, False, 64),
-        (64, "token", 9, False, 64),
-        (64, "token", 1, True, 64),
-        (64, "token", 9, True, 64),
-        (16, "block", 1, False, 64),
-        (64, "block", 1, False, 64),
-        (40, "block", 7, False, 64),
-        (72, "token", 2, False, 32),
+        (replace(CASE, heads=40, **RAGGED), 64, 3),
+        (replace(CASE, heads=50, queries=2, causal=True, rank=384, **RAGGED), 0, 1),
+        (replace(CASE, heads=33, batch=9, tokens=180, **RAGGED), 64, 1),
+    ],
+    ids=str,
+)
+def test_blocks_that_come_whole_in_float16(
+    monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, per: str
+) -> None:
+    stored, said = quantized(make_inputs(case), per=per, rounded=False)
+    want = exact(said)
+    stored = paged(stored, page) if page else stored
+    plan = HopperPlan(parts, turned=True, whole=True)
+    out, lse = run(monkeypatch, in_one_run(stored) if per == "block" else stored, plan)
+    assert (out.double() - want.out).norm() / want.out.norm() < 3e-3
+    assert torch.allclose(lse.double(), want.lse, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "per", "batch", "coarse", "tile_rows", "whole"),
+    [
+        (16, "token", 1, False, 64, False),
+        (64, "token", 1, False, 64, False),
+        (64, "token", 9, False, 64, False),
+        (64, "token", 1, False, 64, True),
+        (64, "token", 9, False, 64, True),
+        (64, "token", 1, True, 64, False),
+        (64, "token", 9, True, 64, False),
+        (16, "block", 1, False, 64, False),
+        (64, "block", 1, False, 64, False),
+        (40, "block", 7, False, 64, False),
+        (40, "block", 7, False, 64, True),
+        (72, "token", 2, False, 32, False),
     ],
 )
 def test_nobody_is_waited_for_too_little(
-    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool, tile_rows: int
+    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool, tile_rows: int, whole: bool
 ) -> None:
     """Whoever is late, the result is the same to the bit: a stage or a buffer given back too early shows here."""
     case = replace(CASE, heads=heads, batch=batch, tokens=900 // batch, length=batch > 1)
     stored, _ = quantized(make_inputs(case), per=per, rounded=per == "token")
     stored = paged(stored, 64) if per == "token" else in_one_run(paged(stored, 64))
-    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000, tile_rows=tile_rows)
+    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000, tile_rows=tile_rows, whole=whole)
     want = run(monkeypatch, stored, plan)
     for seed in range(3):
         with monkeypatch.context() as late:

@@ -158,7 +158,7 @@ def hopper_launches(
         kernel, more = _mla_decode_hopper_kernel, _described(c_kv, k_pe, arguments)
     elif plan.turned:
         kernel = _mla_decode_hopper_turned_kernel
-        more = _turned(c_kv, k_pe, descale, q_latent.dtype, tile_rows, plan.coarse_from, arguments)
+        more = _turned(c_kv, k_pe, descale, q_latent.dtype, tile_rows, plan, arguments)
         more |= {"p_out": out.view(torch.int32), "p_part": partial.view(torch.int32)}  # words of two values
         for name in ("LEFT", "QUARTER", "PANEL"):
             del arguments[name]
@@ -214,7 +214,7 @@ def _turned(
     descale: Tensor,
     dtype: torch.dtype,
     tile_rows: int,
-    coarse_from: int,
+    plan: HopperPlan,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """An FP8 cache as TMA sees it, and how the kernel that multiplies it as it is cuts its tiles."""
@@ -226,9 +226,9 @@ def _turned(
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     several = descale.shape[2] > 1
-    if several:
-        coarse_from = NEVER  # values have to be multiplied with what groups have of a token's largest factor
-    parts = 1 if stacked or arguments["T"] >= coarse_from else width // 256
+    # With several, values have to be multiplied with what groups have of a token's largest factor.
+    coarse_from = NEVER if several else plan.coarse_from
+    parts = 1 if stacked or plan.whole or arguments["T"] >= coarse_from else width // 256
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
         d_c = _by_panels(d_c, width // parts // 128)
     registers = TURNED_VALUE_REGISTERS[columns]
@@ -239,7 +239,7 @@ def _turned(
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
         "COLS": columns, "STACKED": stacked, "PARTS": parts, "coarse_from": coarse_from,
-        "VALUE_REGS": registers,
+        "VALUE_REGS": registers, "WHOLE": plan.whole,
     }  # fmt: skip
 
 

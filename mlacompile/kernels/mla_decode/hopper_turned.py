@@ -53,7 +53,7 @@ def _mla_decode_hopper_turned_kernel(
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
     STACKED: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr,
-    VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
+    VALUE_REGS: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, as
     [rows] or as [rows, GROUPS] in boxes of four columns.
@@ -61,7 +61,7 @@ def _mla_decode_hopper_turned_kernel(
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
     STACKED: both parts of the queries are rows of one tile; there are 32 rows at most. If not, P of batch rows that
     see coarse_from tokens or more is e4m3. PARTS: of a stage, which come and go by themselves; two where no batch row
-    is so long.
+    is so long, if not WHOLE, which has all words of a block loaded at once in float16, too.
     """
     x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES, PARTS, GROUPS)
     i_tile = gl.program_id(0)
@@ -98,7 +98,7 @@ def _mla_decode_hopper_turned_kernel(
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
                        stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, PARTS, CODE,
-                       ONE_QUERY, GROUPS, 0)),
+                       ONE_QUERY, GROUPS, 0, WHOLE)),
         ], [4, 8], [256 - VALUE_REGS, VALUE_REGS])  # fmt: skip
     else:
         gl.warp_specialize([

@@ -75,7 +75,8 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
             stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr,
             BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CODE: gl.constexpr,
-            ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+            ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr,
+            WHOLE: gl.constexpr = False):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS, STACKED)
     WIDE: gl.constexpr = not STACKED
@@ -117,11 +118,11 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         if WIDE:
             if _is_coarse(lo, hi, n, coarse_from, PARTS):
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, True, layout
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, WHOLE, True, layout
                 )
             else:
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, False, layout
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, WHOLE, False, layout
                 )
             g += n
         else:

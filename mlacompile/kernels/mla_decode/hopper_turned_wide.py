@@ -4,10 +4,10 @@ Of long rows P is e4m3, and values are what they are in the cache, taken apart i
 converted (``COARSE``). That rounds each weight by up to 6 %, of which the output keeps the less the more tokens share
 in it. Of short rows P is float16, and so are values on their way through registers.
 
-Where P is e4m3 all words of a block are loaded as soon as its scores are computed. Then its stage is sent for again
-while its P is still reckoned. In float16 there are no registers for that: the first words of the next block are loaded
-while the last products of this one run. What the next block's exponents count from is known by then, too: for most
-blocks it is what they counted from before, and nothing of the output has to be multiplied.
+Where P is e4m3, or ``WHOLE``, all words of a block are loaded as soon as its scores are computed. Then its stage is sent
+for again while its P is still reckoned. Otherwise the first words of the next block are loaded while the last products
+of this one run. What the next block's exponents count from is known by then, too: for most blocks it is what they
+counted from before, and nothing of the output has to be multiplied.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -63,14 +63,17 @@ def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr,
 
 
 @gluon.jit
-def _columns(x, words, g, i: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
+def _columns(x, words, g, i: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
     """Even and odd columns of step i of block g in float16, as left operands."""
-    STEPS: gl.constexpr = BLOCK // STEP
-    both = _both_of_words(words, gl.DotOperandLayout(0, layout, 2))
-    if GROUPS > 1:
-        return _columns_times_shares(x, both, g % PLACES, i // STEPS, i % STEPS)
+    if COARSE:
+        return _fp8_columns_of(words, layout)
     else:
-        return _columns_of_both(both)
+        STEPS: gl.constexpr = BLOCK // STEP
+        both = _both_of_words(words, gl.DotOperandLayout(0, layout, 2))
+        if GROUPS > 1:
+            return _columns_times_shares(x, both, g % PLACES, i // STEPS, i % STEPS)
+        else:
+            return _columns_of_both(both)
 
 
 @gluon.jit
@@ -97,7 +100,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
     AHEAD: gl.constexpr = 3  # steps by which words are loaded before they are multiplied
     stage = g % STAGES
     buffer = g & 1
-    even, odd = _columns(x, later, g, 0, GROUPS, layout)
+    even, odd = _columns(x, later, g, 0, False, GROUPS, layout)
     later = latest
     latest = _words(words, stage * TILES, 2, False, layout)
     if moved != 0:
@@ -112,7 +115,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
         if i > 0 and i + 1 < N:
             even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
         if i + 1 < N:  # words are loaded when those before them have been taken apart: registers are short
-            even, odd = _columns(x, later, g, i + 1, GROUPS, layout)
+            even, odd = _columns(x, later, g, i + 1, False, GROUPS, layout)
         later = latest
         if i + AHEAD < N:
             latest = _words(words, stage * TILES, i + AHEAD, False, layout)
@@ -131,10 +134,11 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, eve
 
 
 @gluon.jit
-def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr,
-                      STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Adds a block's products in FP8. earlier: there is output of earlier blocks."""
-    STEPS: gl.constexpr = BLOCK // FP8_STEP
+def _add_whole_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr,
+                      STAGES: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr,
+                      layout: gl.constexpr):  # fmt: skip
+    """Adds a block's products, in FP8 if COARSE. earlier: there is output of earlier blocks."""
+    STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
     stage = g % STAGES
     buffer = g & 1
     mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)  # the block's scores are computed: it has arrived
@@ -145,12 +149,12 @@ def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, 
     _clear_dead_block(words, stage * TILES, t, lo, hi, TILES)
     parts = ()
     for i in gl.static_range(TILES * STEPS):
-        parts = parts + (_words(words, stage * TILES, i, True, layout),)  # type: ignore[assignment]
+        parts = parts + (_words(words, stage * TILES, i, COARSE, layout),)  # type: ignore[assignment]
     mbarrier.arrive(bar.empty.index(stage), count=1)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(TILES * STEPS):
-        even, odd = _fp8_columns_of(parts[i], layout)
-        right = _weights(x, buffer, i % STEPS, STEPS, True)
+        even, odd = _columns(x, parts[i], g, i, COARSE, GROUPS, layout)
+        right = _weights(x, buffer, i % STEPS, STEPS, COARSE)
         if i < STEPS:
             even0, odd0 = _add_products(even, odd, right, even0, odd0)
         else:
@@ -164,7 +168,7 @@ def _add_coarse_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, 
 
 @gluon.jit
 def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-                 GROUPS: gl.constexpr, COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
+                 GROUPS: gl.constexpr, WHOLE: gl.constexpr, COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
     """The sum of the products of an item's n blocks, the first of which is block g, from token t on."""
     PAIRS: gl.constexpr = words.shape[2]
     ROWS: gl.constexpr = to_layout.instr_shape[1]
@@ -174,10 +178,10 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
     even1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     odd1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     t += (n - 1) * BLOCK
-    if COARSE:
+    if COARSE or WHOLE:
         for i in range(n):
-            even0, odd0, even1, odd1 = _add_coarse_block(
-                x, bar, words, g, t, lo, hi, i > 0, even0, odd0, even1, odd1, TILES, STAGES, layout
+            even0, odd0, even1, odd1 = _add_whole_block(
+                x, bar, words, g, t, lo, hi, i > 0, even0, odd0, even1, odd1, TILES, STAGES, COARSE, GROUPS, layout
             )
             t -= BLOCK
             g += 1

@@ -24,7 +24,6 @@ TILE_ROWS = 64
 BLOCK = 64  # tokens
 RIGHT_REGISTERS = 208
 FP8_RIGHT_REGISTERS, FP8_WIDEN_REGISTERS = 160, 64
-NEVER = 2**31 - 1  # tokens
 SHRINK = 2.0**-7  # of queries in bfloat16, so that they fit into float16
 TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 184}  # by the columns of the turned output
 GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
@@ -226,9 +225,8 @@ def _turned(
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     several = descale.shape[2] > 1
-    # With several, values have to be multiplied with what groups have of a token's largest factor.
-    coarse_from = NEVER if several else plan.coarse_from
-    parts = 1 if stacked or plan.whole or arguments["T"] >= coarse_from else width // 256
+    coarse = arguments["T"] >= plan.coarse_from and not several  # P of some rows may be e4m3
+    parts = 1 if stacked or plan.whole or coarse else width // 256
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
         d_c = _by_panels(d_c, width // parts // 128)
     registers = TURNED_VALUE_REGISTERS[columns]
@@ -238,7 +236,7 @@ def _turned(
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "PARTS": parts, "coarse_from": coarse_from,
+        "COLS": columns, "STACKED": stacked, "PARTS": parts, "coarse_from": plan.coarse_from,
         "VALUE_REGS": registers, "WHOLE": plan.whole,
     }  # fmt: skip
 

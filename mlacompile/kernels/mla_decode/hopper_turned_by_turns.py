@@ -197,7 +197,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             if EARLY > 0:
                 unit = _page_before(unit, p_pages, t - NEXT * BLOCK, n_pages, SUB, PAGE)
             # Reckoned here, or it would be kept in a register.
-            coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS)
+            coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS, GROUPS)
             if GROUPS > 1:
                 s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, PARTS, GROUPS)
             else:

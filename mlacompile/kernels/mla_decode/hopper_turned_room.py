@@ -113,9 +113,10 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
 
 
 @gluon.jit
-def _is_coarse(lo, hi, n, coarse_from, PARTS: gl.constexpr):
-    """Whether P of an item of n blocks is e4m3: its row sees many tokens, and the item not too many of them."""
-    if PARTS == 1:
+def _is_coarse(lo, hi, n, coarse_from, PARTS: gl.constexpr, GROUPS: gl.constexpr):
+    """Whether P of an item of n blocks is e4m3: its row sees many tokens, and the item not too many of them. With
+    several factors a token values are converted in any case."""
+    if PARTS == 1 and GROUPS == 1:
         return (hi - lo >= coarse_from) & (n <= COARSE_BLOCKS)
     else:
         return hi != hi  # the compiler sees that nothing is

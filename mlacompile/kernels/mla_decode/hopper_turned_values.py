@@ -116,7 +116,7 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
-            if _is_coarse(lo, hi, n, coarse_from, PARTS):
+            if _is_coarse(lo, hi, n, coarse_from, PARTS, GROUPS):
                 even0, odd0, even1, odd1 = _sum_of_item(
                     x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, WHOLE, True, layout
                 )

@@ -4,10 +4,10 @@ Of long rows P is e4m3, and values are what they are in the cache, taken apart i
 converted (``COARSE``). That rounds each weight by up to 6 %, of which the output keeps the less the more tokens share
 in it. Of short rows P is float16, and so are values on their way through registers.
 
-Where P is e4m3, or ``WHOLE``, all words of a block are loaded as soon as its scores are computed. Then its stage is sent
-for again while its P is still reckoned. Otherwise the first words of the next block are loaded while the last products
-of this one run. What the next block's exponents count from is known by then, too: for most blocks it is what they
-counted from before, and nothing of the output has to be multiplied.
+Where P is e4m3, or ``WHOLE``, all words of a block are loaded as soon as its scores are computed. Then its stage is
+sent for again while its P is still reckoned. Otherwise the first words of the next block are loaded while the last
+products of this one run. What the next block's exponents count from is known by then, too: for most blocks it is what
+they counted from before, and nothing of the output has to be multiplied.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

@@ -81,6 +81,7 @@ class CheckpointWriter:
         return path
 
     def __enter__(self) -> CheckpointWriter:
+        self._tidy()
         self._refuse_existing()
         if not self.out.absolute().parent.is_dir():
             raise CheckpointError(f"{self.out}: there is no folder {self.out.absolute().parent}; create it first")
@@ -187,6 +188,11 @@ class CheckpointWriter:
     def _record(self) -> None:
         record = {"fingerprint": self._fingerprint, "shards": self._done}
         _write_whole(self.work / _PROGRESS, json.dumps(record, indent=2).encode())
+
+    def _tidy(self) -> None:
+        """Remove what a run left that was killed between the name of its folder and the end of ``commit``."""
+        if self.out.exists() and self.work.is_dir() and not self.files.exists():
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def _refuse_existing(self) -> None:
         if self.out.exists() or self.out.is_symlink():

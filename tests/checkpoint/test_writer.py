@@ -127,6 +127,22 @@ def test_existing_folders_are_left_alone(tmp_path: Path) -> None:
         pass
 
 
+def test_what_is_left_beside_a_whole_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a run that was killed when the folder had its name. What another run is still making stays."""
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    with monkeypatch.context() as killed:
+        killed.setattr(writer.shutil, "rmtree", lambda *args, **settings: None)
+        write(out)
+    assert work.exists()
+    with pytest.raises(CheckpointError, match="exists already"):
+        write(out)
+    assert not work.exists()
+    (work / "files").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write(out)
+    assert (work / "files").exists()
+
+
 def test_folder_made_by_somebody_else_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with CheckpointWriter(out, fingerprint="") as target:

@@ -17,7 +17,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLA
 from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR, _add_rope, _fp8_products, _products
 from mlacompile.kernels.mla_decode.hopper_turned_words import STEP
 
-WHOLE = gl.constexpr(128.0)  # what a group with the largest factor has of it: 448 times that float16 still holds
+LARGEST_SHARE = gl.constexpr(128.0)  # of the group with the largest factor: float16 holds 448 times that
 # ``SPLIT``, and both times what their group has of the factors of the two tokens.
 SPLIT_TIMES = gl.constexpr(
     "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
@@ -63,7 +63,7 @@ def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     chain = x.chain._reinterpret(gl.float32, [PLACES, FACTORS, BLOCK], lines).index(place)
     chain.permute((1, 0)).store(_four_columns(first / second, after_second, after_third, fourth))
-    largest = largest * (1 / WHOLE)
+    largest = largest * (1 / LARGEST_SHARE)
     shares = f / gl.convert_layout(largest, gl.SliceLayout(1, layout))[:, None]
     x.shares.index(place).permute((1, 0)).store(shares.to(gl.float16))
     x.largest.index(place).store(largest)

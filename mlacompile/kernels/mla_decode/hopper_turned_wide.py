@@ -64,7 +64,7 @@ def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr,
 
 @gluon.jit
 def _columns(x, words, g, i: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
-    """Even and odd columns of step i of block g in float16, as left operands."""
+    """Even and odd columns of step i of block g, as left operands: as they are if COARSE, or in float16."""
     if COARSE:
         return _fp8_columns_of(words, layout)
     else:

@@ -105,5 +105,5 @@ def test_narrow_tiles_get_fewer_parts() -> None:
 
 def test_a_hopper_plan_says_so() -> None:
     plan = hopper_plan(Shape(64, 16, 1, 8192, 512, 64), Device())
-    assert str(plan) == "x132-min2-over2"
-    assert str(replace(plan, turned=True)) == "x132-min2-over2-turned64"
+    assert str(plan) == "x132-min2-over4"
+    assert str(replace(plan, turned=True)) == "x132-min2-over4-turned64"

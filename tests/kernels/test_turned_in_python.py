@@ -73,6 +73,9 @@ CASES = [
     (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2, 64),
     (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2, 64),
     (replace(CASE, heads=33, batch=9, tokens=180, **RAGGED), 64, 1, 64),  # one to three blocks: groups sit items out
+    (replace(CASE, heads=40, **RAGGED), 64, 3, 64),
+    (replace(CASE, heads=50, queries=2, causal=True, rank=384, **RAGGED), 0, 1, 64),
+    (replace(CASE, heads=33, batch=9, rank=256, rope=0, tokens=180, **RAGGED), 32, 1, 64),
     (replace(CASE, heads=72, batch=1, tokens=200), 64, 2, 32),
     (replace(CASE, heads=36, queries=2, causal=True, **RAGGED), 64, 3, 32),
     (replace(CASE, heads=50, rank=256, rope=16, **RAGGED), 0, 1, 32),
@@ -218,44 +221,28 @@ def test_several_factors_a_token(
     agree(out, lse, want)
 
 
-@pytest.mark.parametrize("per", ["token", "block"])
-@pytest.mark.parametrize(("case", "page", "parts"), WIDE, ids=str)
-def test_blocks_that_come_whole_in_float16(
-    monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, per: str
-) -> None:
-    stored, said = quantized(make_inputs(case), per=per, rounded=False)
-    want = exact(said)
-    stored = paged(stored, page) if page else stored
-    plan = HopperPlan(parts, turned=True, whole=True)
-    out, lse = run(monkeypatch, in_one_run(stored) if per == "block" else stored, plan)
-    agree(out, lse, want)
-
-
 @pytest.mark.parametrize(
-    ("heads", "per", "batch", "coarse", "tile_rows", "whole"),
+    ("heads", "per", "batch", "coarse", "tile_rows"),
     [
-        (16, "token", 1, False, 64, False),
-        (64, "token", 1, False, 64, False),
-        (64, "token", 9, False, 64, False),
-        (64, "token", 1, False, 64, True),
-        (64, "token", 9, False, 64, True),
-        (64, "token", 1, True, 64, False),
-        (64, "token", 9, True, 64, False),
-        (16, "block", 1, False, 64, False),
-        (64, "block", 1, False, 64, False),
-        (40, "block", 7, False, 64, False),
-        (40, "block", 7, False, 64, True),
-        (72, "token", 2, False, 32, False),
+        (16, "token", 1, False, 64),
+        (64, "token", 1, False, 64),
+        (64, "token", 9, False, 64),
+        (64, "token", 1, True, 64),
+        (64, "token", 9, True, 64),
+        (16, "block", 1, False, 64),
+        (64, "block", 1, False, 64),
+        (40, "block", 7, False, 64),
+        (72, "token", 2, False, 32),
     ],
 )
 def test_nobody_is_waited_for_too_little(
-    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool, tile_rows: int, whole: bool
+    monkeypatch: pytest.MonkeyPatch, heads: int, per: str, batch: int, coarse: bool, tile_rows: int
 ) -> None:
     """Whoever is late, the result is the same to the bit: a stage or a buffer given back too early shows here."""
     case = replace(CASE, heads=heads, batch=batch, tokens=900 // batch, length=batch > 1)
     stored, _ = quantized(make_inputs(case), per=per, rounded=per == "token")
     stored = paged(stored, 64) if per == "token" else in_one_run(paged(stored, 64))
-    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000, tile_rows=tile_rows, whole=whole)
+    plan = HopperPlan(1, turned=True, coarse_from=60 if coarse else 1000, tile_rows=tile_rows)
     want = run(monkeypatch, stored, plan)
     for seed in range(3):
         with monkeypatch.context() as late:

@@ -225,10 +225,8 @@ def _turned(
     width = 256 if arguments["R"] <= 256 else 512
     d_c, apart_c = _descriptor(c_kv, box_rows, 128)
     several = descale.shape[2] > 1
-    coarse = arguments["T"] >= plan.coarse_from and not several  # P of some rows may be e4m3
-    parts = 1 if stacked or plan.whole or coarse else width // 256
     if box_rows == BLOCK and arguments["R"] % 128 == 0:
-        d_c = _by_panels(d_c, width // parts // 128)
+        d_c = _by_panels(d_c, width // 128)
     registers = TURNED_VALUE_REGISTERS[columns]
     if several and stacked:
         registers = GROUPED_VALUE_REGISTERS
@@ -236,8 +234,8 @@ def _turned(
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "PARTS": parts, "coarse_from": plan.coarse_from,
-        "VALUE_REGS": registers, "WHOLE": plan.whole,
+        "COLS": columns, "STACKED": stacked, "coarse_from": plan.coarse_from,
+        "VALUE_REGS": registers,
     }  # fmt: skip
 
 

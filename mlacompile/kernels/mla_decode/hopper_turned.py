@@ -38,7 +38,7 @@ from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import _scores_by_turns
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_stages
 from mlacompile.kernels.mla_decode.hopper_turned_groups import _scores_of_groups
-from mlacompile.kernels.mla_decode.hopper_turned_room import _turned_setup
+from mlacompile.kernels.mla_decode.hopper_turned_room import _is_weighed, _turned_setup
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _scores
 from mlacompile.kernels.mla_decode.hopper_turned_values import _values
 
@@ -51,25 +51,25 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    STACKED: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    STACKED: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr,
-    VALUE_REGS: gl.constexpr, WHOLE: gl.constexpr, num_warps: gl.constexpr,
+    VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As ``_mla_decode_hopper_kernel``. d_c: the cache as e4m3, in boxes of 128 columns. d_scale: the factors, as
     [rows] or as [rows, GROUPS] in boxes of four columns.
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
     STACKED: both parts of the queries are rows of one tile; there are 32 rows at most. If not, P of batch rows that
-    see coarse_from tokens or more is e4m3. PARTS: of a stage, which come and go by themselves; two where no batch row
-    is so long, if not WHOLE, which has all words of a block loaded at once in float16, too.
+    see coarse_from tokens or more is e4m3.
     """
-    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES, PARTS, GROUPS)
+    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES, GROUPS)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
     share, overhead, row, position = _plan(
-        p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY
-    )
+        p_start, p_length, B, T, part, gl.num_programs(1), min_share, overhead, CHUNK, MANY, coarse_from,
+        _is_weighed(GROUPS, STACKED),
+    )  # fmt: skip
     cache = (d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, p_table, stride_table, n_pages, n_columns)
     if GROUPS > 1 and STACKED:
         gl.warp_specialize([
@@ -78,11 +78,11 @@ def _mla_decode_hopper_turned_kernel(
                                  ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, PARTS, CODE,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 0)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, PARTS, CODE,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 1)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
                              PAGE, STAGES)),
@@ -91,14 +91,14 @@ def _mla_decode_hopper_turned_kernel(
         gl.warp_specialize([
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
-                                PAGE, STAGES, PARTS, CAUSAL, ONE_QUERY, GROUPS, 0)),
+                                PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 0)),
             (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
-                                PAGE, STAGES, PARTS, CAUSAL, ONE_QUERY, GROUPS, 1)),
+                                PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, PARTS, CODE,
-                       ONE_QUERY, GROUPS, 0, WHOLE)),
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
+                       ONE_QUERY, GROUPS, 0)),
         ], [4, 8], [256 - VALUE_REGS, VALUE_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -106,7 +106,7 @@ def _mla_decode_hopper_turned_kernel(
                        i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, PARTS, CODE,
+                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 0)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
                              PAGE, STAGES)),

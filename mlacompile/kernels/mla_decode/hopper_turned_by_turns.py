@@ -27,9 +27,9 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _scores_in_chain
-from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_part, _pages_of
+from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
-from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _of_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _is_weighed
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _add_rope,
     _by_thread,
@@ -61,29 +61,25 @@ def _weighed(x, e, b, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
-def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):
-    """Scores of block b, part by part as they arrive; rotary ones are begun.
+def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of block b; rotary ones are begun. They begin when those of the block before are issued.
 
-    The small part of the queries goes first: it is added up more precisely. Of whole blocks they begin when those of
-    the block before are issued.
+    The small part of the queries goes first: it is added up more precisely.
     """
     WIDTH: gl.constexpr = x.q.shape[2]
     SOME: gl.constexpr = min(WIDTH, 256)  # columns: addresses of more at once would be too many registers
     stage = b % STAGES
     other = (b + 1) & 1
     zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
+    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
+    mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
     for i in gl.static_range(WIDTH // SOME):
-        if i < PARTS:
-            mbarrier.wait(_of_part(bar.full, bar.full_last, stage, i), (b // STAGES) & 1)
-        if (PARTS == 1) & (i == 0):
-            mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
         keys = x.k.index(stage).slice(i * SOME, SOME, dim=1).permute((1, 0))
         q = x.q.index(zero + 1).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
         q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
         s = warpgroup_mma(q, keys, s, is_async=True)
-    if PARTS == 1:
-        mbarrier.arrive(bar.turn.index(b & 1), count=1)
+    mbarrier.arrive(bar.turn.index(b & 1), count=1)
     factors = x.factors.index(b % PLACES).load(gl.SliceLayout(0, _fp8_products()))
     s = warpgroup_mma_wait(0, deps=(s,))
     return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
@@ -138,30 +134,16 @@ def _page_before(unit, p_pages, t, n_pages, SUB: gl.constexpr, PAGE: gl.constexp
 
 
 @gluon.jit
-def _fetch_parts(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                 STAGES: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """Sends for parts [FIRST, END) of block b, each when its room has been used for the last time."""
-    stage = b % STAGES
-    for i in gl.static_range(FIRST, END):
-        mbarrier.wait(_of_part(bar.empty, bar.empty_last, stage, i), ((b // STAGES) & 1) ^ 1)
-        _fetch_part(x, bar, cache, b, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, i, PARTS)
-
-
-@gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
                      i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
-                     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-                     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr,
-                     SIDE: gl.constexpr):  # fmt: skip
+                     BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+                     ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    The last block is taken first. With one part P is e4m3 where ``_is_coarse`` says so, and behind P a group sends for
-    the block that comes where this one is, which is the other group's: ``_values`` hold its words by then. With two it
-    sends for its own next block, EARLY parts of it before P, as its room falls free.
+    The last block is taken first. P is e4m3 where ``_is_coarse`` says so. Behind P a group sends for the block that
+    comes where this one is, which is the other group's: ``_values`` hold its words by then.
     """
     n_pages, n_columns = cache[8], cache[9]
-    NEXT: gl.constexpr = STAGES if PARTS == 1 else 2
-    EARLY: gl.constexpr = PARTS // 2
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -170,7 +152,9 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
     item = 0
     todo = share
     while (row < B) & (todo > overhead):
-        lo, hi, end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        lo, hi, end, t, n, skip, rest, taken = _item(
+            p_start, p_length, row, position, todo, overhead, T, coarse_from, _is_weighed(GROUPS, False)
+        )
         _limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread(ROWS))
@@ -182,26 +166,23 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         if first < n:
-            _fetch_parts(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS, PARTS)
+            _fetch_block(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
         if (first == 0) & (n > 2):
             if SUB == 1:
                 unit = _unit(p_pages, row, t - 2 * BLOCK, n_pages, n_columns, PAGE)
-            _fetch_parts(x, bar, cache, g + 2, unit, p_pages, t - 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0, PARTS,
-                         PARTS)  # fmt: skip
+            _fetch_block(x, bar, cache, g + 2, unit, p_pages, t - 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
 
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
-            if EARLY > 0:
-                unit = _page_before(unit, p_pages, t - NEXT * BLOCK, n_pages, SUB, PAGE)
             # Reckoned here, or it would be kept in a register.
-            coarse = _is_coarse(_here(lo), hi, n, coarse_from, PARTS, GROUPS)
+            coarse = _is_coarse(_here(lo), hi, n, coarse_from, GROUPS)
             if GROUPS > 1:
-                s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, PARTS, GROUPS)
+                s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, GROUPS)
             else:
-                s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES, PARTS)
+                s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x.largest.index(b % PLACES), t, lo, hi, ROOM)
             unit_of_p += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
             if BLOCK_P > 0:
@@ -217,21 +198,15 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             m_before = gl.where(i > 0, x.m.index(other).load(by_row), LOWEST)
             earlier = m
             m = _count_from(x, bar, highest, m_before, b)
-            more = (i > 0) & (i + 2 < n) if EARLY > 0 else i + NEXT < n
-            if EARLY > 0 and more:
-                _fetch_parts(x, bar, cache, b + NEXT, unit, p_pages, t - NEXT * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES, 0,
-                             EARLY, PARTS)  # fmt: skip
             left, right = _halves(s)
             sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi, coarse)
             sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi, coarse)
-            if EARLY == 0:
-                unit = _page_before(unit, p_pages, t - NEXT * BLOCK, n_pages, SUB, PAGE)
+            unit = _page_before(unit, p_pages, t - STAGES * BLOCK, n_pages, SUB, PAGE)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)
-            if more:
-                _fetch_parts(x, bar, cache, b + NEXT, unit, p_pages, t - NEXT * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES,
-                             EARLY, PARTS, PARTS)  # fmt: skip
+            if i + STAGES < n:
+                _fetch_block(x, bar, cache, b + STAGES, unit, p_pages, t - STAGES * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
             t = _here(t) - 2 * BLOCK  # or the compiler would keep several numbers that follow from it, and spill others
         total_of_rows = gl.convert_layout(gl.sum(total, 1), by_row)
         g += n

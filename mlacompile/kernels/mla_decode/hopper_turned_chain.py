@@ -79,16 +79,14 @@ def _begin_group(x, s, stage, k: gl.constexpr):
 
 
 @gluon.jit
-def _scores_in_chain(x, bar, s, b, t, lo, hi, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+def _scores_in_chain(x, bar, s, b, t, lo, hi, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
                      GROUPS: gl.constexpr):  # fmt: skip
     """Scores of block b, group by group; rotary ones are begun. Factors are looked at while the first group's products
-    run: they come with the last part."""
+    run."""
     stage = b % STAGES
     place = b % PLACES
     mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
     s = _begin_group(x, s, stage, 0)
-    if PARTS > 1:
-        mbarrier.wait(bar.full_last.index(stage), (b // STAGES) & 1)
     _prepare_factors(x, place, t, lo, hi, GROUPS)
     for k in gl.static_range(GROUPS):
         if k > 0:

@@ -11,35 +11,30 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mlacompile.kernels.mla_decode.hopper_fetch import _boxes, _columns, _copy, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_turned_room import _of_part
 
 
 @gluon.jit
-def _fetch_part(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
-                STAGES: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """Sends for one of PARTS of a block's latents, and with the last for its factors and rotary keys."""
+def _fetch_block(x, bar, cache, b, unit, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, PAGE: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """Sends for block b, latents, factors and rotary keys, when its stage has been used for the last time."""
     d_c, d_pe, d_scale, apart_c, apart_pe, apart_scale, _p_table, _stride_table, n_pages, n_columns = cache
     BOX: gl.constexpr = _tokens(d_c.block_type.shape)
     PANEL: gl.constexpr = d_c.block_type.shape[-1]
     SUB: gl.constexpr = BLOCK // BOX
     PANELS: gl.constexpr = WIDTH // PANEL
-    SOME: gl.constexpr = PANELS // PARTS
-    LAST: gl.constexpr = PART == PARTS - 1
     PLACES: gl.constexpr = x.factors.shape[0]
-    MORE: gl.constexpr = 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape) if LAST else 0
-    BOXES: gl.constexpr = STAGES * PANELS * SUB // (SOME if len(d_c.block_type.shape) == 3 else 1)
+    BOXES: gl.constexpr = STAGES * PANELS * SUB // (PANELS if len(d_c.block_type.shape) == 3 else 1)
     stage = b % STAGES
-    full = _of_part(bar.full, bar.full_last, stage, PART)
-    mbarrier.expect(full, BLOCK * (SOME * PANEL + MORE))
+    mbarrier.wait(bar.empty.index(stage), ((b // STAGES) & 1) ^ 1)
+    full = bar.full.index(stage)
+    mbarrier.expect(full, BLOCK * (WIDTH + 2 * BLOCK_P + 4 * _columns(d_scale.block_type.shape)))
     latents = x.k._reinterpret(d_c.dtype, _boxes(BOXES, d_c.block_type.shape), d_c.layout)
-    _copy(d_c, apart_c, PART * SOME * PANEL, full, latents, stage * PANELS + PART * SOME, SOME,
-          unit, p_pages, t, n_pages, n_columns, PAGE)  # fmt: skip
-    if LAST:
-        factors = x.factors._reinterpret(gl.float32, _boxes(PLACES * SUB, d_scale.block_type.shape), d_scale.layout)
-        _copy(d_scale, apart_scale, 0, full, factors, b % PLACES, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
-        if BLOCK_P > 0:
-            pe = x.pe._reinterpret(d_pe.dtype, [STAGES * SUB, BOX, BLOCK_P], d_pe.layout)
-            _copy(d_pe, apart_pe, 0, full, pe, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
+    _copy(d_c, apart_c, 0, full, latents, stage * PANELS, PANELS, unit, p_pages, t, n_pages, n_columns, PAGE)
+    factors = x.factors._reinterpret(gl.float32, _boxes(PLACES * SUB, d_scale.block_type.shape), d_scale.layout)
+    _copy(d_scale, apart_scale, 0, full, factors, b % PLACES, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
+    if BLOCK_P > 0:
+        pe = x.pe._reinterpret(d_pe.dtype, [STAGES * SUB, BOX, BLOCK_P], d_pe.layout)
+        _copy(d_pe, apart_pe, 0, full, pe, stage, 1, unit, p_pages, t, n_pages, n_columns, PAGE)
 
 
 @gluon.jit
@@ -66,12 +61,10 @@ def _fetch_stages(x, bar, cache, p_start, p_length, row, position, share, overhe
         if SUB == 1:
             unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
         for i in range(g, g + n):
-            stage = i % STAGES
             ahead = unit
             if SUB == 1:  # the next block's page is looked up now, its address is needed at once then
                 ahead = _unit(p_pages, row, t + BLOCK, n_pages, n_columns, PAGE)
-            mbarrier.wait(bar.empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            _fetch_part(x, bar, cache, i, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, 0, 1)
+            _fetch_block(x, bar, cache, i, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
             unit = ahead
             t += BLOCK
         g += n

@@ -56,25 +56,25 @@ class TurnedSignals:
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
-    turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take whole blocks by turns
-    # Of the second half of each stage, if halves come and go by themselves. A wait for one barrier and another of
-    # the same array would have all warps wait for each other in between, so they are not in one array.
-    full_last: gl.shared_memory_descriptor
-    empty_last: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor  # products of a block's scores are issued, where two take blocks by turns
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, turn,
-                 full_last, empty_last):  # fmt: skip
+    def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, turn):
         self.full, self.empty, self.p_full, self.p_empty = full, empty, p_full, p_empty
         self.queries, self.total, self.rows = queries, total, rows
         self.m, self.others, self.turn = m, others, turn
-        self.full_last, self.empty_last = full_last, empty_last
 
 
 @gluon.constexpr_function
 def _sides(groups, stacked):
     """Partitions ``_values``. Eight warps have one P on the right, and a group of 128 columns is work for four."""
     return 2 if groups > 1 and stacked else 1
+
+
+@gluon.constexpr_function
+def _is_weighed(groups, stacked):
+    """Whether P of some rows is e4m3 and of others float16, whose blocks take longer."""
+    return groups == 1 and not stacked
 
 
 @gluon.constexpr_function
@@ -87,15 +87,6 @@ def _tile_rows(stacked):
 def _fragment(columns, warps, depth=16):
     """The layout of a product's so many columns."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, depth])
-
-
-@gluon.jit
-def _of_part(first, last, stage, i: gl.constexpr):
-    """What a stage's part i has of two arrays: a barrier of the first part, or of the last."""
-    if i == 0:
-        return first.index(stage)
-    else:
-        return last.index(stage)
 
 
 @gluon.jit
@@ -113,10 +104,10 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
 
 
 @gluon.jit
-def _is_coarse(lo, hi, n, coarse_from, PARTS: gl.constexpr, GROUPS: gl.constexpr):
+def _is_coarse(lo, hi, n, coarse_from, GROUPS: gl.constexpr):
     """Whether P of an item of n blocks is e4m3: its row sees many tokens, and the item not too many of them. With
     several factors a token values are converted in any case."""
-    if PARTS == 1 and GROUPS == 1:
+    if GROUPS == 1:
         return (hi - lo >= coarse_from) & (n <= COARSE_BLOCKS)
     else:
         return hi != hi  # the compiler sees that nothing is
@@ -142,7 +133,7 @@ def _room_of_factors(GROUPS: gl.constexpr):
 
 @gluon.jit
 def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                  STAGES: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+                  STAGES: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
     bytes_: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
@@ -187,14 +178,7 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     if SIDES > 1:
         rows = _barriers(1, SIDES)
     if not STACKED:
-        m_full, others_full = _barriers(2), _barriers(1)
-        if PARTS == 1:
-            turn = _barriers(2)
-    full_last, empty_last = full, empty
-    if PARTS > 1:
-        full_last, empty_last = _barriers(STAGES), _barriers(STAGES)
-    bar = TurnedSignals(
-        full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn, full_last, empty_last
-    )
+        m_full, others_full, turn = _barriers(2), _barriers(1), _barriers(2)
+    bar = TurnedSignals(full, empty, p_full, p_empty, queries, total, rows, m_full, others_full, turn)
     fence_async_shared()
     return x, bar

@@ -9,7 +9,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _moved, _slot
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
-from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment, _is_coarse, _sides
+from mlacompile.kernels.mla_decode.hopper_turned_room import _fragment, _is_coarse, _is_weighed, _sides
 from mlacompile.kernels.mla_decode.hopper_turned_rows import _convert_queries, _store_rows, _turn_back
 from mlacompile.kernels.mla_decode.hopper_turned_wide import _sum_of_item
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
@@ -74,9 +74,8 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
             n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
             stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr,
-            BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CODE: gl.constexpr,
-            ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr,
-            WHOLE: gl.constexpr = False):  # fmt: skip
+            BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr,
+            ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
     SIDES: gl.constexpr = _sides(GROUPS, STACKED)
     WIDE: gl.constexpr = not STACKED
@@ -97,7 +96,9 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
     item = 0
     todo = share
     while (row < B) & (todo > overhead):
-        lo, hi, _end, t, n, skip, rest, taken = _item(p_start, p_length, row, position, todo, overhead, T)
+        lo, hi, _end, t, n, skip, rest, taken = _item(
+            p_start, p_length, row, position, todo, overhead, T, coarse_from, _is_weighed(GROUPS, STACKED)
+        )
         if SIDES > 1:  # what the queries are stored over
             mbarrier.wait(bar.rows, (item & 1) ^ 1)
         # The last P of the previous item was waited for, and it follows the last use of that item's queries.
@@ -116,13 +117,13 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
         even1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         odd1 = gl.zeros((PAIRS, COLS), gl.float32, layout)
         if WIDE:
-            if _is_coarse(lo, hi, n, coarse_from, PARTS, GROUPS):
+            if _is_coarse(lo, hi, n, coarse_from, GROUPS):
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, WHOLE, True, layout
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, GROUPS, True, layout
                 )
             else:
                 even0, odd0, even1, odd1 = _sum_of_item(
-                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, PARTS, GROUPS, WHOLE, False, layout
+                    x, bar, words, g, t, n, lo, hi, TILES, STAGES, GROUPS, False, layout
                 )
             g += n
         else:

@@ -4,10 +4,9 @@ Of long rows P is e4m3, and values are what they are in the cache, taken apart i
 converted (``COARSE``). That rounds each weight by up to 6 %, of which the output keeps the less the more tokens share
 in it. Of short rows P is float16, and so are values on their way through registers.
 
-Where P is e4m3, or ``WHOLE``, all words of a block are loaded as soon as its scores are computed. Then its stage is
-sent for again while its P is still reckoned. Otherwise the first words of the next block are loaded while the last
-products of this one run. What the next block's exponents count from is known by then, too: for most blocks it is what
-they counted from before, and nothing of the output has to be multiplied.
+All words of a block are loaded as soon as its scores are computed: then its stage is sent for again while its P is
+still reckoned. What its exponents count from is known by then, too: for most blocks it is what they counted from
+before, and nothing of the output has to be multiplied.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -16,10 +15,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
+from mlacompile.kernels.mla_decode.hopper_room import all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _moved
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _columns_times_shares
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
-from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _of_part
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     STEP,
@@ -52,14 +52,7 @@ def _clear_dead_block(words, first, t, lo, hi, TILES: gl.constexpr):
     if (t < lo) | (t + BLOCK > hi):
         for i in gl.static_range(TILES):
             _clear_dead_words(words.index(first + i), t, lo, hi)
-
-
-@gluon.jit
-def _first_words(words, g, t, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
-    """What the first two steps of a block multiply, whose scores are computed."""
-    first = g % STAGES * TILES
-    _clear_dead_block(words, first, t, lo, hi, TILES)
-    return _words(words, first, 0, False, layout), _words(words, first, 1, False, layout)
+        all_warps()  # here, or the compiler has warps wait for each other in every block
 
 
 @gluon.jit
@@ -87,57 +80,13 @@ def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constex
 
 
 @gluon.jit
-def _add_wide_block(x, bar, words, g, t, lo, hi, moved, more, later, latest, even0, odd0, even1, odd1,
-                    TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
+def _add_wide_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr,
+                    STAGES: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr,
                     layout: gl.constexpr):  # fmt: skip
-    """Adds a block's products, and says that its stage and its P are no longer needed.
+    """Adds a block's products, in FP8 if COARSE, and says that its stage and its P are no longer needed.
 
-    later, latest: its first words, in the order of their steps. moved: groups of rows whose earlier output has to be
-    multiplied. Returns these for the next block, too, if there is one ``more`` of this item.
+    earlier: there is output of earlier blocks.
     """
-    STEPS: gl.constexpr = BLOCK // STEP
-    N: gl.constexpr = TILES * STEPS
-    AHEAD: gl.constexpr = 3  # steps by which words are loaded before they are multiplied
-    stage = g % STAGES
-    buffer = g & 1
-    even, odd = _columns(x, later, g, 0, False, GROUPS, layout)
-    later = latest
-    latest = _words(words, stage * TILES, 2, False, layout)
-    if moved != 0:
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, x.alpha.index(buffer), moved, TILES)
-    mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
-    for i in gl.static_range(N):
-        right = _weights(x, buffer, i % STEPS, STEPS, False)
-        if i < STEPS:
-            even0, odd0 = _add_products(even, odd, right, even0, odd0)
-        else:
-            even1, odd1 = _add_products(even, odd, right, even1, odd1)
-        if i > 0 and i + 1 < N:
-            even0, odd0, even1, odd1 = warpgroup_mma_wait(2, deps=(even0, odd0, even1, odd1))
-        if i + 1 < N:  # words are loaded when those before them have been taken apart: registers are short
-            even, odd = _columns(x, later, g, i + 1, False, GROUPS, layout)
-        later = latest
-        if i + AHEAD < N:
-            latest = _words(words, stage * TILES, i + AHEAD, False, layout)
-        if PARTS > 1:
-            if i % STEPS == STEPS - 2:  # the last words of a tile are in registers
-                mbarrier.arrive(_of_part(bar.empty, bar.empty_last, stage, i // STEPS), count=1)
-        elif i == max(N - 1 - AHEAD, 0):  # all words are in registers, and P holds the factors
-            mbarrier.arrive(bar.empty.index(stage), count=1)
-    if more:
-        mbarrier.wait(bar.m.index(buffer ^ 1), ((g + 1) >> 1) & 1)
-        moved = _moved(x.alpha.index(buffer ^ 1))  # known from the block's scores: it has arrived
-        later, latest = _first_words(words, g + 1, t - BLOCK, lo, hi, TILES, STAGES, layout)
-    even0, odd0, even1, odd1 = warpgroup_mma_wait(0, deps=(even0, odd0, even1, odd1))
-    mbarrier.arrive(bar.p_empty.index(buffer), count=1)
-    return even0, odd0, even1, odd1, moved, later, latest
-
-
-@gluon.jit
-def _add_whole_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr,
-                      STAGES: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr,
-                      layout: gl.constexpr):  # fmt: skip
-    """Adds a block's products, in FP8 if COARSE. earlier: there is output of earlier blocks."""
     STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
     stage = g % STAGES
     buffer = g & 1
@@ -167,8 +116,8 @@ def _add_whole_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, o
 
 
 @gluon.jit
-def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-                 GROUPS: gl.constexpr, WHOLE: gl.constexpr, COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
+def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+                 COARSE: gl.constexpr, to_layout: gl.constexpr):  # fmt: skip
     """The sum of the products of an item's n blocks, the first of which is block g, from token t on."""
     PAIRS: gl.constexpr = words.shape[2]
     ROWS: gl.constexpr = to_layout.instr_shape[1]
@@ -178,24 +127,12 @@ def _sum_of_item(x, bar, words, g, t, n, lo, hi, TILES: gl.constexpr, STAGES: gl
     even1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     odd1 = gl.zeros((PAIRS, ROWS), gl.float32, layout)
     t += (n - 1) * BLOCK
-    if COARSE or WHOLE:
-        for i in range(n):
-            even0, odd0, even1, odd1 = _add_whole_block(
-                x, bar, words, g, t, lo, hi, i > 0, even0, odd0, even1, odd1, TILES, STAGES, COARSE, GROUPS, layout
-            )
-            t -= BLOCK
-            g += 1
-    else:
-        mbarrier.wait(bar.m.index(g & 1), (g >> 1) & 1)
-        moved = 0  # there is no earlier output
-        later, latest = _first_words(words, g, t, lo, hi, TILES, STAGES, layout)
-        for i in range(n):
-            even0, odd0, even1, odd1, moved, later, latest = _add_wide_block(
-                x, bar, words, g, t, lo, hi, moved, i + 1 < n, later, latest, even0, odd0, even1, odd1, TILES, STAGES,
-                PARTS, GROUPS, layout,
-            )  # fmt: skip
-            t -= BLOCK
-            g += 1
+    for i in range(n):
+        even0, odd0, even1, odd1 = _add_wide_block(
+            x, bar, words, g, t, lo, hi, i > 0, even0, odd0, even1, odd1, TILES, STAGES, COARSE, GROUPS, layout
+        )
+        t -= BLOCK
+        g += 1
     even0 = gl.convert_layout(even0, to_layout, assert_trivial=True)
     odd0 = gl.convert_layout(odd0, to_layout, assert_trivial=True)
     even1 = gl.convert_layout(even1, to_layout, assert_trivial=True)

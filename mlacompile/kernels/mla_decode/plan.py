@@ -153,21 +153,19 @@ class HopperPlan:
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
     costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. tile_rows: at
     most so many rows (query, head) are a tile, 64, or 32 of those products. coarse_from: of how many tokens on the
-    weights of the softmax are FP8 values, too, in tiles of 64. whole: blocks of such tiles come and go whole where
-    weights are float16, too.
+    weights of the softmax are FP8 values, too, in tiles of 64.
     """
 
     parts: int
     min_share: int = 2
-    overhead: int = 2
+    overhead: int = 4
     turned: bool = False
     coarse_from: int = COARSE_FROM
     tile_rows: int = 64
-    whole: bool = False
 
     def __str__(self) -> str:
-        forms = f"{f'-turned{self.tile_rows}' * self.turned}{'-whole' * self.whole}"
-        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{forms}"
+        form = f"-turned{self.tile_rows}" * self.turned
+        return f"x{self.parts}-min{self.min_share}-over{self.overhead}{form}"
 
 
 def turned_tile_rows(shape: Shape) -> int:

@@ -16,7 +16,16 @@ from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_
 from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
 from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
-from mlacompile.kernels.mla_decode.plan import Device, HopperPlan, Shape, hopper_plan, next_power_of_2, turned_tile_rows
+from mlacompile.kernels.mla_decode.plan import (
+    OVERHEAD,
+    WIDE_OVERHEAD,
+    Device,
+    HopperPlan,
+    Shape,
+    hopper_plan,
+    next_power_of_2,
+    turned_tile_rows,
+)
 from mlacompile.kernels.mla_decode.supports import turned_reasons
 from mlacompile.kernels.mla_decode.widen import HEADROOM, WIDEN
 
@@ -100,7 +109,8 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     if descale is not None:
         tile_rows = turned_tile_rows(shape)
         if not turned_reasons(c_kv):
-            return replace(hopper_plan(shape, device, tile_rows), turned=True)
+            overhead = WIDE_OVERHEAD if tile_rows == TILE_ROWS and descale.shape[2] == 1 else OVERHEAD
+            return replace(hopper_plan(shape, device, tile_rows), turned=True, overhead=overhead)
     return hopper_plan(shape, device)
 
 

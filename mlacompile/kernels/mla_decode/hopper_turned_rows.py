@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from mlacompile.kernels.mla_decode.hopper_room import _here
 from mlacompile.kernels.mla_decode.hopper_turned_room import _tile_rows
 
-SOME = gl.constexpr(8)  # rows of queries that are converted at once: with both parts of them a wgmma takes 16
+EIGHT = gl.constexpr(8)  # rows whose both parts lie together where they are stacked: what a warp multiplies at once
 
 # Four numbers to e4m3, and what that leaves of each, which is exact in float16, to e4m3.
 PARTS_OF_QUERIES = gl.constexpr(
@@ -32,12 +32,12 @@ def _two_to(k):
 
 
 @gluon.jit
-def _some_queries(p, i_tile, first, H, S, stride_h, stride_s, stride_r, WIDTH: gl.constexpr, D: gl.constexpr,
-                  STACKED: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
-    """Rows [first, first + SOME) of a tile's queries; the last row again for those beyond it, zeros beyond column D."""
+def _queries(p, i_tile, H, S, stride_h, stride_s, stride_r, WIDTH: gl.constexpr, D: gl.constexpr,
+             FIRST: gl.constexpr, N: gl.constexpr, STACKED: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
+    """Rows [FIRST, FIRST + N) of a tile's queries; the last row again for those beyond it, zeros beyond column D."""
     layout: gl.constexpr = gl.BlockedLayout([1, max(WIDTH // 32, 1)], [1, 32], [gl.num_warps(), 1], [1, 0])
     # Counted here, or rows and addresses would be kept from one item to the next, in local memory.
-    o_row = _here(i_tile) * _tile_rows(STACKED) + first + gl.arange(0, SOME, gl.SliceLayout(1, layout))
+    o_row = _here(i_tile) * _tile_rows(STACKED) + FIRST + gl.arange(0, N, gl.SliceLayout(1, layout))
     o_row = gl.minimum(o_row, H * S - 1)
     o_c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     if ONE_QUERY:
@@ -61,11 +61,24 @@ def _largest(x):
 
 
 @gluon.jit
-def _store_queries(x, q, pe, first: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
-    """SOME of a tile's queries in two FP8 parts, and the powers of two that their rows were divided by.
+def _stacked(high, rest):
+    """Eight rows of the one, then the same of the other, and so on."""
+    rows: gl.constexpr = high.shape[0]
+    both = gl.join(high, rest)
+    if len(high.shape) == 1:
+        return both.reshape([rows // EIGHT, EIGHT, 2]).permute((0, 2, 1)).reshape([2 * rows])
+    else:
+        columns: gl.constexpr = high.shape[1]
+        return both.reshape([rows // EIGHT, EIGHT, columns, 2]).permute((0, 3, 1, 2)).reshape([2 * rows, columns])
+
+
+@gluon.jit
+def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Queries in two FP8 parts, and the powers of two that their rows were divided by.
 
     STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none.
     """
+    N: gl.constexpr = q.shape[0]
     by_row: gl.constexpr = gl.SliceLayout(1, q.type.layout)
     q = q.to(gl.float32)
     largest = _largest(q)
@@ -84,19 +97,22 @@ def _store_queries(x, q, pe, first: gl.constexpr, STACKED: gl.constexpr, BLOCK_P
     )  # fmt: skip
     # A conversion to FP8 ends at its largest value: rows that are not finite say so here.
     up = gl.where(amax < float("inf"), _two_to(k), float("nan"))
-    at: gl.constexpr = 2 * first if STACKED else first
-    x.q.index(0).slice(at, SOME, dim=0).store(high)
-    x.row_scale.slice(at, SOME, dim=0).store(up)
     if STACKED:
-        x.q.index(0).slice(at + SOME, SOME, dim=0).store(rest)
-        x.row_scale.slice(at + SOME, SOME, dim=0).store(up)
+        x.q.index(0).slice(2 * FIRST, 2 * N, dim=0).store(_stacked(high, rest))
+        x.row_scale.slice(2 * FIRST, 2 * N, dim=0).store(_stacked(up, up))
     else:
-        x.q.index(1).slice(at, SOME, dim=0).store(rest)
+        x.q.index(0).slice(FIRST, N, dim=0).store(high)
+        x.q.index(1).slice(FIRST, N, dim=0).store(rest)
+        x.row_scale.slice(FIRST, N, dim=0).store(up)
     if BLOCK_P > 0:
         pe = pe * gl.convert_layout(down, gl.SliceLayout(1, pe.type.layout))[:, None]
-        x.q_pe.slice(at, SOME, dim=0).store(pe.to(x.q_pe.dtype))
+        pe = pe.to(x.q_pe.dtype)
         if STACKED:
-            x.q_pe.slice(at + SOME, SOME, dim=0).store(gl.full(pe.shape, 0.0, x.q_pe.dtype, pe.type.layout))
+            x.q_pe.slice(2 * FIRST, 2 * N, dim=0).store(
+                _stacked(pe, gl.full(pe.shape, 0.0, x.q_pe.dtype, pe.type.layout))
+            )
+        else:
+            x.q_pe.slice(FIRST, N, dim=0).store(pe)
 
 
 @gluon.jit
@@ -104,27 +120,17 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
                      stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
                      WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
                      ONE_QUERY: gl.constexpr):  # fmt: skip
-    """N rows of a tile of queries, from FIRST on: all are on their way before the first is stored."""
+    """N rows of a tile of queries, from FIRST on, at once: the compiler has all warps wait before a second store to the
+    same memory."""
     p = p_q + i_b.to(gl.int64) * stride_qb
-    p_pe = p
+    q = _queries(p, i_tile, H, S, stride_qh, stride_qs, stride_qr, WIDTH, R, FIRST, N, STACKED, ONE_QUERY)
+    pe = q
     if BLOCK_P > 0:
-        p_pe = p_qpe + i_b.to(gl.int64) * stride_pb
-    rows = ()
-    rope = ()
-    for i in gl.static_range(N // SOME):
-        first = FIRST + i * SOME
-        q = _some_queries(p, i_tile, first, H, S, stride_qh, stride_qs, stride_qr, WIDTH, R, STACKED, ONE_QUERY)
-        pe = q
-        if BLOCK_P > 0:
-            pe = _some_queries(
-                p_pe, i_tile, first, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, STACKED, ONE_QUERY
-            )
-        rows = rows + (q,)  # type: ignore[assignment]
-        rope = rope + (pe,)  # type: ignore[assignment]
-    # Always so, but the compiler does not know, which would send for later rows when the first have arrived.
+        p = p_qpe + i_b.to(gl.int64) * stride_pb
+        pe = _queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, FIRST, N, STACKED, ONE_QUERY)
+    # Always so, but the compiler does not know, which would send for some of them when the first have arrived.
     if STACKED or _here(i_tile) >= 0:
-        for i in gl.static_range(N // SOME):
-            _store_queries(x, rows[i], rope[i], FIRST + i * SOME, STACKED, BLOCK_P)
+        _store_queries(x, q, pe, FIRST, STACKED, BLOCK_P)
 
 
 @gluon.jit

@@ -145,6 +145,11 @@ MEASURED_ROWS = 128  # at most; twice as many are as much work as twice the toke
 #: random data, and less with more. Of fewer they are float16.
 COARSE_FROM = 6144
 
+#: What beginning another row costs a program, in blocks: those of wide tiles with one factor a token are soon done.
+#: Measured on a ragged batch (docs/kernels.md).
+OVERHEAD = 4
+WIDE_OVERHEAD = 8
+
 
 @dataclass(frozen=True)
 class HopperPlan:
@@ -158,7 +163,7 @@ class HopperPlan:
 
     parts: int
     min_share: int = 2
-    overhead: int = 4
+    overhead: int = OVERHEAD
     turned: bool = False
     coarse_from: int = COARSE_FROM
     tile_rows: int = 64

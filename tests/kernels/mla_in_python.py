@@ -230,6 +230,8 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
     if "cvt.rn.f16x2.f32" in code:  # two numbers to one word
         low, high = (np.asarray(x).astype(np.float16).view(np.uint16).astype(np.uint32) for x in args)
         return made((low | high << 16).view(np.int32))
+    if "rcp.approx" in code:
+        return made(np.float32(1) / args[0])
     if "griddepcontrol" in code:
         return None
     assert "mov.b32" in code

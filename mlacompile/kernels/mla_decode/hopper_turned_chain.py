@@ -17,6 +17,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLA
 from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR, _add_rope, _fp8_products, _products
 from mlacompile.kernels.mla_decode.hopper_turned_words import STEP
 
+SMALLER = gl.constexpr(2.0**-3)  # of factors, or the reciprocal of a very large one would not be a normal number
 LARGEST_SHARE = gl.constexpr(128.0)  # of the group with the largest factor: float16 holds 448 times that
 # ``SPLIT``, and both times what their group has of the factors of the two tokens.
 SPLIT_TIMES = gl.constexpr(
@@ -42,6 +43,12 @@ def _four_columns(first, second, third, fourth):
 
 
 @gluon.jit
+def _reciprocal(x):
+    """1 / x, at most a unit in the last place off, of what is between 2^-126 and 2^126."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     """From a block's factors, [tokens, 4], what its scores, its P and its values are multiplied with.
 
@@ -53,18 +60,20 @@ def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     f = gl.where(gl.abs(f) < LEAST_FACTOR, LEAST_FACTOR, f)
     first, second, third, fourth = _columns_of_four(f)
     largest = gl.maximum(gl.abs(first), gl.abs(second))
-    after_second, after_third = second, third  # what stands in the chain behind them
+    after_first = first * SMALLER * _reciprocal(second * SMALLER)  # what stands in the chain behind them
+    after_second, after_third = second, third
     if GROUPS > 2:
         largest = gl.maximum(largest, gl.abs(third))
-        after_second = second / third
+        after_second = second * SMALLER * _reciprocal(third * SMALLER)
     if GROUPS > 3:
         largest = gl.maximum(largest, gl.abs(fourth))
-        after_third = third / fourth
+        after_third = third * SMALLER * _reciprocal(fourth * SMALLER)
     lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     chain = x.chain._reinterpret(gl.float32, [PLACES, FACTORS, BLOCK], lines).index(place)
-    chain.permute((1, 0)).store(_four_columns(first / second, after_second, after_third, fourth))
+    chain.permute((1, 0)).store(_four_columns(after_first, after_second, after_third, fourth))
     largest = largest * (1 / LARGEST_SHARE)
-    shares = f / gl.convert_layout(largest, gl.SliceLayout(1, layout))[:, None]
+    unit = _reciprocal(largest * SMALLER)
+    shares = f * SMALLER * gl.convert_layout(unit, gl.SliceLayout(1, layout))[:, None]
     x.shares.index(place).permute((1, 0)).store(shares.to(gl.float16))
     x.largest.index(place).store(largest)
 

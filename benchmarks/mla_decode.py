@@ -227,10 +227,11 @@ def error(row: Row, q: tuple[Tensor, Tensor], call: Call, out: Tensor) -> float:
     return float((out[:1].float() - want).norm() / want.norm())
 
 
-def coarse(row: Row, plan: Any) -> bool:
+def coarse(row: Row, kind: str, plan: Any) -> bool:
     """Whether long rows' weights of the softmax are rounded to one FP8 value."""
     rows = min(row.heads * row.queries, getattr(plan, "tile_rows", 0))
-    return getattr(plan, "turned", False) and rows > NARROW_ROWS and row.context >= plan.coarse_from
+    wide = kind == "fp8" and getattr(plan, "turned", False) and rows > NARROW_ROWS
+    return wide and row.context >= plan.coarse_from
 
 
 def measure(row: Row, contender: Contender, pool: Pool, repeats: int, spread: float = 1.0) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def measure(row: Row, contender: Contender, pool: Pool, repeats: int, spread: fl
         "bytes": row.bytes(contender.token_bytes),
         "us": microseconds,
         "error": wrong,
-        "limit": COARSE_LIMIT if coarse(row, plan) else LIMIT,
+        "limit": COARSE_LIMIT if coarse(row, contender.kind, plan) else LIMIT,
     }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.mla_decode import supports
-from mlacompile.kernels.mla_decode.plan import Device
+from mlacompile.kernels.mla_decode.plan import OVERHEAD, WIDE_OVERHEAD, Device
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +117,7 @@ def test_fp8_products_are_chosen(tile_rows: int, heads: int, queries: int, batch
 
     plan = choose_hopper_plan(call(heads, batch, 8192, queries=queries, page=page, fp8=fp8), Device())
     assert (plan.tile_rows if plan.turned else 0) == tile_rows
+    assert plan.overhead == (WIDE_OVERHEAD if (tile_rows, fp8) == (64, 1) else OVERHEAD)
 
 
 def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:

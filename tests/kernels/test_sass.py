@@ -33,8 +33,8 @@ FULL = os.environ.get("MLACOMPILE_FULL") == "1"
 
 def few(count: int) -> int:
     """So many instructions on local memory with the compiler of Triton 3.6, for which registers are shared out; with
-    another a few more."""
-    return count if triton.__version__.startswith("3.6.") else count + 4
+    another a few more, where some tokens of a block are not seen."""
+    return count if triton.__version__.startswith("3.6.") else count + 8
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -214,7 +214,8 @@ class CheckpointWriter:
         """The shards that an earlier run finished, and that are still what it wrote. All else is removed."""
         done: dict[str, str] = {}
         known = False
-        try:
+        # Without a record, or a whole one, nothing is known to be finished.
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             record = json.loads((self.work / _PROGRESS).read_bytes())
             known = record["fingerprint"] == self._fingerprint
             if known:
@@ -223,8 +224,6 @@ class CheckpointWriter:
                     for file, digest in record["shards"].items()
                     if (self.files / file).is_file() and _hash(self.files / file) == digest
                 }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # no record, or not a whole one: nothing is known to be finished
         if not known:
             shutil.rmtree(self.work / "scratch", ignore_errors=True)
         self.files.mkdir(exist_ok=True)

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="the planner is written in Gluon, which Tri
 from mlacompile.kernels.mla_decode import hopper_plan
 from tests.kernels import mla_in_python
 
-BLOCK = 64
-LIGHT_FROM = 640  # tokens
+BLOCK, LIGHT, HEAVY = hopper_plan.BLOCK.value, hopper_plan.LIGHT.value, hopper_plan.HEAVY.value
+LIGHT_FROM = 10 * BLOCK  # tokens
 
 tokens = st.one_of(st.integers(0, 3 * BLOCK), st.integers(0, 20 * BLOCK))
 alike = st.builds(lambda n, count: [n] * count, tokens, st.integers(1, 40))
@@ -68,8 +68,10 @@ def test_every_block_is_done_once(
                 said[row] = of_row
     assert done == todo
     assert said == shared, "the merge would wait for partials that nobody writes, or miss some"
-    weight = [(4 if n >= LIGHT_FROM else 5) if weighed else 1 for n in lengths]
-    longest = max(sum(count * weight[row] for row, _, count, _ in items) for items in programs)
+    weight = [(LIGHT if n >= LIGHT_FROM else HEAVY) if weighed else 1 for n in lengths]
+    # Of a row's last block there is one unit, and with every row begun come those that are left of a light one.
+    last = LIGHT if weighed else 1
+    longest = max(sum((count - 1) * weight[row] + last for row, _, count, _ in items) for items in programs)
     assert longest <= share + 2 * max(weight), "a program does more than its share"
 
 

@@ -63,6 +63,13 @@ def run(monkeypatch: pytest.MonkeyPatch, inputs: LatentInputs, plan: HopperPlan)
 
 CASE = LatentCase(batch=2, heads=16, tokens=300, rank=512, rope=64, dtype=torch.float16)
 RAGGED: dict[str, Any] = {"start": True, "length": True, "poison": True}
+#: In wide tiles, with one factor a token or several: tokens of a page, 0 for a contiguous cache, and programs that
+#: share a row.
+WIDE = [
+    (replace(CASE, heads=40, **RAGGED), 64, 3),
+    (replace(CASE, heads=50, queries=2, causal=True, rank=384, **RAGGED), 0, 1),
+    (replace(CASE, heads=33, batch=9, rank=256, rope=0, tokens=180, **RAGGED), 32, 1),
+]
 #: With the tokens of a page, 0 for a contiguous cache, programs that share a row, and how many rows a tile may have:
 #: stacked queries and not.
 CASES = [
@@ -73,9 +80,7 @@ CASES = [
     (replace(CASE, heads=40, queries=2, rope=0, causal=True, tokens=130), 64, 2, 64),
     (replace(CASE, heads=36, queries=2, rank=256, rope=32, causal=True, **RAGGED), 32, 2, 64),
     (replace(CASE, heads=33, batch=9, tokens=180, **RAGGED), 64, 1, 64),  # one to three blocks: groups sit items out
-    (replace(CASE, heads=40, **RAGGED), 64, 3, 64),
-    (replace(CASE, heads=50, queries=2, causal=True, rank=384, **RAGGED), 0, 1, 64),
-    (replace(CASE, heads=33, batch=9, rank=256, rope=0, tokens=180, **RAGGED), 32, 1, 64),
+    *((*x, 64) for x in WIDE),
     (replace(CASE, heads=72, batch=1, tokens=200), 64, 2, 32),
     (replace(CASE, heads=36, queries=2, causal=True, **RAGGED), 64, 3, 32),
     (replace(CASE, heads=50, rank=256, rope=16, **RAGGED), 0, 1, 32),
@@ -91,12 +96,6 @@ GROUPED = [
     (replace(CASE, heads=1, rank=272, rope=0, tokens=130), 0, 2),
     (replace(CASE, batch=5, heads=9, rank=144, rope=0, **RAGGED), 128, 2),
     (replace(CASE, heads=72, batch=1, **RAGGED), 64, 2),
-]
-#: And in wide tiles.
-WIDE = [
-    (replace(CASE, heads=40, **RAGGED), 64, 3),
-    (replace(CASE, heads=50, queries=2, causal=True, rank=384, **RAGGED), 0, 1),
-    (replace(CASE, heads=33, batch=9, rank=256, rope=0, tokens=180, **RAGGED), 32, 1),
 ]
 
 

@@ -86,7 +86,7 @@ def _over(a, b):
 def _shares(total, least, most, weight, B, n_parts, min_share, overhead):
     """How much each part does, and what beginning another row counts, in units. least, most: units of a row.
 
-    weight: of a block of the longest row.
+    weight: of a block, where rows are alike.
     """
     overhead = gl.where(least == most, weight - 1, overhead)
     share = gl.maximum(_over(total + overhead * B + n_parts - 1, n_parts), overhead + min_share)
@@ -147,7 +147,7 @@ def _plan_of_rows(p_start, p_length, B, T, part, n_parts, min_share, overhead, C
             total += gl.sum(gl.where(m_b, units, 0), 0)
             most = gl.maximum(most, gl.max(gl.where(m_b, units, 0), 0))
             least = gl.minimum(least, gl.min(gl.where(m_b, units, 0x7FFFFFFF), 0))
-    if WEIGHED:  # it matters where all rows have as many units, and the same weight, but for an odd chance
+    if WEIGHED:  # looked at where rows are alike; they may have as many units by chance, and either weight will do then
         weight = gl.max(gl.where(m_b, weight, 0), 0)
     share, overhead = _shares(total, least, most, weight, B, n_parts, min_share, overhead)
 

@@ -56,9 +56,7 @@ class TurnedSignals:
     rows: gl.shared_memory_descriptor  # an item's rows have left shared memory, where there are two partitions _values
     m: gl.shared_memory_descriptor  # what a block's exponents count from, and alpha, where two take blocks by turns
     others: gl.shared_memory_descriptor  # an item's denominators of the group whose block is not the last
-    turn: (
-        gl.shared_memory_descriptor
-    )  # products of a block's scores are issued, where two take blocks by turns with one factor a token
+    turn: gl.shared_memory_descriptor  # products of a block's scores are issued: with one factor a token, by turns
 
     @gluon.constexpr_function
     def __init__(self, full, empty, p_full, p_empty, queries, total, rows, m, others, turn):

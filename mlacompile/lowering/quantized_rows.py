@@ -1,6 +1,7 @@
 """Rows that are quantized for a product, with what stands before them, become one pass over them.
 
-    fp8_quantize(rms(a + b) · w)         →  mlacompile::quantize_rows(a, b, w), which returns a + b, too
+    fp8_quantize(rms(a + b) · w)         →  mlacompile::quantize_rows(a, b, w), which returns a + b, too; where a is a
+                                            product that is made in parts of K, it adds those up
     fp8_quantize(act(g) · u)             →  mlacompile::quantize_rows(g, gated=u)
     fp8_quantize(heads side by side)     →  mlacompile::quantize_rows(heads, as attention leaves them)
 
@@ -19,9 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
-import mlacompile.ops.quantize_rows  # noqa: F401  (registers the op)
+import mlacompile.ops.fp8_linear_parts
+import mlacompile.ops.quantize_rows  # noqa: F401  (both register an op)
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels import registry
+from mlacompile.kernels.fp8_linear.stream_tiles import stream_parts
 from mlacompile.lowering.around_row import activation_of, norm_before, through_views
 from mlacompile.ops.fp8_linear import E4M3
 from mlacompile.passes.emit import Emitter
@@ -29,6 +32,8 @@ from mlacompile.passes.pull import RESHAPES
 
 aten = torch.ops.aten
 _QUANTIZE = torch.ops.mlacompile.fp8_quantize.default
+_FP8_LINEAR = torch.ops.mlacompile.fp8_linear.default
+_FP8_PARTS = torch.ops.mlacompile.fp8_linear_parts.default
 _QUANTIZE_ROWS = torch.ops.mlacompile.quantize_rows.default
 MOST_VALUES = 1 << 24  # of rows whose moves are looked through
 _MOVES = RESHAPES | {aten.permute.default, aten.transpose.int, aten.clone.default}
@@ -70,8 +75,31 @@ def _normed(node: Node, order: dict[Node, int]) -> bool:
         emit = Emitter(node)
         return _placed(node, emit, emit.view(norm.x, [m, k]), None, emit.view(norm.weight, [k]), None, norm.eps)
     emit = Emitter(norm.x.next)  # others want the sum sooner than this product wants its rows
+    weight = emit.view(norm.weight, [k])
+    for one, other in (terms, terms[::-1]):
+        if (parts := _in_parts(one, emit, m)) is not None:
+            return _placed(
+                node, emit, parts, emit.view(other, [m, k]), weight, None, norm.eps, total=norm.x, parts=True
+            )
     x, added = (emit.view(t, [m, k]) for t in terms)
-    return _placed(node, emit, x, added, emit.view(norm.weight, [k]), None, norm.eps, total=norm.x)
+    return _placed(node, emit, x, added, weight, None, norm.eps, total=norm.x)
+
+
+def _in_parts(node: Any, emit: Emitter, m: int) -> Node | None:
+    """The parts of an FP8 product that nothing but this sum wants, if a kernel makes it in parts."""
+    while len(node.users) == 1 and node.op == "call_function" and node.target in RESHAPES:
+        node = node.args[0]
+    if node.target is not _FP8_LINEAR or len(node.users) != 1:
+        return None
+    values: Any = torch.fx.map_arg(node.args, lambda n: n.meta["val"])
+    if values[1] is None or values[2].dim() != 2:
+        return None
+    (n, k), device = values[2].shape, values[0].device
+    kernel, _ = registry.best("fp8_linear", *values)
+    parts = stream_parts(m, n, k, device) if kernel is not None and kernel.name == "stream" else 1
+    if parts == 1:
+        return None
+    return emit(_FP8_PARTS, *node.args[:4], parts)
 
 
 def _gated(node: Node) -> bool:
@@ -125,10 +153,10 @@ def _frozen(x: Any) -> Any:
 
 def _placed(
     node: Node, emit: Emitter, x: Node, added: Node | None, norm: Node | None, gated: Node | None, eps: float,
-    *, gate: str = "", total: Node | None = None,
+    *, gate: str = "", total: Node | None = None, parts: bool = False,
 ) -> bool:  # fmt: skip
     """Write one call in place of a quantization, and of the sum before it, if a kernel takes it."""
-    arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate}
+    arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate, "parts": parts}
     values = [None if a is None else a.meta["val"] for a in arguments]
     kernel, _ = registry.best("quantize_rows", *values, **settings)
     if kernel is None:

@@ -24,9 +24,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_rows_reference(
-    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str
-) -> list[Tensor]:
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
+    parts: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """The definition, in float32 between the sum and the quantization."""
+    if parts and added is not None:
+        x = sum(x[1:], x[0]).to(added.dtype)
     total = x.flatten(1) if added is None else x.flatten(1) + added
     y = total.to(torch.float32)
     if norm is not None:
@@ -45,6 +48,7 @@ def quantize_rows(
     *,
     eps: float = 0.0,
     gate: str = "",
+    parts: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     """Rows in e4m3 with a scale for every 128 values, as ``fp8_linear`` takes them.
@@ -52,6 +56,8 @@ def quantize_rows(
     Args:
         x: ``[M, K]``, or ``[M, H, 128]`` as heads leave it, of 16 or 32 bits; any distances between rows and heads.
         added: ``[M, K]`` in the dtype of x, added first; the sum is rounded to that dtype, and is a result, too.
+        parts: x is float32 ``[P, M, K]``, the P parts of what is meant: they are added up and rounded to the dtype of
+            ``added`` first, as products in parts are (``fp8_linear_parts``).
         norm: ``[K]``, the weight of an RMS norm with ``eps``.
         gated: ``[M, K]``, what ``gate``, one of ``ACTIVATIONS``, of x is multiplied with; not together with a norm.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
@@ -60,11 +66,11 @@ def quantize_rows(
     Raises:
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
-    _check(x, added, norm, gated, gate)
-    arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate}
+    _check(x, added, norm, gated, gate, parts)
+    arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate, "parts": parts}
     kernel = registry.chosen("quantize_rows", impl, *arguments, **settings)
     if kernel is None:
-        return quantize_rows_reference(*arguments, eps=eps, gate=gate)
+        return quantize_rows_reference(*arguments, eps=eps, gate=gate, parts=parts)
     return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
 
 
@@ -77,30 +83,37 @@ def _(
     *,
     eps: float = 0.0,
     gate: str = "",
+    parts: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
-    return empty_results(x, added)
+    return empty_results(x, added, parts=parts)
 
 
-def empty_results(x: Tensor, added: Tensor | None) -> list[Tensor]:
+def empty_results(x: Tensor, added: Tensor | None, *, parts: bool = False) -> list[Tensor]:
     """Room for the results."""
-    m, k = x.shape[0], x.shape[1:].numel()
+    m, k = x.shape[1:] if parts else (x.shape[0], x.shape[1:].numel())
     q, descale = x.new_empty((m, k), dtype=E4M3), x.new_empty((m, scale_groups(k)), dtype=torch.float32)
-    return [q, descale] if added is None else [q, descale, x.new_empty((m, k))]
+    return [q, descale] if added is None else [q, descale, added.new_empty((m, k))]
 
 
-def _check(x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str) -> None:
+def _check(x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str, parts: bool) -> None:
+    if parts and (x.dtype != torch.float32 or x.dim() != 3 or added is None or added.dtype not in _FLOATS):
+        raise UnsupportedInputError(
+            f"quantize_rows: got parts of {x.dtype} {list(x.shape)} and {'nothing' if added is None else 'rows'} to "
+            "add them to; expected torch.float32 [P, M, K] and rows [M, K]"
+        )
     heads = x.dim() == 3 and x.shape[2] == SCALE_GROUP
-    if x.dtype not in _FLOATS or not (x.dim() == 2 or heads):
+    if x.dtype not in _FLOATS or not (x.dim() == 2 or heads or parts):
         raise UnsupportedInputError(
             f"quantize_rows: got x of {x.dtype} {list(x.shape)}; expected [M, K] or [M, H, {SCALE_GROUP}] of one of "
             f"{', '.join(map(str, _FLOATS))}"
         )
-    m, k = x.shape[0], x.shape[1:].numel()
+    m, k = x.shape[1:] if parts else (x.shape[0], x.shape[1:].numel())
+    dtype = added.dtype if parts and added is not None else x.dtype
     for name, beside in (("added", added), ("gated", gated)):
-        if beside is not None and (beside.shape != (m, k) or beside.dtype != x.dtype):
+        if beside is not None and (beside.shape != (m, k) or beside.dtype != dtype):
             raise UnsupportedInputError(
-                f"quantize_rows: got {name} of {beside.dtype} {list(beside.shape)}; expected {x.dtype} [{m}, {k}]"
+                f"quantize_rows: got {name} of {beside.dtype} {list(beside.shape)}; expected {dtype} [{m}, {k}]"
             )
     if norm is not None and norm.shape != (k,):
         raise UnsupportedInputError(f"quantize_rows: got norm {list(norm.shape)}; expected [{k}]")

@@ -15,7 +15,8 @@ from mlacompile.ops.row_product import ACTIVATIONS
 from mlacompile.testing.scaled import values
 
 #: What stands before the quantization.
-FORMS = ("added, normed", "normed", "silu", "gelu_tanh", "heads", "plain")
+FORMS = ("parts, added, normed", "added, normed", "normed", "silu", "gelu_tanh", "heads", "plain")
+PARTS = 3
 
 
 @dataclass
@@ -43,13 +44,25 @@ def make_rows(
         return Rows((wide(0), None, None, wide(1)), {"eps": 0.0, "gate": form})
     added, normed = wide(1) if "added" in form else None, "normed" in form
     norm = (1 + values((k,), "plain", device, 2) / 4).to(dtype) if normed else None
-    return Rows((wide(0), added, norm, None), {"eps": 1e-6 if normed else 0.0, "gate": ""})
+    settings = {"eps": 1e-6 if normed else 0.0, "gate": ""}
+    if "parts" in form:
+        parts = values((PARTS, m, k), kind, device, 0).float()
+        return Rows((parts, added, norm, None), settings | {"parts": True})
+    return Rows((wide(0), added, norm, None), settings)
+
+
+def total_of(rows: Rows) -> Tensor:
+    """What is normed or gated, before that: x and what is added to it, in their dtype."""
+    x, added, _, _ = rows.tensors
+    if added is None:
+        return x.flatten(1)
+    return (sum(x[1:], x[0]).to(added.dtype) if rows.settings.get("parts") else x.flatten(1)) + added
 
 
 def exact_rows(rows: Rows) -> Tensor:
     """What is quantized, in float64."""
-    x, added, norm, gated = rows.tensors
-    y = (x.flatten(1) if added is None else x.flatten(1) + added).double()
+    _, _, norm, gated = rows.tensors
+    y = total_of(rows).double()
     if norm is not None:
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + rows.settings["eps"]) * norm.double()
     if gated is not None:
@@ -63,7 +76,7 @@ def worst_rows(rows: Rows, results: list[Tensor]) -> str:
     A value may be half a step of e4m3 off, of its group's scale, and what float32 makes of it before: sums of k
     squares, an exponential, and some products.
     """
-    x, added, _, _ = rows.tensors
+    added = rows.tensors[1]
     q, descale = results[:2]
     want = exact_rows(rows)
     m, k = want.shape
@@ -71,7 +84,7 @@ def worst_rows(rows: Rows, results: list[Tensor]) -> str:
         return f"results are {q.dtype} {list(q.shape)} and {list(descale.shape)}"
     if (len(results) == 3) != (added is not None):
         return f"there are {len(results)} results"
-    if added is not None and not torch.equal(results[2], x.flatten(1) + added):
+    if added is not None and not torch.equal(results[2], total_of(rows)):
         return "the sum is another"
     wide = descale.double().repeat_interleave(SCALE_GROUP, 1)[:, :k]
     peak = torch.nn.functional.pad(want.abs(), (0, -k % SCALE_GROUP)).unflatten(1, (-1, SCALE_GROUP)).amax(-1)

@@ -61,7 +61,9 @@ class Memory:
         return Memory(self.array.transpose(order))
 
     def store(self, value: np.ndarray[Any, Any]) -> None:
-        assert not stores(), "written while a result leaves it"
+        assert not any(np.shares_memory(self.array, source) for source, _ in stores()), (
+            "written while a result leaves it"
+        )
         self.array[...] = value
 
 
@@ -109,15 +111,15 @@ class Descriptor:
         target[...] = source.array[: target.shape[0], : target.shape[1]]
 
 
-def stores() -> list[Callable[[], None]]:
-    """What this thread has sent and not waited for."""
+def stores() -> list[tuple[np.ndarray[Any, Any], Callable[[], None]]]:
+    """What this thread has sent and not waited for: from where, and how."""
     if not hasattr(_here, "stores"):
         _here.stores = []
     return _here.stores  # type: ignore[no-any-return]
 
 
 def _store_wait(pendings: int) -> None:
-    for store in stores():
+    for _, store in stores():
         store()
     stores().clear()
 
@@ -137,6 +139,11 @@ def _begun(left: Memory, right: Memory, acc: Any, *, use_acc: bool, is_async: bo
     return lambda: (left.array @ right.array).view(Array)
 
 
+def _waited(pendings: int, deps: Sequence[Callable[[], Array]]) -> Any:
+    found = [product() for product in deps]
+    return found if len(found) > 1 else found[0]
+
+
 def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int, own: Sequence[str]) -> None:
     """Let the functions of the kernel's module run as Python. own: those that its partitions call."""
     gl = SimpleNamespace(
@@ -144,12 +151,15 @@ def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int, 
         arange=lambda start, end, layout: np.arange(start, end).view(Array),
         zeros=lambda shape, dtype, layout: np.zeros(shape).view(Array),
         SliceLayout=lambda *args: None, NVMMADistributedLayout=lambda **kwargs: None,
-        program_id=lambda axis: _here.program, num_programs=lambda axis: programs,
+        program_id=lambda axis: _here.program, num_programs=lambda axis: programs, static_range=range,
+        convert_layout=lambda x, layout: x,
     )  # fmt: skip
     functions = {name: getattr(kernel, name).fn for name in own}
     if item := functions.get("_item"):
         functions["_item"] = lambda *args: tuple(Number(x) for x in item(*args))
-    sizes = {name: int(getattr(kernel, name)) for name in ("BLOCK_K", "ROWS", "COLUMNS") if hasattr(kernel, name)}
+    sizes = {
+        name: int(getattr(kernel, name)) for name in ("BLOCK_K", "ROWS", "COLUMNS", "BURST") if hasattr(kernel, name)
+    }
     replaced = {
         "gl": gl,
         "mbarrier": SimpleNamespace(
@@ -159,8 +169,8 @@ def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int, 
         ),
         "tma": SimpleNamespace(store_wait=_store_wait), "fence_async_shared": lambda: None,
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to),
-        "store_tile": lambda desc, at, source: stores().append(lambda: desc.store(at, source)),
-        "warpgroup_mma": _begun, "warpgroup_mma_wait": lambda pendings, deps: deps[0](),
+        "store_tile": lambda desc, at, source: stores().append((source.array, lambda: desc.store(at, source))),
+        "warpgroup_mma": _begun, "warpgroup_mma_wait": _waited,
         "_here": lambda x: x, "_launch_later": lambda: None,
         "_added": lambda acc, block, factor: acc + block * factor[:, None],
         **sizes,

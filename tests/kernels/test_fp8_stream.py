@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlacompile.testing.scaled import E4M3
 from tests.kernels import gluon_in_python
-from tests.kernels.gluon_in_python import Barrier, Barriers, Descriptor, Memory, Pointer
+from tests.kernels.gluon_in_python import Barrier, Barriers, Descriptor, Memory, Number, Pointer
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
 
 from mlacompile.kernels.fp8_linear import stream
-from mlacompile.kernels.fp8_linear.hopper_launch import SMEM
-from mlacompile.kernels.fp8_linear.stream_launch import StreamTiles, choose_stream_tiles, stream_launches
+from mlacompile.kernels.fp8_linear.stream_launch import stream_launches
+from mlacompile.kernels.fp8_linear.stream_tiles import StreamTiles, choose_stream_tiles
+from mlacompile.kernels.fp8_linear.supports import SMEM
 from mlacompile.testing.sass import compile_for, table
 
 
 @pytest.mark.parametrize(
     ("m", "rows", "k", "dtype", "tiles"),
     [
-        (64, (18432,), 7168, torch.bfloat16, StreamTiles(64)),
-        (33, (18432, 18432), 7168, torch.float16, StreamTiles(64)),
-        (128, (24576,), 1536, torch.bfloat16, StreamTiles(128, whole=True)),
-        (128, (18432,), 7168, torch.bfloat16, StreamTiles(128)),
+        (64, (18432, 18432), 7168, torch.bfloat16, StreamTiles(64, 2, 32)),
+        (33, (24576,), 1536, torch.float16, StreamTiles(64, 1, 64)),
+        (64, (7168,), 16384, torch.bfloat16, StreamTiles(64, 1, parts=2)),
+        (64, (1536, 576), 7168, torch.bfloat16, StreamTiles(64, 2, 64, parts=7)),
+        (128, (36864,), 7168, torch.bfloat16, StreamTiles(128, 1, 16)),
+        (128, (24576,), 1536, torch.bfloat16, StreamTiles(128, 1, 64)),
     ],
     ids=str,
 )
@@ -41,13 +47,14 @@ def test_what_it_compiles_to(
     x, x_descale = meta(m, k, dtype=E4M3), meta(m, -(-k // 128))
     weights, descales = [meta(n, k, dtype=E4M3) for n in rows], [meta(-(-n // 128), -(-k // 128)) for n in rows]
     launches = stream_launches(x, x_descale, weights, descales, meta(m, sum(rows), dtype=dtype), tiles)
-    assert len(launches) == 2 - tiles.whole
+    assert len(launches) == (1 if tiles.parts == 1 else 2)
     main, *rest = (compile_for(each.kernel, each.arguments, each.options, name=f"stream {tiles}") for each in launches)
     record_property("compiled", table([main, *rest]))
-    groups = tiles.block_m // 64
-    assert main.counts["QGMMA"] == 4 * groups, "64 rows by 32 columns of a block"
-    assert main.counts["FFMA"] == 64 * groups, "each sum is multiplied and added once"
-    assert main.counts["UTMALDG"] == 1 + len(rows), "x and each weight come by TMA"
+    pieces = 2 if tiles.strip else 1
+    assert main.counts["QGMMA"] == 2 * 4 * pieces, "64 rows by 32 columns of a block, of blocks and of strips"
+    assert main.counts["FFMA"] == tiles.columns + tiles.strip_columns, "each sum is multiplied and added once"
+    boxes = tiles.blocks + (1 if tiles.strip else 0)
+    assert main.counts["UTMALDG"] == 2 * (1 + boxes * len(rows)), "x and each weight come by TMA, two blocks at once"
     assert main.counts["HGMMA"] == main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
     assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
@@ -55,79 +62,82 @@ def test_what_it_compiles_to(
     assert SMEM * 0.8 < main.smem <= SMEM, "what is in flight hides the latency of memory"
 
 
-def test_whole_tiles_where_they_are_even_enough() -> None:
-    assert choose_stream_tiles(128, 24576, 1536, 132) == StreamTiles(128, whole=True), (
-        "24 blocks at most, or 18 and a sum"
-    )
-    assert choose_stream_tiles(64, 18432, 7168, 132) == StreamTiles(64), "112 or 62"
-    assert choose_stream_tiles(17, 128, 128, 132) == StreamTiles(64, whole=True)
-    for whole in (False, True):
-        tiles = StreamTiles(64, whole)
-        for n, k in ((18432, 7168), (136, 16), (100000, 1040)):
-            blocks, share = -(-n // 128) * -(-k // 128), tiles.share(n, k, 132)
-            assert share * 132 >= blocks, "nothing is left over"
-            assert not whole or share % -(-k // 128) == 0
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tiles"),
+    [
+        (64, 36864, 7168, StreamTiles(64, 2, 32)),
+        (64, 18432, 7168, StreamTiles(64, 1, 32)),
+        (64, 7168, 16384, StreamTiles(64, 1, parts=2)),
+        (17, 24576, 1536, StreamTiles(64, 1, 64)),
+        (64, 2112, 7168, StreamTiles(64, 1, parts=7)),
+        (128, 24576, 1536, StreamTiles(128, 1, 64)),
+    ],
+    ids=str,
+)
+def test_tiles_that_were_fastest_are_chosen(m: int, n: int, k: int, tiles: StreamTiles) -> None:
+    assert choose_stream_tiles(m, n, k, 132) == tiles
+    assert choose_stream_tiles(m, n, k, 132, tiles.parts) == tiles, "a product in parts is cut as the graph says"
+
+
+@given(st.integers(1, 128), st.integers(1, 40000), st.integers(1, 20000), st.integers(1, 200))
+def test_chosen_tiles_fit(m: int, n: int, k: int, sms: int) -> None:
+    tiles, groups = choose_stream_tiles(m, n, k, sms), -(-k // 128)
+    assert m <= tiles.block_m
+    assert tiles.stages >= 3
+    assert tiles.strip_columns == 0 or tiles.strip_columns >= 16
+    assert -(-groups // -(-groups // tiles.parts)) == tiles.parts, "no part is empty"
 
 
 @pytest.mark.parametrize(
-    ("m", "rows", "k", "tiles", "programs"),
+    ("m", "rows", "k", "tiles"),
     [
-        (64, (300,), 784, StreamTiles(64), 2),
-        (20, (200,), 144, StreamTiles(64), 3),
-        (100, (456,), 400, StreamTiles(128), 3),
-        (7, (128,), 1040, StreamTiles(64), 4),
-        (30, (256, 200), 272, StreamTiles(64), 3),
-        (128, (500,), 272, StreamTiles(128, whole=True), 3),
+        (64, (600,), 784, StreamTiles(64, 2, 32)),
+        (20, (200,), 144, StreamTiles(64, 1, 64)),
+        (100, (456,), 400, StreamTiles(128, 1, 16)),
+        (7, (128,), 1040, StreamTiles(64, 1, parts=3)),
+        (30, (256, 200), 272, StreamTiles(64, 1, 32)),
+        (30, (384, 1000), 272, StreamTiles(64, 2, 64, parts=2)),
+        (128, (500,), 656, StreamTiles(128, 1, 64, parts=2)),
+        (64, (8,), 16, StreamTiles(64, 2, 64)),
     ],
     ids=str,
 )
 def test_in_python(
-    m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel's own text, its partitions as threads: stretches, pieces, scales, stages, edges."""
-    gluon_in_python.install(monkeypatch, stream, programs, ("_scales", "_leave"))
-    random = np.random.default_rng(0)
+    m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The kernel's own text, its partitions as threads: tiles, strips, parts, scales, stages, edges."""
     n, blocks, stages = sum(rows), -(-k // 128), 3
+    count = -(-n // tiles.width)
+    gluon_in_python.install(monkeypatch, stream, count, ("_scales", "_scales_of", "_load_rows", "_product", "_leave"))
+    random = np.random.default_rng(0)
     x, *weights = (random.integers(-4, 5, (height, k)).astype(float) for height in (m, *rows))
     x_descale, *descales = (random.random((height, blocks)) for height in (m, *(-(-r // 128) for r in rows)))
     wide = [np.repeat(np.repeat(d, 128, 0), 128, 1)[:r, :k] for d, r in zip(descales, rows, strict=True)]
     factors = np.concatenate([w * s for w, s in zip(weights, wide, strict=True)])
     want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ factors.T
-    share, total, two = tiles.share(n, k, programs), -(-n // 128) * blocks, len(rows) == 2
-    out, pieces = np.full((m, n), np.nan), np.full((programs, 2, tiles.block_m, 128), np.nan)
-    for program in range(programs):
-        begin, end = min(program * share, total), min((program + 1) * share, total)
-        groups = tiles.block_m // 64
+    out, parts = np.full((m, n), np.nan), np.full((tiles.parts, m, n), np.nan)
+    each = -(-blocks // tiles.parts)
+    for program in range(count * tiles.parts):
+        tile, part = program % count, program // count
         room = SimpleNamespace(
-            x=Memory(np.full((stages, tiles.block_m, 128), np.nan)), w=Memory(np.full((stages, 128, 128), np.nan)),
-            out=Memory(np.full((groups, 64, 128), np.nan)), full=Barriers(Barrier(1) for _ in range(stages)),
-            empty=Barriers(Barrier(groups) for _ in range(stages)),
+            x=Memory(np.full((stages, tiles.block_m, 128), np.nan)),
+            w=Memory(np.full((stages * tiles.blocks, 128, 128), np.nan)),
+            strip=Memory(np.full((stages, tiles.strip, 128), np.nan)),
+            out=Memory(np.full((2, 64, tiles.columns), np.nan)),
+            side=Memory(np.full((2, 64, tiles.strip_columns), np.nan)),
+            full=Barriers(Barrier(1) for _ in range(stages)), empty=Barriers(Barrier(2) for _ in range(stages)),
         )  # fmt: skip
-        common = (
-            room, Descriptor(out), Pointer(pieces.reshape(-1)), Pointer(x_descale.ravel()),
-            Pointer(descales[0].ravel()), Pointer(descales[-1].ravel()), begin, end, blocks, m, rows[0], blocks, 1,
-            blocks, blocks,
-        )  # fmt: skip
-        fetch = (room, Descriptor(x), Descriptor(weights[0]), Descriptor(weights[-1]), begin, end, blocks, rows[0])
-        partitions: list[Callable[[], None]] = [
-            lambda group=group, common=common: stream._multiply.fn(*common, group, tiles.block_m, stages, two)
-            for group in range(groups)
-        ]
-        partitions.append(lambda fetch=fetch: stream._fetch.fn(*fetch, tiles.block_m, stages, two))
-        gluon_in_python.run(program, partitions)
-    np.testing.assert_allclose(_summed(out, pieces, share, blocks), want, rtol=1e-12, atol=1e-9)
-
-
-def _summed(out: np.ndarray, pieces: np.ndarray, share: int, blocks: int) -> np.ndarray:  # type: ignore[type-arg]
-    """out with the pieces of tiles that are cut, as ``_fp8_cut_kernel`` adds them: by where programs begin."""
-    m, n = out.shape
-    for tile in range(-(-n // 128)):
-        start, stop = tile * blocks, (tile + 1) * blocks
-        first, last = start // share, (stop - 1) // share
-        if first == last:
-            continue
-        found = sum(pieces[p, int(p == first)] for p in range(first, last + 1))
-        columns = slice(tile * 128, min(n, tile * 128 + 128))
-        assert np.isnan(out[:, columns]).all(), "a tile that is cut is nobody's"
-        out[:, columns] = found[:m, : columns.stop - columns.start]
-    return out
+        work = SimpleNamespace(
+            tile=tile, tiles=count, part=Number(part), first=part * each, end=min((part + 1) * each, blocks)
+        )
+        forms = tiles.block_m, tiles.blocks, tiles.strip, stages, len(rows) == 2
+        target = Descriptor(out), Descriptor(out), None
+        if tiles.parts > 1:
+            target = None, None, Pointer(parts.reshape(-1))  # type: ignore[assignment]
+        scales = Pointer(x_descale.ravel()), Pointer(descales[0].ravel()), Pointer(descales[-1].ravel())
+        strides = m, n, rows[0], blocks, 1, blocks, blocks
+        boxes = [Descriptor(weights[0]), Descriptor(weights[-1])] * 2
+        groups = [partial(stream._multiply.fn, room, work, *target, *scales, *strides, i, *forms) for i in range(2)]
+        fetch = partial(stream._fetch.fn, room, work, Descriptor(x), *boxes, rows[0], *forms)
+        gluon_in_python.run(program, [*groups, fetch])
+    np.testing.assert_allclose(out if tiles.parts == 1 else parts.sum(0), want, rtol=1e-12, atol=1e-9)

@@ -1,4 +1,4 @@
-"""The Hopper kernel of ``fp8_linear`` for few rows on a GPU against float64: edges, cut tiles, whole ones, graphs."""
+"""The Hopper kernel of ``fp8_linear`` for few rows on a GPU against float64: edges, strips, parts, graphs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from mlacompile.kernels.fp8_linear.supports import stream_reasons
 from mlacompile.ops.fp8_linear import fp8_linear
+from mlacompile.ops.fp8_linear_parts import fp8_linear_parts
 from mlacompile.ops.fp8_stacked import fp8_stacked
 from mlacompile.testing.scaled import KINDS, Product, exact, make_product, worst
 
@@ -16,13 +17,15 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
     ),
 ]
-TILES = [(64, False), (128, False), (64, True), (128, True)]
-#: (m, n, k): rows and columns beyond a tile and short of it, tiles in two pieces and in many, more than programs.
+#: block_m, blocks, strip, parts, as in ``StreamTiles``.
+TILES = [(64, 1, 0, 1), (64, 1, 64, 2), (64, 2, 32, 1), (64, 2, 0, 3), (128, 1, 16, 1), (128, 1, 64, 2)]
+#: (m, n, k): rows and columns beyond a tile and short of it, fewer tiles than SMs and more, K of one block and of many.
 SHAPES = [(1, 8, 16), (17, 200, 144), (64, 2112, 7168), (50, 576, 1552), (64, 20000, 784), (33, 128, 8192)]
 
 
-def run(product: Product, dtype: torch.dtype, tiles: tuple[int, bool]) -> torch.Tensor:
-    from mlacompile.kernels.fp8_linear.stream_launch import StreamTiles, fp8_linear_stream
+def run(product: Product, dtype: torch.dtype, tiles: tuple[int, int, int, int]) -> torch.Tensor:
+    from mlacompile.kernels.fp8_linear.stream_launch import fp8_linear_stream
+    from mlacompile.kernels.fp8_linear.stream_tiles import StreamTiles
 
     assert not stream_reasons(*product.tensors, dtype)
     assert product.x_descale is not None
@@ -48,7 +51,7 @@ def test_parity(m: int, n: int, k: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_strided_inputs(tiles: tuple[int, bool]) -> None:
+def test_strided_inputs(tiles: tuple[int, int, int, int]) -> None:
     product = make_product(60, 1256, 512, quantized=True, device="cuda")
     assert product.x_descale is not None
     want = run(product, torch.bfloat16, tiles)
@@ -63,7 +66,7 @@ def test_strided_inputs(tiles: tuple[int, bool]) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, bool]) -> None:
+def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, int, int, int]) -> None:
     product = make_product(60, 384, 1024, quantized=True, device="cuda")
     assert product.x_descale is not None
     product.weight_descale[1, 3] = torch.nan
@@ -77,8 +80,8 @@ def test_blocks_that_are_not_finite_stay_where_they_are(tiles: tuple[int, bool])
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_replays_from_a_graph(tiles: tuple[int, bool]) -> None:
-    """And comes to the same bits every time, one call behind the other: none begins before its pieces are read."""
+def test_replays_from_a_graph(tiles: tuple[int, int, int, int]) -> None:
+    """And comes to the same bits every time, one call behind the other: none begins before its parts are added."""
     product = make_product(64, 2112, 2048, quantized=True, device="cuda")
     want = run(product, torch.bfloat16, tiles)
     torch.cuda.synchronize()
@@ -90,6 +93,16 @@ def test_replays_from_a_graph(tiles: tuple[int, bool]) -> None:
             out.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(out, want) for out in outs)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_parts_that_nobody_has_added(parts: int) -> None:
+    product = make_product(50, 2112, 7168, quantized=True, kind="outliers", device="cuda")
+    got = fp8_linear_parts(*product.tensors, parts, impl="stream")
+    assert got.shape == (parts, 50, 2112)
+    assert not worst(sum(got[1:], got[0]).bfloat16(), *exact(product, torch.bfloat16))
+    want = fp8_linear_parts(*product.tensors, parts, impl="reference")
+    assert (got - want).norm() <= 1e-3 * want.norm(), "part by part"
 
 
 def test_it_can_be_asked_for() -> None:

@@ -14,7 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
+from mlacompile.lowering import quantized_rows
 from mlacompile.lowering.quantized_rows import place_quantized_rows
+from mlacompile.ops.fp8_linear import fp8_linear_reference, fp8_quantize_weight
 from mlacompile.ops.fp8_quantize import fp8_quantize
 from mlacompile.ops.quantize_rows import quantize_rows_reference
 
@@ -66,11 +68,44 @@ def test_a_sum_a_norm_and_the_quantization_are_one() -> None:
 
     gm, (call,), off = placed(layer, random(5, 1, 256), random(5, 1, 256), random(256), random(5, 1, 256))
     assert [n.op for n in call.args[:3]] == ["call_function", "call_function", "placeholder"]
-    assert call.kwargs == {"eps": 1e-6, "gate": "", "impl": "any"}
+    assert call.kwargs == {"eps": 1e-6, "gate": "", "parts": False, "impl": "any"}
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rsqrt.default)
     assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)) == 1, "what uses the sum"
     assert max(off) < 0.07, "half a step of e4m3, where a value lies between two"
     assert off[2] == 0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_sum_with_a_product_in_parts_adds_those_up(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Kernel("stream", "fp8_linear", lambda *_, **__: [], fp8_linear_reference)
+    ours = registry.kernels
+    monkeypatch.setattr(registry, "kernels", lambda op: (stream,) if op == "fp8_linear" else ours(op))
+    monkeypatch.setattr(quantized_rows, "stream_parts", lambda m, n, k, device: 2)
+
+    def layer(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        made = torch.ops.mlacompile.fp8_linear(q, s, w, d, torch.float32).reshape(5, 1, 256)
+        total = made + x if turned else x + made
+        return (*quantized(normed(total, weight)), total)
+
+    q, s = fp8_quantize(random(5, 384), 128, torch.float8_e4m3fn)
+    w, d = fp8_quantize_weight(random(256, 384))
+    gm, (call,), off = placed(layer, random(5, 1, 256), q, s, w, d, random(256))
+    assert call.kwargs == {"eps": 1e-6, "gate": "", "parts": True, "impl": "any"}
+    parts, added = call.args[:2]
+    assert parts.target is torch.ops.mlacompile.fp8_linear_parts.default
+    assert parts.args[4] == 2
+    assert parts.meta["val"].shape == (2, 5, 256)
+    assert added.args[0].name == "x_1"
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.mlacompile.fp8_linear.default)
+    assert max(off) < 0.07
+
+    def used_twice(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        made = torch.ops.mlacompile.fp8_linear(q, s, w, d, torch.float32)
+        return (*quantized(normed(x.reshape(5, 256) + made, weight)), made * 2)
+
+    _, (call,), off = placed(used_twice, random(5, 1, 256), q, s, w, d, random(256))
+    assert call.kwargs["parts"] is False
+    assert max(off) < 0.07
 
 
 def test_a_norm_of_what_is_there() -> None:

@@ -37,6 +37,14 @@ def test_without_anything_before_it_is_fp8_quantize() -> None:
         ({"added": torch.zeros(2, 128)}, r"got added of torch.float32 \[2, 128\]; expected torch.float32 \[2, 256\]"),
         ({"gated": torch.zeros(2, 256).half(), "gate": "silu"}, "got gated of torch.float16"),
         ({"norm": torch.ones(255)}, r"got norm \[255\]; expected \[256\]"),
+        (
+            {"parts": True},
+            r"parts of torch.float32 \[2, 256\] and nothing to add them to; expected torch.float32 \[P, M",
+        ),
+        (
+            {"x": torch.zeros(3, 2, 256), "added": torch.zeros(2, 128), "parts": True},
+            r"got added of torch.float32 \[2, 128\]; expected torch.float32 \[2, 256\]",
+        ),
         ({"gate": "silu"}, "with no tensor to gate"),
         ({"gated": torch.zeros(2, 256), "gate": "relu"}, "expected one of silu"),
         ({"gated": torch.zeros(2, 256), "gate": "silu", "norm": torch.ones(256)}, "a tensor and without a norm"),

@@ -10,9 +10,9 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.fp8_linear.launch import Launch, sms_of, sum_launch
+from mlacompile.kernels.fp8_linear.launch import Launch, sum_launch
+from mlacompile.kernels.fp8_linear.supports import SMEM, sms_of
 
-SMEM = 232_448
 RESERVED = 2048  # bytes of shared memory for barriers and what warps are told when they begin
 GROUP_ROWS = 64  # of x that one product takes
 REGISTERS = 240  # of a thread that multiplies: three times 128 threads have 65,536, and the fetching ones 24
@@ -115,8 +115,8 @@ def aligned(t: Tensor) -> Tensor:
 
 
 def descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Blocks of so many rows and columns, in lines of 128 bytes as ``wgmma`` reads them."""
+    """Blocks of so many rows and columns, in lines of up to 128 bytes as ``wgmma`` reads them."""
     bits = 8 * t.itemsize
     apart = t.stride(0) if t.stride(0) * t.itemsize % 16 == 0 else 128 // bits  # of a single row it may be anything
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    layout = NVMMASharedLayout(swizzle_byte_width=min(128, columns * t.itemsize), element_bitwidth=bits, rank=2)
     return TensorDescriptor(t, list(t.shape), [apart, 1], [rows, columns], layout)

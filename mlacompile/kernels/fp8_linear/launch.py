@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels.fp8_linear.supports import sms_of
 from mlacompile.kernels.mla_decode.supports import chains
 
 SUM_BLOCK = 1024
@@ -199,7 +199,8 @@ def tiles_launches(
         "EXACT": out.dtype == torch.float32,
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
-    launches = [Launch(_fp8_tiles_kernel, grid, arguments, {"num_warps": tiles.warps})]
+    options = {"num_warps": tiles.warps, **({"launch_pdl": True} if chains(out.device) else {})}
+    launches = [Launch(_fp8_tiles_kernel, grid, arguments, options)]
     return [*launches, sum_launch(target, out)] if split else launches
 
 
@@ -225,15 +226,3 @@ def descriptor(t: Tensor, rows: int) -> TensorDescriptor:
     unit = 16 // t.itemsize  # strides come in whole 16 bytes, of dimensions with a single element too
     strides = [s if s % unit == 0 else unit for s in t.stride()[:-1]] + [1]
     return TensorDescriptor(t, list(t.shape), strides, [1] * (t.dim() - 2) + [rows, SCALE_GROUP])
-
-
-@cache
-def _device_sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def sms_of(device: torch.device) -> int:
-    """Streaming multiprocessors; those of a Hopper GPU where there is none to ask."""
-    if device.type != "cuda":
-        return 132
-    return _device_sms(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,13 +1,15 @@
 """The Hopper kernel of ``fp8_linear`` for few quantized rows: reading the weight is the limit, and never pauses.
 
     _fetch     one warp: blocks of 128 columns of x and of the weight, by TMA, as many stages ahead as memory holds
-    _multiply  four warps, once or twice: 64 rows of x by 128 rows of the weight
+    _multiply  four warps, twice: half of the tile's columns, or with more than 64 rows of x half of its rows
 
-The blocks of all tiles form one line, tile after tile, and each of the programs, one an SM, takes an equal stretch of
-it: whatever the shape, all of them read to the end. (Osama et al., "Stream-K", arXiv 2301.03598, cut products like
-that.) A tile that is whole in a stretch is stored as it is. Of one that is cut each program stores what it has summed,
-in float32, and ``_fp8_cut_kernel`` adds the pieces, in order. Where cutting costs more than it evens out, stretches are
-whole tiles.
+A program, one an SM, has one tile of the result, or of one part of K, and reads to the end as all others do. So there
+must be about as many tiles as SMs, whatever N is, and they must be wide: x is read once a tile, through the same L2.
+Hence a tile is one or two *blocks* of 128 rows of the weight and a *strip* of up to 64 more. Strips are cut from the
+rows that blocks leave over, so that each lies in one block of scales, too:
+
+    rows of the weight    │ tile 0        │ tile 1        │ …  │ tile n        │ 0 │ 1 │ … │ n │
+                           2 · 128 rows    2 · 128 rows                          strips
 
 Products are those of ``hopper.py``: the tensor cores add up one block of 128 columns, and what they have summed is
 multiplied with its two scales and added in float32.
@@ -15,8 +17,6 @@ multiplied with its two scales and added in float32.
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # No "from __future__ import annotations": the fields of an aggregate are types, not strings.
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,187 +26,237 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_wait
 
-from mlacompile.kernels.fp8_linear.hopper import BLOCK_K, ROWS, Room, _added, store_tile
+from mlacompile.kernels.fp8_linear.hopper import BLOCK_K, ROWS, _added, store_tile
 from mlacompile.kernels.mla_decode.hopper_fetch import load_tile
-from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, _wait_for_earlier, aggregate
 
-COLUMNS = gl.constexpr(128)  # of the result: rows of the weight that make a tile
+COLUMNS = gl.constexpr(128)  # of the result: rows of the weight that make a block
+BURST = gl.constexpr(2)  # blocks that are sent for at once: 256 bytes of a row, one behind the other
+FETCH_REGS = gl.constexpr(40)
+
+
+@aggregate
+class Room:
+    """Shared memory and barriers of a program."""
+
+    x: gl.shared_memory_descriptor  # [STAGES, BLOCK_M, 128]
+    w: gl.shared_memory_descriptor  # [STAGES * BLOCKS, 128, 128]
+    strip: gl.shared_memory_descriptor  # [STAGES, STRIP, 128]
+    out: gl.shared_memory_descriptor  # [2, 64, columns of a group of the blocks]
+    side: gl.shared_memory_descriptor  # [2, 64, columns of a group of the strip]
+    full: gl.shared_memory_descriptor  # [STAGES, 1]
+    empty: gl.shared_memory_descriptor  # [STAGES, 1]
+
+    @gluon.constexpr_function
+    def __init__(self, x, w, strip, out, side, full, empty):
+        self.x, self.w, self.strip, self.out, self.side = x, w, strip, out, side
+        self.full, self.empty = full, empty
+
+
+@aggregate
+class Work:
+    """A program's: its tile, of so many, its part of K, and the blocks [first, end) of that."""
+
+    tile: gl.tensor
+    tiles: gl.tensor
+    part: gl.tensor
+    first: gl.tensor
+    end: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, tile, tiles, part, first, end):
+        self.tile, self.tiles, self.part, self.first, self.end = tile, tiles, part, first, end
 
 
 @gluon.jit
-def _fetch(room, d_x, d_w, d_w2, begin, end, blocks, N1, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-           TWO: gl.constexpr):  # fmt: skip
-    """Copies the blocks from begin to end of the line, each as soon as all have multiplied what its stage held."""
-    row = begin // blocks * COLUMNS
-    k = begin % blocks
-    for g in range(end - begin):
-        stage = g % STAGES
-        mbarrier.wait(room.empty.index(stage), ((g // STAGES) & 1) ^ 1)
-        full = room.full.index(stage)
-        mbarrier.expect(full, (BLOCK_M + COLUMNS) * BLOCK_K)
-        if TWO and row >= N1:
-            load_tile(d_w2, [row - N1, k * BLOCK_K], full, room.w.index(stage))
-        else:
-            load_tile(d_w, [row, k * BLOCK_K], full, room.w.index(stage))
-        load_tile(d_x, [0, k * BLOCK_K], full, room.x.index(stage))
-        k += 1
-        if k == blocks:
-            k = 0
-            row += COLUMNS
+def _load_rows(d_w, d_w2, row, column, N1, full, to, TWO: gl.constexpr):
+    """Rows of the weight, or with TWO from row N1 on those of the second."""
+    if TWO and row >= N1:
+        load_tile(d_w2, [row - N1, column], full, to)
+    else:
+        load_tile(d_w, [row, column], full, to)
 
 
 @gluon.jit
-def _scales(p_x_descale, p_descale, o_x, o_w, k, stride_xsk):
-    """Of block k: those of the thread's rows of x, and that of the weight."""
-    return gl.load(p_x_descale + (o_x + k * stride_xsk)), gl.load(p_descale + (o_w + k))
+def _fetch(room, work, d_x, d_w, d_w2, d_strip, d_strip2, N1, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+           STRIP: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr):  # fmt: skip
+    """Copies block after block, two at a time, as soon as both groups have multiplied what their stages held.
+
+    Of the same rows both are sent for one after the other, as they lie in memory: 128 bytes of a row by themselves are
+    read more slowly.
+    """
+    row = work.tile * (BLOCKS * COLUMNS)
+    side = work.tiles * (BLOCKS * COLUMNS) + work.tile * STRIP
+    for first in range(work.first, work.end, BURST):
+        g = first - work.first
+        for i in gl.static_range(BURST):
+            if first + i < work.end:
+                stage = (g + i) % STAGES
+                mbarrier.wait(room.empty.index(stage), (((g + i) // STAGES) & 1) ^ 1)
+                mbarrier.expect(room.full.index(stage), (BLOCK_M + BLOCKS * COLUMNS + STRIP) * BLOCK_K)
+        for j in gl.static_range(BLOCKS):
+            for i in gl.static_range(BURST):
+                if first + i < work.end:
+                    stage = (g + i) % STAGES
+                    _load_rows(d_w, d_w2, row + j * COLUMNS, (first + i) * BLOCK_K, N1, room.full.index(stage),
+                               room.w.index(stage * BLOCKS + j), TWO)  # fmt: skip
+        for i in gl.static_range(BURST):
+            if first + i < work.end:
+                stage = (g + i) % STAGES
+                full = room.full.index(stage)
+                if STRIP > 0:
+                    _load_rows(d_strip, d_strip2, side, (first + i) * BLOCK_K, N1, full, room.strip.index(stage), TWO)
+                load_tile(d_x, [0, (first + i) * BLOCK_K], full, room.x.index(stage))
 
 
 @gluon.jit
-def _leave(acc, out, d_out, p_part, piece, whole, o_row, column, M, UPPER: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Store a whole tile's sums by TMA, which leaves out what is beyond the edges, or a piece of them, in float32."""
-    if whole:
-        tma.store_wait(0)
+def _scales_of(p_descale, p_descale2, row, N, N1, stride_sn, stride_sn2, TWO: gl.constexpr):
+    """Where the scales of the block with a row of the weight are, kept inside it."""
+    row = gl.minimum(row, N - 1)
+    p = p_descale + row // BLOCK_K * stride_sn
+    if TWO and row >= N1:
+        p = p_descale2 + (row - N1) // BLOCK_K * stride_sn2
+    return p
+
+
+@gluon.jit
+def _scales(p_x_descale, p_w, p_side, o_x, o_w, k, stride_xsk):
+    """Of block k of K: those of the thread's rows of x, that of the block of the weight, and that of the strip's."""
+    return gl.load(p_x_descale + (o_x + k * stride_xsk)), gl.load(p_w + (o_w + k)), gl.load(p_side + (o_w + k))
+
+
+@gluon.jit
+def _product(x, w, acc, never):
+    """Begins a product. never: false, but the compiler must not know; so it stays in the registers of the last one."""
+    return warpgroup_mma(x, w.permute((1, 0)), acc, use_acc=never, is_async=True)
+
+
+@gluon.jit
+def _leave(acc, out, d_out, p_part, o_row, row, column, M, N):
+    """Store a group's sums: in float32, a part of the result, or by TMA, which leaves out what is beyond the edges."""
+    if p_part is not None:
+        o_n = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+        at = p_part + o_row[:, None] * N + o_n[None, :]
+        gl.store(at, acc, mask=(o_row < M)[:, None] & (o_n < N)[None, :])
+    else:
         out.store(acc.to(out.dtype))
         fence_async_shared()
-        store_tile(d_out, [UPPER, column], out)
-    elif p_part is not None:
-        o_n = gl.arange(0, COLUMNS, gl.SliceLayout(0, acc.type.layout))
-        o_piece = (piece * BLOCK_M + o_row)[:, None] * COLUMNS + o_n[None, :]
-        gl.store(p_part + o_piece, acc, mask=(o_row < M)[:, None])
+        store_tile(d_out, [row, column], out)
 
 
 @gluon.jit
-def _multiply(room, d_out, p_part, p_x_descale, p_descale, p_descale2, begin, end, blocks, M, N1, stride_xsm,
-              stride_xsk, stride_sn, stride_sn2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-              TWO: gl.constexpr):  # fmt: skip
-    """64 rows of each tile: those of group GROUP, 0 or 1. Scales are read two blocks ahead.
-
-    Pieces go to p_part, [programs, 2, BLOCK_M, 128]: the end of a tile to the first of two, its beginning to the
-    second.
-    """
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 32]
+def _multiply(room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_descale2, M, N, N1, stride_xsm, stride_xsk,
+              stride_sn, stride_sn2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+              STRIP: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr):  # fmt: skip
+    """What group GROUP, 0 or 1, has of the tile: WIDE columns of a block, from LEFT on, NARROW of the strip, from SIDE
+    on, by 64 rows of x, from UPPER on. Scales are read two blocks ahead."""
+    HALF: gl.constexpr = BLOCK_M // ROWS == 1  # of the columns; else of the rows
+    WIDE: gl.constexpr = COLUMNS if BLOCKS == 2 or not HALF else COLUMNS // 2
+    NARROW: gl.constexpr = STRIP // 2 if HALF else STRIP
+    UPPER: gl.constexpr = 0 if HALF else GROUP * ROWS
+    BLOCK: gl.constexpr = GROUP * (BLOCKS - 1)  # which of the tile's
+    LEFT: gl.constexpr = GROUP * WIDE if HALF and BLOCKS == 1 else 0
+    SIDE: gl.constexpr = GROUP * NARROW if HALF else 0
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDE, 32])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NARROW if STRIP > 0 else 8, 32]
     )
-    UPPER: gl.constexpr = GROUP * ROWS
-    never = M < 0  # the compiler must not know: so a product stays in the registers of the one before
-    block = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
-    out = room.out.index(GROUP)
-    o_row = UPPER + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    never = M < 0
+    o_row = UPPER + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
     o_x = gl.minimum(o_row, M - 1) * stride_xsm
     o_zero = _here(o_row) // (3 * ROWS)  # or one register would get the scale, and products wait behind it
-    g = 0
-    at = begin
-    while at < end:
-        row = at // blocks * COLUMNS  # of the weight
-        first = at % blocks
-        last = gl.minimum(first + end - at, blocks) - 1
-        p_w = p_descale
-        o_w = o_zero + row // BLOCK_K * stride_sn
-        if TWO and row >= N1:
-            p_w = p_descale2
-            o_w = o_zero + (row - N1) // BLOCK_K * stride_sn2
-        x_scale, w_scale = _scales(p_x_descale, p_w, o_x, o_w, first, stride_xsk)
-        x_next, w_next = _scales(p_x_descale, p_w, o_x, o_w, gl.minimum(first + 1, last), stride_xsk)
-        acc = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
-        for k in range(first, last + 1):
-            stage = g % STAGES
-            mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
-            block = warpgroup_mma(
-                room.x.index(stage).slice(UPPER, ROWS, dim=0), room.w.index(stage).permute((1, 0)), block,
-                use_acc=never, is_async=True,
-            )  # fmt: skip
-            factor = x_scale * w_scale
-            x_scale = x_next
-            w_scale = w_next
-            x_next, w_next = _scales(p_x_descale, p_w, o_x, o_w, gl.minimum(k + 2, last), stride_xsk)
+    column = work.tile * (BLOCKS * COLUMNS) + BLOCK * COLUMNS
+    side = work.tiles * (BLOCKS * COLUMNS) + work.tile * STRIP
+    p_w = _scales_of(p_descale, p_descale2, column, N, N1, stride_sn, stride_sn2, TWO)
+    p_side = p_w
+    if STRIP > 0:
+        p_side = _scales_of(p_descale, p_descale2, side, N, N1, stride_sn, stride_sn2, TWO)
+    acc = gl.zeros((ROWS, WIDE), gl.float32, wide)
+    block = gl.zeros((ROWS, WIDE), gl.float32, wide)
+    if STRIP > 0:
+        side_acc = gl.zeros((ROWS, NARROW), gl.float32, narrow)
+        side_block = gl.zeros((ROWS, NARROW), gl.float32, narrow)
+    last = work.end - 1
+    x_scale, w_scale, side_scale = _scales(p_x_descale, p_w, p_side, o_x, o_zero, work.first, stride_xsk)
+    k = gl.minimum(work.first + 1, last)
+    x_next, w_next, side_next = _scales(p_x_descale, p_w, p_side, o_x, o_zero, k, stride_xsk)
+    for k in range(work.first, work.end):
+        g = k - work.first
+        stage = g % STAGES
+        mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
+        x = room.x.index(stage).slice(UPPER, ROWS, dim=0)
+        block = _product(x, room.w.index(stage * BLOCKS + BLOCK).slice(LEFT, WIDE, dim=0), block, never)
+        if STRIP > 0:
+            side_block = _product(x, room.strip.index(stage).slice(SIDE, NARROW, dim=0), side_block, never)
+        factor = x_scale * w_scale
+        side_factor = x_scale * side_scale
+        x_scale = x_next
+        w_scale = w_next
+        side_scale = side_next
+        later = gl.minimum(k + 2, last)
+        x_next, w_next, side_next = _scales(p_x_descale, p_w, p_side, o_x, o_zero, later, stride_xsk)
+        if STRIP > 0:
+            block, side_block = warpgroup_mma_wait(0, deps=(block, side_block))
+        else:
             block = warpgroup_mma_wait(0, deps=(block,))
-            mbarrier.arrive(room.empty.index(stage), count=1)
-            acc = _added(acc, block, factor)
-            g += 1
-        piece = 2 * gl.program_id(0) + gl.where(first == 0, 1, 0)
-        _leave(acc, out, d_out, p_part, piece, last + 1 - first == blocks, o_row, row, M, UPPER, BLOCK_M)
-        at += last + 1 - first
+        mbarrier.arrive(room.empty.index(stage), count=1)
+        acc = _added(acc, block, factor)
+        if STRIP > 0:
+            side_acc = _added(side_acc, side_block, gl.convert_layout(side_factor, gl.SliceLayout(1, narrow)))
     _launch_later()
+    if p_part is not None:
+        p_part += work.part.to(gl.int64) * M * N
+    _leave(acc, room.out.index(GROUP), d_out, p_part, o_row, UPPER, column + LEFT, M, N)
+    if STRIP > 0:
+        o_row = gl.convert_layout(o_row, gl.SliceLayout(1, narrow))
+        _leave(side_acc, room.side.index(GROUP), d_side, p_part, o_row, UPPER, side + SIDE, M, N)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "share"])
+@gluon.jit(do_not_specialize=["M", "blocks_a_part"])
 def _fp8_stream_kernel(
-    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, d_out, p_part, M, N, N1, K, stride_xsm, stride_xsk, stride_sn,
-    stride_sn2, share, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, REGS: gl.constexpr, TWO: gl.constexpr,
-    num_warps: gl.constexpr,
+    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, d_strip, d_strip2, d_out, d_side, p_part, M, N, N1, K,
+    stride_xsm, stride_xsk, stride_sn, stride_sn2, blocks_a_part, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+    STRIP: gl.constexpr, STAGES: gl.constexpr, REGS: gl.constexpr, TWO: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs,), each with ``share`` blocks of the line.
+    """Grid: (tiles, parts of K).
 
-    d_x, d_w: descriptors of [M, K], M at most BLOCK_M, 64 or 128, and of [N, K]; what is beyond is read as zeros. TWO:
-    weight rows from N1 on, a multiple of 128, are those of a second weight. d_out: of [M, N], in boxes of 64 rows by
-    128. p_part: float32 [programs, 2, BLOCK_M, 128] if tiles are cut, else None.
+    d_x, d_w: descriptors of [M, K], M at most BLOCK_M, 64 or 128, and of [N, K]; what is beyond is read as zeros.
+    d_strip: of the same weight, in boxes of STRIP rows. TWO: weight rows from N1 on, a multiple of 128, are those of a
+    second weight. d_out, d_side: of [M, N], in boxes of what a group has of the blocks and of the strip. p_part:
+    float32 [parts, M, N], and no d_out then; or None.
     """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=BLOCK_M // ROWS)
-    room = Room(
-        gl.allocate_shared_memory(d_x.dtype, [STAGES, BLOCK_M, BLOCK_K], d_x.layout),
-        gl.allocate_shared_memory(d_w.dtype, [STAGES, COLUMNS, BLOCK_K], d_w.layout),
-        gl.allocate_shared_memory(d_out.dtype, [BLOCK_M // ROWS, ROWS, COLUMNS], d_out.layout),
-        full,
-        empty,
-    )
+        mbarrier.init(empty.index(i), count=2)
+    x = gl.allocate_shared_memory(d_x.dtype, [STAGES, BLOCK_M, BLOCK_K], d_x.layout)
+    w = gl.allocate_shared_memory(d_w.dtype, [STAGES * BLOCKS, COLUMNS, BLOCK_K], d_w.layout)
+    strip, out, side = w, w, w
+    if STRIP > 0:
+        strip = gl.allocate_shared_memory(d_w.dtype, [STAGES, STRIP, BLOCK_K], d_strip.layout)
+    if p_part is None:
+        out = gl.allocate_shared_memory(d_out.dtype, [2, ROWS, d_out.block_type.shape[1]], d_out.layout)
+        if STRIP > 0:
+            side = gl.allocate_shared_memory(d_side.dtype, [2, ROWS, d_side.block_type.shape[1]], d_side.layout)
+    room = Room(x, w, strip, out, side, full, empty)
     fence_async_shared()
-    blocks = gl.cdiv(K, BLOCK_K)
-    begin = gl.program_id(0) * share
-    end = gl.minimum(begin + share, gl.cdiv(N, COLUMNS) * blocks)
+    first = gl.program_id(1) * blocks_a_part
+    work = Work(
+        gl.program_id(0), gl.num_programs(0), gl.program_id(1), first,
+        gl.minimum(first + blocks_a_part, gl.cdiv(K, BLOCK_K)),
+    )  # fmt: skip
     _wait_for_earlier()
-    if BLOCK_M == ROWS:
-        gl.warp_specialize(
-            [
-                (_multiply, (room, d_out, p_part, p_x_descale, p_descale, p_descale2, begin, end, blocks, M, N1,
-                             stride_xsm, stride_xsk, stride_sn, stride_sn2, 0, BLOCK_M, STAGES, TWO)),
-                (_fetch, (room, d_x, d_w, d_w2, begin, end, blocks, N1, BLOCK_M, STAGES, TWO)),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (room, d_out, p_part, p_x_descale, p_descale, p_descale2, begin, end, blocks, M, N1,
-                             stride_xsm, stride_xsk, stride_sn, stride_sn2, 0, BLOCK_M, STAGES, TWO)),
-                (_multiply, (room, d_out, p_part, p_x_descale, p_descale, p_descale2, begin, end, blocks, M, N1,
-                             stride_xsm, stride_xsk, stride_sn, stride_sn2, 1, BLOCK_M, STAGES, TWO)),
-                (_fetch, (room, d_x, d_w, d_w2, begin, end, blocks, N1, BLOCK_M, STAGES, TWO)),
-            ],
-            [4, 1],
-            [REGS, 24],
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M", "share"])
-def _fp8_cut_kernel(
-    p_part, p_out, M, N, K, share, BLOCK_M: tl.constexpr, SOME: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """Adds the pieces of every tile that is cut, SOME of its rows a program, in order.
-
-    Grid: (programs that made them - 1, ⌈M / SOME⌉). Program i has the tile in which the stretch of i + 1 begins, if it
-    is the first that begins in it.
-    """
-    i = tl.program_id(0) + 1
-    blocks = tl.cdiv(K, 128)
-    tile = i * share // blocks
-    start = tile * blocks
-    o_m = tl.program_id(1) * SOME + tl.arange(0, SOME)
-    o_n = tl.arange(0, 128)
-    if (i * share > start) & ((i - 1) * share <= start):
-        o = o_m[:, None] * 128 + o_n[None, :]
-        mask = (o_m < M)[:, None] & (tile * 128 + o_n < N)[None, :]
-        if PDL:
-            gdc_wait()
-        acc = tl.load(p_part + (2 * i - 1) * BLOCK_M * 128 + o, mask=mask)
-        for j in range(i, tl.cdiv(start + blocks, share)):
-            acc += tl.load(p_part + 2 * j * BLOCK_M * 128 + o, mask=mask)
-        o_out = o_m.to(tl.int64)[:, None] * N + (tile * 128 + o_n)[None, :]
-        tl.store(p_out + o_out, acc.to(p_out.dtype.element_ty), mask=mask)
+    gl.warp_specialize(
+        [
+            (_multiply, (room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_descale2, M, N, N1, stride_xsm,
+                         stride_xsk, stride_sn, stride_sn2, 0, BLOCK_M, BLOCKS, STRIP, STAGES, TWO)),
+            (_multiply, (room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_descale2, M, N, N1, stride_xsm,
+                         stride_xsk, stride_sn, stride_sn2, 1, BLOCK_M, BLOCKS, STRIP, STAGES, TWO)),
+            (_fetch, (room, work, d_x, d_w, d_w2, d_strip, d_strip2, N1, BLOCK_M, BLOCKS, STRIP, STAGES, TWO)),
+        ],
+        [4, 1],
+        [REGS, FETCH_REGS],
+    )  # fmt: skip

@@ -1,51 +1,21 @@
-"""Chooses stretches of the weight for the Hopper kernel of ``fp8_linear`` for few rows, and launches it."""
+"""Launches the Hopper kernel of ``fp8_linear`` for few rows, for one weight or two, and in parts that nobody adds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.fp8_linear.hopper_launch import GROUP_ROWS, RESERVED, SMEM, aligned, descriptor
-from mlacompile.kernels.fp8_linear.launch import Launch, sms_of
+from mlacompile.kernels.fp8_linear.hopper_launch import GROUP_ROWS, aligned, descriptor
+from mlacompile.kernels.fp8_linear.launch import Launch, sum_launch
+from mlacompile.kernels.fp8_linear.stream_tiles import COLUMNS, StreamTiles, choose_stream_tiles
+from mlacompile.kernels.fp8_linear.supports import sms_of
 from mlacompile.kernels.mla_decode.supports import chains
 
-COLUMNS = 128  # of a tile of the result
-REGISTERS = 184  # of a thread of the second group: 64 sums, as many of one block, and addresses
-SUM_ROWS = 16  # whose pieces a program adds up
-CUT_BLOCKS = 8  # what cutting takes, in blocks of a stretch: pieces are written, and added up by a second launch
-
-
-@dataclass(frozen=True)
-class StreamTiles:
-    """block_m: 64 or 128, no fewer than rows of x. whole: stretches are whole tiles, and nothing is cut."""
-
-    block_m: int
-    whole: bool = False
-
-    @property
-    def stages(self) -> int:
-        """As many as fit beside what leaves."""
-        room = SMEM - RESERVED - self.block_m * COLUMNS * 2
-        return room // ((self.block_m + COLUMNS) * SCALE_GROUP)
-
-    def share(self, n: int, k: int, sms: int) -> int:
-        """Blocks of the line that a program takes."""
-        tiles, blocks = -(-n // COLUMNS), scale_groups(k)
-        return -(-tiles // sms) * blocks if self.whole else -(-tiles * blocks // sms)
-
-    def __str__(self) -> str:
-        return f"{self.block_m}{' whole' * self.whole}"
-
-
-def choose_stream_tiles(m: int, n: int, k: int, sms: int) -> StreamTiles:
-    """Tiles for up to 128 rows. Whole ones where cutting them would cost more than it evens out."""
-    cut = StreamTiles(GROUP_ROWS if m <= GROUP_ROWS else 2 * GROUP_ROWS)
-    whole = StreamTiles(cut.block_m, whole=True)
-    return whole if whole.share(n, k, sms) <= cut.share(n, k, sms) + CUT_BLOCKS else cut
+REGISTERS = 224  # of a thread that multiplies: up to 96 sums, as many of one block, and addresses
 
 
 def fp8_linear_stream(
@@ -68,33 +38,53 @@ def fp8_stacked_stream(
     return out
 
 
+def fp8_parts_stream(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int) -> Tensor:
+    """``fp8_linear_parts`` by the same kernel."""
+    x, weight = aligned(x), aligned(weight)
+    (m, k), n = x.shape, weight.shape[0]
+    out = x.new_empty((parts, m, n), dtype=torch.float32)
+    tiles = choose_stream_tiles(m, n, k, sms_of(x.device), parts)
+    stream_launch(x, x_descale, [weight], [weight_descale], out, tiles)()
+    return out
+
+
 def stream_launches(
     x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Tensor,
     tiles: StreamTiles | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of the kernel, and of the sum if tiles are cut. Meta tensors do, to compile without a GPU."""
-    from mlacompile.kernels.fp8_linear.stream import _fp8_cut_kernel, _fp8_stream_kernel
-
+    """The launches of the kernel, and of the sum if K is divided. Meta tensors do, to compile without a GPU."""
     (m, k), n = x.shape, out.shape[1]
-    sms = sms_of(x.device)
-    tiles = tiles or choose_stream_tiles(m, n, k, sms)
-    share, blocks = tiles.share(n, k, sms), scale_groups(k)
-    programs = -(-(-(-n // COLUMNS) * blocks) // share)
-    pieces = x.new_empty((programs, 2, tiles.block_m, COLUMNS), dtype=torch.float32) if share % blocks else None
-    pdl = chains(x.device)
-    common = {"M": m, "N": n, "K": k, "share": share, "BLOCK_M": tiles.block_m}
+    tiles = tiles or choose_stream_tiles(m, n, k, sms_of(x.device))
+    groups = scale_groups(k)
+    tiles = replace(tiles, parts=-(-groups // -(-groups // tiles.parts)))  # none is empty
+    if tiles.parts == 1:
+        return [stream_launch(x, x_descale, weights, descales, out[None], tiles)]
+    partial = x.new_empty((tiles.parts, m, n), dtype=torch.float32)
+    return [stream_launch(x, x_descale, weights, descales, partial, tiles), sum_launch(partial, out)]
+
+
+def stream_launch(
+    x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Tensor,
+    tiles: StreamTiles,
+) -> Launch:  # fmt: skip
+    """The launch of the kernel alone. out: ``[parts, M, N]`` in float32, or ``[1, M, N]`` in 16 bits."""
+    from mlacompile.kernels.fp8_linear.stream import _fp8_stream_kernel
+
+    (m, k), (parts, _, n) = x.shape, out.shape
+    two, whole, strip = len(weights) == 2, out.dtype != torch.float32, tiles.strip
     arguments = {
         "d_x": descriptor(x, tiles.block_m, SCALE_GROUP), "p_x_descale": x_descale,
         "d_w": descriptor(weights[0], COLUMNS, SCALE_GROUP), "p_descale": descales[0],
-        "d_w2": descriptor(weights[-1], COLUMNS, SCALE_GROUP), "p_descale2": descales[-1],
-        "d_out": descriptor(out, GROUP_ROWS, COLUMNS), "p_part": pieces, "N1": weights[0].shape[0],
+        "d_w2": descriptor(weights[1], COLUMNS, SCALE_GROUP) if two else None, "p_descale2": descales[-1],
+        "d_strip": descriptor(weights[0], strip, SCALE_GROUP) if strip else None,
+        "d_strip2": descriptor(weights[1], strip, SCALE_GROUP) if strip and two else None,
+        "d_out": descriptor(out[0], GROUP_ROWS, tiles.columns) if whole else None,
+        "d_side": descriptor(out[0], GROUP_ROWS, tiles.strip_columns) if whole and strip else None,
+        "p_part": None if whole else out, "M": m, "N": n, "N1": weights[0].shape[0], "K": k,
         "stride_xsm": x_descale.stride(0), "stride_xsk": x_descale.stride(1), "stride_sn": descales[0].stride(0),
-        "stride_sn2": descales[-1].stride(0), "STAGES": tiles.stages, "REGS": REGISTERS, "TWO": len(weights) == 2,
-        **common,
+        "stride_sn2": descales[-1].stride(0), "blocks_a_part": -(-scale_groups(k) // parts),
+        "BLOCK_M": tiles.block_m, "BLOCKS": tiles.blocks, "STRIP": tiles.strip, "STAGES": tiles.stages,
+        "REGS": REGISTERS, "TWO": two,
     }  # fmt: skip
-    options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
-    launches = [Launch(_fp8_stream_kernel, (programs,), arguments, options)]
-    if pieces is not None:
-        sums = {"p_part": pieces, "p_out": out, "SOME": SUM_ROWS, "PDL": pdl, **common}
-        launches.append(Launch(_fp8_cut_kernel, (programs - 1, -(-m // SUM_ROWS)), sums, options))
-    return launches
+    options = {"num_warps": 4, **({"launch_pdl": True} if chains(x.device) else {})}
+    return Launch(_fp8_stream_kernel, (-(-n // tiles.width), parts), arguments, options)

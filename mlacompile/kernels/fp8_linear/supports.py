@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.supports import capability_of, device_reasons, interpreted
 
+SMEM = 232_448  # bytes of shared memory of a program on a Hopper GPU
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
+NARROWER = 2048  # weights of fewer rows, by up to 64 of x, were not measured
 NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …
 WIDE = 16384  # weights of fewer rows are read as fast by tiles of more programs
 WIDEN_ROWS = 16  # of x: with more, a tile of 64 rows is not wasted
@@ -111,7 +115,7 @@ def tiles_slower(
     """Why kernels for more rows are faster where they can serve (measured, docs/kernels.md)."""
     m, (n, k) = x.shape[-2], weight.shape[-2:]
     if x_descale is not None and weight.dim() == 2 and stream_faster(m, n, k):
-        return [f"equal stretches of the weight are read faster with {m} rows by [{n}, {k}]"]
+        return [f"tiles as wide as an SM has time for are faster with {m} rows by [{n}, {k}]"]
     if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
         return []
     return [f"kernels for many rows are faster with {m} rows by a weight of {n}"]
@@ -121,9 +125,7 @@ def stream_faster(m: int, n: int, k: int) -> bool:
     """Whether the Hopper kernel for few rows is the fastest for m rows by [n, k] (measured, docs/kernels.md)."""
     if m <= WIDEN_ROWS or m > 2 * TILE_ROWS:
         return False
-    if m <= TILE_ROWS:
-        return k >= DEEP and n >= (NARROW if m <= TILE_ROWS // 2 else WIDE)
-    return n >= WIDE
+    return n >= (NARROWER if m <= TILE_ROWS else WIDE)
 
 
 def stream_slower(
@@ -131,7 +133,7 @@ def stream_slower(
 ) -> list[str]:
     """Why another kernel is faster where both can serve (measured, docs/kernels.md)."""
     m, (n, k) = x.shape[-2], weight.shape[-2:]
-    return [] if stream_faster(m, n, k) else [f"tiles of {m} rows by [{n}, {k}] are faster when they are not cut"]
+    return [] if stream_faster(m, n, k) else [f"other tiles are faster with {m} rows by [{n}, {k}]"]
 
 
 def hopper_slower(
@@ -166,3 +168,15 @@ def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
     if weight_descale.stride(-1) != 1 and weight_descale.shape[-1] > 1:
         reasons.append("scales of a row of blocks are not contiguous")
     return reasons
+
+
+@cache
+def _device_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def sms_of(device: torch.device) -> int:
+    """Streaming multiprocessors; those of a Hopper GPU where there is none to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return _device_sms(torch.cuda.current_device() if device.index is None else device.index)

@@ -38,11 +38,13 @@ def _fp8_tiles_kernel(
     """Grid: (blocks of weight rows, blocks of rows of x, heads, or parts of K if SPLIT). A part has K_PART columns.
 
     d_x, d_w: descriptors of [(H,) M, K] and [(H,) N, K]; what lies beyond is read as zeros. TWO: weight rows from N1
-    on, a multiple of BLOCK_N, are those of a second weight. PDL: the sum of parts is launched as soon as all programs
-    run, and waits where it begins to read. EXACT: products are summed in all bits of float32.
+    on, a multiple of BLOCK_N, are those of a second weight. PDL: this kernel may be launched before the one before it
+    has ended, and the next one as soon as all programs run; each waits where it begins to read. EXACT: products are
+    summed in all bits of float32.
     """
-    if SPLIT and PDL:
+    if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     i_n, i_m, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,6 +93,7 @@ def _fp8_sum_kernel(p_part, p_out, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexp
     """Adds PARTS float32 parts of SIZE elements each, in order."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     acc = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(PARTS):

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.kernels.mla_decode.supports import chains
 from mlacompile.kernels.quantize_rows.portable import _quantize_rows_kernel
 from mlacompile.ops.quantize_rows import empty_results
 
@@ -16,11 +17,12 @@ SOME_GROUPS = 16
 
 
 def quantize_rows_triton(
-    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str
-) -> list[Tensor]:
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
+    parts: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """``quantize_rows`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
-    results = empty_results(x, added)
-    grid, arguments, options = launch(x, added, norm, gated, results, eps=eps, gate=gate)
+    results = empty_results(x, added, parts=parts)
+    grid, arguments, options = launch(x, added, norm, gated, results, eps=eps, gate=gate, parts=parts)
     if grid[0] and grid[1]:
         _quantize_rows_kernel[grid](**arguments, **options)
     return results
@@ -28,17 +30,21 @@ def quantize_rows_triton(
 
 def launch(
     x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, results: list[Tensor],
-    *, eps: float, gate: str,
+    *, eps: float, gate: str, parts: bool = False,
 ) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
     m, k = results[0].shape
+    pdl = chains(x.device)
     all_groups = triton.next_power_of_2(max(scale_groups(k), 1))
     groups = all_groups if norm is not None else min(all_groups, SOME_GROUPS)
     arguments = {
         "p_x": x, "p_added": added, "p_norm": norm, "p_gated": gated, "p_q": results[0], "p_descale": results[1],
-        "p_total": results[-1], "K": k, "eps": eps, "stride_xm": x.stride(0),
-        "stride_xg": x.stride(1) if x.dim() == 3 else SCALE_GROUP,
+        "p_total": results[-1], "K": k, "eps": eps, "stride_xp": x.stride(0), "stride_xm": x.stride(int(parts)),
+        "stride_xg": x.stride(1) if x.dim() == 3 and not parts else SCALE_GROUP,
         "stride_am": 0 if added is None else added.stride(0), "stride_gm": 0 if gated is None else gated.stride(0),
-        "GROUPS": groups, "GATE": gate,
+        "PARTS": x.shape[0] if parts else 1, "GROUPS": groups, "GATE": gate, "PDL": pdl,
     }  # fmt: skip
-    return (m, -(-scale_groups(k) // groups)), arguments, {"num_warps": min(16, max(1, groups // 2))}
+    options: dict[str, Any] = {"num_warps": min(16, max(1, groups // 2))}
+    if pdl:
+        options["launch_pdl"] = True
+    return (m, -(-scale_groups(k) // groups)), arguments, options

@@ -2,6 +2,9 @@
 
 Values stay in registers from the first load to the last store, as [groups, 128]: the sum of squares is over all of
 them, the largest value of a group over its 128.
+
+Where kernels are chained, this one is launched while the one before it ends, and the next one, a product, as soon as
+all programs of this one have begun.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mlacompile.kernels.row_product.portable import _activated
 
@@ -18,18 +22,27 @@ _LARGEST = tl.constexpr(448.0)
 
 @triton.jit
 def _quantize_rows_kernel(
-    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, K, eps,
-    stride_xm, stride_xg, stride_am, stride_gm, GROUPS: tl.constexpr, GATE: tl.constexpr,
+    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, K, eps, stride_xp,
+    stride_xm, stride_xg, stride_am, stride_gm, PARTS: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, ⌈groups of a row / GROUPS⌉). stride_xg: from one group of x to the next. Where there is a norm, one
-    program has all groups of a row."""
+    program has all groups of a row. PARTS: in float32 that x is the sum of, stride_xp apart, if there is more than one.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     o_g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     o_c = tl.arange(0, 128)
     o = o_g[:, None] * 128 + o_c[None, :]
     mask = o < K
-    x = tl.load(p_x + row * stride_xm + o_g[:, None] * stride_xg + o_c[None, :], mask=mask, other=0.0)
+    p_x += row * stride_xm + o_g[:, None] * stride_xg + o_c[None, :]
+    x = tl.load(p_x, mask=mask, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        x += tl.load(p_x + i * stride_xp, mask=mask, other=0.0)
     if p_added is not None:
+        x = x.to(p_added.dtype.element_ty)
         x += tl.load(p_added + row * stride_am + o, mask=mask, other=0.0)
         tl.store(p_total + row * K + o, x, mask=mask)
     y = x.to(tl.float32)

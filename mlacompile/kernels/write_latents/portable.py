@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 #: The smallest descale of ``fp8_quantize``, 2**-126, and the bits of an infinity in float32.
 _SMALLEST = tl.constexpr(2.0**-126)
@@ -117,9 +118,12 @@ def _write_latents_kernel(
     stride_lb, stride_ls, stride_kb, stride_ks, stride_qb, stride_qh, stride_qs,
     stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B, S, T, H, eps,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr,
+    GROUP: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """p_norm, p_factors: or None. p_scales: None where nothing is quantized. p_k, p_keys: None without rotary keys."""
+    if PDL:  # launched while the kernel before it ends, as the next one is while this one runs
+        gdc_launch_dependents()
+        gdc_wait()
     program, tokens = tl.program_id(0), B * S
     if program < tokens:
         _write_token(

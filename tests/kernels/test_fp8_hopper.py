@@ -142,8 +142,8 @@ def test_which_kernel_is_chosen() -> None:
         return next(kernel.name for kernel in able if not kernel.slower(*tensors))
 
     assert chosen(1, 4096, 7168) == "gluon"
-    assert chosen(64, 1536, 1536) == chosen(16, 7168, 16384) == chosen(128, 2112, 7168) == "triton"
-    assert chosen(64, 18432, 7168) == chosen(17, 2112, 7168) == chosen(128, 24576, 1536) == "stream"
+    assert chosen(16, 7168, 16384) == chosen(128, 2112, 7168) == "triton"
+    assert chosen(64, 18432, 7168) == chosen(17, 576, 7168) == chosen(128, 24576, 1536) == "stream"
     assert chosen(128, 7168, 16384) == chosen(512, 4096, 128) == "hopper"
     assert chosen(512, 4096, 8192) == "cublas"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlacompile.testing.scaled import E4M3
 from tests.kernels import gluon_in_python
-from tests.kernels.gluon_in_python import Barrier, Barriers, Descriptor, Memory, Number, Pointer
+from tests.kernels.gluon_in_python import Barrier, Barriers, Descriptor, Memory, Pointer
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
 
@@ -89,26 +89,26 @@ def test_chosen_tiles_fit(m: int, n: int, k: int, sms: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "rows", "k", "tiles"),
+    ("m", "rows", "k", "tiles", "programs"),
     [
-        (64, (600,), 784, StreamTiles(64, 2, 32)),
-        (20, (200,), 144, StreamTiles(64, 1, 64)),
-        (100, (456,), 400, StreamTiles(128, 1, 16)),
-        (7, (128,), 1040, StreamTiles(64, 1, parts=3)),
-        (30, (256, 200), 272, StreamTiles(64, 1, 32)),
-        (30, (384, 1000), 272, StreamTiles(64, 2, 64, parts=2)),
-        (128, (500,), 656, StreamTiles(128, 1, 64, parts=2)),
-        (64, (8,), 16, StreamTiles(64, 2, 64)),
+        (64, (600,), 784, StreamTiles(64, 2, 32), 3),
+        (20, (200,), 144, StreamTiles(64, 1, 64), 2),
+        (100, (456,), 400, StreamTiles(128, 1, 16), 2),
+        (7, (128,), 1040, StreamTiles(64, 1, parts=3), 2),
+        (30, (256, 200), 272, StreamTiles(64, 1, 32), 1),
+        (30, (384, 1000), 272, StreamTiles(64, 2, 64, parts=2), 5),
+        (128, (500,), 656, StreamTiles(128, 1, 64, parts=2), 2),
+        (64, (8,), 16, StreamTiles(64, 2, 64), 1),
     ],
     ids=str,
 )
 def test_in_python(
-    m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel's own text, its partitions as threads: tiles, strips, parts, scales, stages, edges."""
     n, blocks, stages = sum(rows), -(-k // 128), 3
-    count = -(-n // tiles.width)
-    gluon_in_python.install(monkeypatch, stream, count, ("_scales", "_scales_of", "_load_rows", "_product", "_leave"))
+    own = ("_item", "_scales", "_scales_of", "_load_rows", "_product", "_leave")
+    gluon_in_python.install(monkeypatch, stream, programs, own)
     random = np.random.default_rng(0)
     x, *weights = (random.integers(-4, 5, (height, k)).astype(float) for height in (m, *rows))
     x_descale, *descales = (random.random((height, blocks)) for height in (m, *(-(-r // 128) for r in rows)))
@@ -116,9 +116,11 @@ def test_in_python(
     factors = np.concatenate([w * s for w, s in zip(weights, wide, strict=True)])
     want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ factors.T
     out, parts = np.full((m, n), np.nan), np.full((tiles.parts, m, n), np.nan)
-    each = -(-blocks // tiles.parts)
-    for program in range(count * tiles.parts):
-        tile, part = program % count, program // count
+    count = -(-n // tiles.width)
+    work = SimpleNamespace(
+        tiles=count, blocks=blocks, blocks_a_part=-(-blocks // tiles.parts), items=count * tiles.parts
+    )
+    for program in range(programs):
         room = SimpleNamespace(
             x=Memory(np.full((stages, tiles.block_m, 128), np.nan)),
             w=Memory(np.full((stages * tiles.blocks, 128, 128), np.nan)),
@@ -127,9 +129,6 @@ def test_in_python(
             side=Memory(np.full((2, 64, tiles.strip_columns), np.nan)),
             full=Barriers(Barrier(1) for _ in range(stages)), empty=Barriers(Barrier(2) for _ in range(stages)),
         )  # fmt: skip
-        work = SimpleNamespace(
-            tile=tile, tiles=count, part=Number(part), first=part * each, end=min((part + 1) * each, blocks)
-        )
         forms = tiles.block_m, tiles.blocks, tiles.strip, stages, len(rows) == 2
         target = Descriptor(out), Descriptor(out), None
         if tiles.parts > 1:

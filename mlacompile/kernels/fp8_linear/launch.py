@@ -97,7 +97,7 @@ def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
     while heads == 1 and programs * parts * 2 <= room and k // (parts * 2) >= 8 * SCALE_GROUP:
         parts *= 2
     if k <= 4 * SCALE_GROUP:
-        stages = 3
+        stages = -(-k // SCALE_GROUP) if block_m == 64 else 3
     elif block_m == 16:
         stages = 4
     else:

@@ -3,10 +3,10 @@
     _fetch     one warp: blocks of 128 columns of x and of the weight, by TMA, as many stages ahead as memory holds
     _multiply  four warps, twice: half of the tile's columns, or with more than 64 rows of x half of its rows
 
-A program, one an SM, has one tile of the result, or of one part of K, and reads to the end as all others do. So there
-must be about as many tiles as SMs, whatever N is, and they must be wide: x is read once a tile, through the same L2.
-Hence a tile is one or two *blocks* of 128 rows of the weight and a *strip* of up to 64 more. Strips are cut from the
-rows that blocks leave over, so that each lies in one block of scales, too:
+A program, one an SM, best has one tile of the result, or of one part of K, and reads to the end as all others do. So
+there must be about as many tiles as SMs, whatever N is, and they must be wide: x is read once a tile, through the same
+L2. Hence a tile is one or two *blocks* of 128 rows of the weight and a *strip* of up to 64 more. Strips are cut from
+the rows that blocks leave over, so that each lies in one block of scales, too:
 
     rows of the weight    │ tile 0        │ tile 1        │ …  │ tile n        │ 0 │ 1 │ … │ n │
                            2 · 128 rows    2 · 128 rows                          strips
@@ -56,17 +56,27 @@ class Room:
 
 @aggregate
 class Work:
-    """A program's: its tile, of so many, its part of K, and the blocks [first, end) of that."""
+    """How all work is divided: tiles along N, times parts of K of so many blocks, of so many in all."""
 
-    tile: gl.tensor
     tiles: gl.tensor
-    part: gl.tensor
-    first: gl.tensor
-    end: gl.tensor
+    blocks: gl.tensor
+    blocks_a_part: gl.tensor
+    items: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, tile, tiles, part, first, end):
-        self.tile, self.tiles, self.part, self.first, self.end = tile, tiles, part, first, end
+    def __init__(self, tiles, blocks, blocks_a_part, items):
+        self.tiles, self.blocks, self.blocks_a_part, self.items = tiles, blocks, blocks_a_part, items
+
+
+@gluon.jit
+def _item(work, i, BLOCKS: gl.constexpr, STRIP: gl.constexpr):
+    """Item i: the first rows of its blocks and of its strip, its part of K, and the blocks [first, end) of that."""
+    tile = i % work.tiles
+    part = i // work.tiles
+    first = part * work.blocks_a_part
+    row = tile * (BLOCKS * COLUMNS)
+    side = work.tiles * (BLOCKS * COLUMNS) + tile * STRIP
+    return row, side, part, first, gl.minimum(first + work.blocks_a_part, work.blocks)
 
 
 @gluon.jit
@@ -86,28 +96,29 @@ def _fetch(room, work, d_x, d_w, d_w2, d_strip, d_strip2, N1, BLOCK_M: gl.conste
     Of the same rows both are sent for one after the other, as they lie in memory: 128 bytes of a row by themselves are
     read more slowly.
     """
-    row = work.tile * (BLOCKS * COLUMNS)
-    side = work.tiles * (BLOCKS * COLUMNS) + work.tile * STRIP
-    for first in range(work.first, work.end, BURST):
-        g = first - work.first
-        for i in gl.static_range(BURST):
-            if first + i < work.end:
-                stage = (g + i) % STAGES
-                mbarrier.wait(room.empty.index(stage), (((g + i) // STAGES) & 1) ^ 1)
-                mbarrier.expect(room.full.index(stage), (BLOCK_M + BLOCKS * COLUMNS + STRIP) * BLOCK_K)
-        for j in gl.static_range(BLOCKS):
-            for i in gl.static_range(BURST):
-                if first + i < work.end:
-                    stage = (g + i) % STAGES
-                    _load_rows(d_w, d_w2, row + j * COLUMNS, (first + i) * BLOCK_K, N1, room.full.index(stage),
-                               room.w.index(stage * BLOCKS + j), TWO)  # fmt: skip
-        for i in gl.static_range(BURST):
-            if first + i < work.end:
-                stage = (g + i) % STAGES
-                full = room.full.index(stage)
-                if STRIP > 0:
-                    _load_rows(d_strip, d_strip2, side, (first + i) * BLOCK_K, N1, full, room.strip.index(stage), TWO)
-                load_tile(d_x, [0, (first + i) * BLOCK_K], full, room.x.index(stage))
+    g = 0
+    for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        row, side, _part, first, end = _item(work, i, BLOCKS, STRIP)
+        for k in range(first, end, BURST):
+            for ahead in gl.static_range(BURST):
+                if k + ahead < end:
+                    stage = (g + ahead) % STAGES
+                    mbarrier.wait(room.empty.index(stage), (((g + ahead) // STAGES) & 1) ^ 1)
+                    mbarrier.expect(room.full.index(stage), (BLOCK_M + BLOCKS * COLUMNS + STRIP) * BLOCK_K)
+            for j in gl.static_range(BLOCKS):
+                for ahead in gl.static_range(BURST):
+                    if k + ahead < end:
+                        stage = (g + ahead) % STAGES
+                        full, to = room.full.index(stage), room.w.index(stage * BLOCKS + j)
+                        _load_rows(d_w, d_w2, row + j * COLUMNS, (k + ahead) * BLOCK_K, N1, full, to, TWO)
+            for ahead in gl.static_range(BURST):
+                if k + ahead < end:
+                    stage = (g + ahead) % STAGES
+                    full, column = room.full.index(stage), (k + ahead) * BLOCK_K
+                    if STRIP > 0:
+                        _load_rows(d_strip, d_strip2, side, column, N1, full, room.strip.index(stage), TWO)
+                    load_tile(d_x, [0, column], full, room.x.index(stage))
+            g += gl.minimum(end - k, BURST)
 
 
 @gluon.jit
@@ -133,11 +144,11 @@ def _product(x, w, acc, never):
 
 
 @gluon.jit
-def _leave(acc, out, d_out, p_part, o_row, row, column, M, N):
+def _leave(acc, out, d_out, p_part, part, o_row, row, column, M, N):
     """Store a group's sums: in float32, a part of the result, or by TMA, which leaves out what is beyond the edges."""
     if p_part is not None:
         o_n = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-        at = p_part + o_row[:, None] * N + o_n[None, :]
+        at = p_part + part.to(gl.int64) * M * N + (o_row[:, None] * N + o_n[None, :])
         gl.store(at, acc, mask=(o_row < M)[:, None] & (o_n < N)[None, :])
     else:
         out.store(acc.to(out.dtype))
@@ -166,61 +177,63 @@ def _multiply(room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_desca
     o_row = UPPER + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
     o_x = gl.minimum(o_row, M - 1) * stride_xsm
     o_zero = _here(o_row) // (3 * ROWS)  # or one register would get the scale, and products wait behind it
-    column = work.tile * (BLOCKS * COLUMNS) + BLOCK * COLUMNS
-    side = work.tiles * (BLOCKS * COLUMNS) + work.tile * STRIP
-    p_w = _scales_of(p_descale, p_descale2, column, N, N1, stride_sn, stride_sn2, TWO)
-    p_side = p_w
-    if STRIP > 0:
-        p_side = _scales_of(p_descale, p_descale2, side, N, N1, stride_sn, stride_sn2, TWO)
-    acc = gl.zeros((ROWS, WIDE), gl.float32, wide)
     block = gl.zeros((ROWS, WIDE), gl.float32, wide)
     if STRIP > 0:
-        side_acc = gl.zeros((ROWS, NARROW), gl.float32, narrow)
         side_block = gl.zeros((ROWS, NARROW), gl.float32, narrow)
-    last = work.end - 1
-    x_scale, w_scale, side_scale = _scales(p_x_descale, p_w, p_side, o_x, o_zero, work.first, stride_xsk)
-    k = gl.minimum(work.first + 1, last)
-    x_next, w_next, side_next = _scales(p_x_descale, p_w, p_side, o_x, o_zero, k, stride_xsk)
-    for k in range(work.first, work.end):
-        g = k - work.first
-        stage = g % STAGES
-        mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
-        x = room.x.index(stage).slice(UPPER, ROWS, dim=0)
-        block = _product(x, room.w.index(stage * BLOCKS + BLOCK).slice(LEFT, WIDE, dim=0), block, never)
+    g = 0
+    for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        row, side, part, first, end = _item(work, i, BLOCKS, STRIP)
+        row += BLOCK * COLUMNS
+        p_w = _scales_of(p_descale, p_descale2, row, N, N1, stride_sn, stride_sn2, TWO)
+        p_side = p_w
         if STRIP > 0:
-            side_block = _product(x, room.strip.index(stage).slice(SIDE, NARROW, dim=0), side_block, never)
-        factor = x_scale * w_scale
-        side_factor = x_scale * side_scale
-        x_scale = x_next
-        w_scale = w_next
-        side_scale = side_next
-        later = gl.minimum(k + 2, last)
+            p_side = _scales_of(p_descale, p_descale2, side, N, N1, stride_sn, stride_sn2, TWO)
+            side_acc = gl.zeros((ROWS, NARROW), gl.float32, narrow)
+        acc = gl.zeros((ROWS, WIDE), gl.float32, wide)
+        x_scale, w_scale, side_scale = _scales(p_x_descale, p_w, p_side, o_x, o_zero, first, stride_xsk)
+        later = gl.minimum(first + 1, end - 1)
         x_next, w_next, side_next = _scales(p_x_descale, p_w, p_side, o_x, o_zero, later, stride_xsk)
+        for k in range(first, end):
+            stage = g % STAGES
+            mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)
+            x = room.x.index(stage).slice(UPPER, ROWS, dim=0)
+            block = _product(x, room.w.index(stage * BLOCKS + BLOCK).slice(LEFT, WIDE, dim=0), block, never)
+            if STRIP > 0:
+                side_block = _product(x, room.strip.index(stage).slice(SIDE, NARROW, dim=0), side_block, never)
+            factor = x_scale * w_scale
+            side_factor = x_scale * side_scale
+            x_scale = x_next
+            w_scale = w_next
+            side_scale = side_next
+            later = gl.minimum(k + 2, end - 1)
+            x_next, w_next, side_next = _scales(p_x_descale, p_w, p_side, o_x, o_zero, later, stride_xsk)
+            if STRIP > 0:
+                block, side_block = warpgroup_mma_wait(0, deps=(block, side_block))
+            else:
+                block = warpgroup_mma_wait(0, deps=(block,))
+            mbarrier.arrive(room.empty.index(stage), count=1)
+            acc = _added(acc, block, factor)
+            if STRIP > 0:
+                side_acc = _added(side_acc, side_block, gl.convert_layout(side_factor, gl.SliceLayout(1, narrow)))
+            g += 1
+        if p_part is None:
+            tma.store_wait(0)  # what the item before has left
+        _leave(acc, room.out.index(GROUP), d_out, p_part, part, o_row, UPPER, row + LEFT, M, N)
         if STRIP > 0:
-            block, side_block = warpgroup_mma_wait(0, deps=(block, side_block))
-        else:
-            block = warpgroup_mma_wait(0, deps=(block,))
-        mbarrier.arrive(room.empty.index(stage), count=1)
-        acc = _added(acc, block, factor)
-        if STRIP > 0:
-            side_acc = _added(side_acc, side_block, gl.convert_layout(side_factor, gl.SliceLayout(1, narrow)))
+            o_side = gl.convert_layout(o_row, gl.SliceLayout(1, narrow))
+            _leave(side_acc, room.side.index(GROUP), d_side, p_part, part, o_side, UPPER, side + SIDE, M, N)
     _launch_later()
-    if p_part is not None:
-        p_part += work.part.to(gl.int64) * M * N
-    _leave(acc, room.out.index(GROUP), d_out, p_part, o_row, UPPER, column + LEFT, M, N)
-    if STRIP > 0:
-        o_row = gl.convert_layout(o_row, gl.SliceLayout(1, narrow))
-        _leave(side_acc, room.side.index(GROUP), d_side, p_part, o_row, UPPER, side + SIDE, M, N)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "blocks_a_part"])
+@gluon.jit(do_not_specialize=["M", "tiles", "blocks_a_part", "items"])
 def _fp8_stream_kernel(
     d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, d_strip, d_strip2, d_out, d_side, p_part, M, N, N1, K,
-    stride_xsm, stride_xsk, stride_sn, stride_sn2, blocks_a_part, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
-    STRIP: gl.constexpr, STAGES: gl.constexpr, REGS: gl.constexpr, TWO: gl.constexpr, num_warps: gl.constexpr,
+    stride_xsm, stride_xsk, stride_sn, stride_sn2, tiles, blocks_a_part, items, BLOCK_M: gl.constexpr,
+    BLOCKS: gl.constexpr, STRIP: gl.constexpr, STAGES: gl.constexpr, REGS: gl.constexpr, TWO: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles, parts of K).
+    """Grid: (programs,), which take the items, tiles times parts of K, by turns.
 
     d_x, d_w: descriptors of [M, K], M at most BLOCK_M, 64 or 128, and of [N, K]; what is beyond is read as zeros.
     d_strip: of the same weight, in boxes of STRIP rows. TWO: weight rows from N1 on, a multiple of 128, are those of a
@@ -243,11 +256,7 @@ def _fp8_stream_kernel(
             side = gl.allocate_shared_memory(d_side.dtype, [2, ROWS, d_side.block_type.shape[1]], d_side.layout)
     room = Room(x, w, strip, out, side, full, empty)
     fence_async_shared()
-    first = gl.program_id(1) * blocks_a_part
-    work = Work(
-        gl.program_id(0), gl.num_programs(0), gl.program_id(1), first,
-        gl.minimum(first + blocks_a_part, gl.cdiv(K, BLOCK_K)),
-    )  # fmt: skip
+    work = Work(tiles, gl.cdiv(K, BLOCK_K), blocks_a_part, items)
     _wait_for_earlier()
     gl.warp_specialize(
         [

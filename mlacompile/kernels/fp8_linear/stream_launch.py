@@ -15,7 +15,7 @@ from mlacompile.kernels.fp8_linear.stream_tiles import COLUMNS, StreamTiles, cho
 from mlacompile.kernels.fp8_linear.supports import sms_of
 from mlacompile.kernels.mla_decode.supports import chains
 
-REGISTERS = 224  # of a thread that multiplies: up to 96 sums, as many of one block, and addresses
+REGISTERS = 232  # of a thread that multiplies: up to 96 sums, as many of one block, and addresses
 
 
 def fp8_linear_stream(
@@ -71,6 +71,7 @@ def stream_launch(
     from mlacompile.kernels.fp8_linear.stream import _fp8_stream_kernel
 
     (m, k), (parts, _, n) = x.shape, out.shape
+    count, blocks_a_part = -(-n // tiles.width), -(-scale_groups(k) // parts)
     two, whole, strip = len(weights) == 2, out.dtype != torch.float32, tiles.strip
     arguments = {
         "d_x": descriptor(x, tiles.block_m, SCALE_GROUP), "p_x_descale": x_descale,
@@ -82,9 +83,9 @@ def stream_launch(
         "d_side": descriptor(out[0], GROUP_ROWS, tiles.strip_columns) if whole and strip else None,
         "p_part": None if whole else out, "M": m, "N": n, "N1": weights[0].shape[0], "K": k,
         "stride_xsm": x_descale.stride(0), "stride_xsk": x_descale.stride(1), "stride_sn": descales[0].stride(0),
-        "stride_sn2": descales[-1].stride(0), "blocks_a_part": -(-scale_groups(k) // parts),
+        "stride_sn2": descales[-1].stride(0), "tiles": count, "blocks_a_part": blocks_a_part, "items": count * parts,
         "BLOCK_M": tiles.block_m, "BLOCKS": tiles.blocks, "STRIP": tiles.strip, "STAGES": tiles.stages,
         "REGS": REGISTERS, "TWO": two,
     }  # fmt: skip
     options = {"num_warps": 4, **({"launch_pdl": True} if chains(x.device) else {})}
-    return Launch(_fp8_stream_kernel, (-(-n // tiles.width), parts), arguments, options)
+    return Launch(_fp8_stream_kernel, (min(count * parts, sms_of(x.device)),), arguments, options)

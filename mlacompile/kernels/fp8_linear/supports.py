@@ -13,7 +13,6 @@ from mlacompile.kernels.mla_decode.supports import capability_of, device_reasons
 SMEM = 232_448  # bytes of shared memory of a program on a Hopper GPU
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
-NARROWER = 2048  # weights of fewer rows, by up to 64 of x, were not measured
 NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …
 WIDE = 16384  # weights of fewer rows are read as fast by tiles of more programs
 WIDEN_ROWS = 16  # of x: with more, a tile of 64 rows is not wasted
@@ -125,7 +124,7 @@ def stream_faster(m: int, n: int, k: int) -> bool:
     """Whether the Hopper kernel for few rows is the fastest for m rows by [n, k] (measured, docs/kernels.md)."""
     if m <= WIDEN_ROWS or m > 2 * TILE_ROWS:
         return False
-    return n >= (NARROWER if m <= TILE_ROWS else WIDE)
+    return m <= TILE_ROWS or n >= WIDE
 
 
 def stream_slower(

@@ -51,7 +51,8 @@ def test_it_refuses_what_does_not_stack() -> None:
     [
         (2, (1536, 576), 7168, False, None),
         (16, (18432, 18432), 7168, False, "triton"),
-        (64, (1536, 576), 7168, True, "triton"),
+        (64, (1536, 576), 7168, True, "stream"),
+        (128, (1536, 576), 7168, True, "triton"),
         (64, (18432, 18432), 7168, True, "stream"),
         (128, (18432, 18432), 7168, True, "stream"),
         (256, (18432, 18432), 7168, True, None),

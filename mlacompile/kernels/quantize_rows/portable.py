@@ -39,6 +39,8 @@ def _quantize_rows_kernel(
     mask = o < K
     p_x += row * stride_xm + o_g[:, None] * stride_xg + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0)
+    if p_norm is not None:  # here, so that nothing is waited for behind the sum over a row
+        norm = tl.load(p_norm + o, mask=mask, other=0.0)
     for i in tl.static_range(1, PARTS):
         x += tl.load(p_x + i * stride_xp, mask=mask, other=0.0)
     if p_added is not None:
@@ -48,7 +50,7 @@ def _quantize_rows_kernel(
     y = x.to(tl.float32)
     if p_norm is not None:
         scale = tl.rsqrt(tl.sum(tl.sum(y * y, 1), 0) / K + eps)
-        y = y * scale * tl.load(p_norm + o, mask=mask, other=0.0).to(tl.float32)
+        y = y * scale * norm.to(tl.float32)
     if p_gated is not None:
         y = _activated(y, GATE) * tl.load(p_gated + row * stride_gm + o, mask=mask, other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(y), 1)

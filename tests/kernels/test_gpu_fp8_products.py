@@ -130,7 +130,7 @@ def turned(inputs: LatentInputs, tile_rows: int = 64, **changes: int) -> tuple[T
         out = q_latent.new_full(q_latent.shape, math.nan)  # contiguous, whatever the queries are
         lse = q_latent.new_full(q_latent.shape[:3], math.nan, dtype=torch.float32)
         for launch in hopper_launches(tensors, out, lse, plan, **inputs.keywords):
-            launch.run()
+            launch()
         results.append((out, lse))
     assert all(torch.equal(out.nan_to_num(7), results[0][0].nan_to_num(7)) for out, _ in results)
     return results[0]

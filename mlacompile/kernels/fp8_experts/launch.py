@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlacompile.kernels.fp8_linear.launch import Launch, descriptor, power
+from mlacompile.kernels.fp8_linear.launch import descriptor, power
+from mlacompile.kernels.launch import Launch
 
 BLOCK_N = 64  # rows of a weight: two tiles share a scale
 COUNTED_ROWS = 4096  # up to here every row is compared with every other; more are sorted

@@ -26,13 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlacompile.kernels.mla_decode.hopper_fetch import load_tile
-from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, aggregate
+from mlacompile.kernels.hopper import _here, _launch_later, aggregate, load_tile, store_tile
 
 BLOCK_K = gl.constexpr(128)  # columns that share scales
 ROWS = gl.constexpr(64)  # of a product: what one wgmma takes
-
-store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # renamed after Triton 3.6
 
 
 @aggregate

@@ -10,8 +10,10 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.fp8_linear.launch import Launch, sum_launch
-from mlacompile.kernels.fp8_linear.supports import SMEM, sms_of
+from mlacompile.kernels.device import sms_of
+from mlacompile.kernels.fp8_linear.launch import sum_launch
+from mlacompile.kernels.fp8_linear.supports import SMEM
+from mlacompile.kernels.launch import Launch
 
 RESERVED = 2048  # bytes of shared memory for barriers and what warps are told when they begin
 GROUP_ROWS = 64  # of x that one product takes

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.fp8_linear.supports import sms_of
-from mlacompile.kernels.mla_decode.supports import chains
+from mlacompile.kernels.device import chains, sms_of
+from mlacompile.kernels.launch import Launch, chained
 
 SUM_BLOCK = 1024
 
@@ -49,19 +48,6 @@ class Tiles:
     warps: int
     stages: int
     parts: int = 1
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, to run or to compile."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def choose_row_tiles(m: int, n: int, k: int, *, norm: bool = False, gate: bool = False) -> RowTiles:
@@ -199,7 +185,7 @@ def tiles_launches(
         "EXACT": out.dtype == torch.float32,
     }  # fmt: skip
     grid = (-(-n // tiles.block_n), -(-m // tiles.block_m), parts if split else heads)
-    options = {"num_warps": tiles.warps, **({"launch_pdl": True} if chains(out.device) else {})}
+    options = {"num_warps": tiles.warps, **chained(out.device)}
     launches = [Launch(_fp8_tiles_kernel, grid, arguments, options)]
     return [*launches, sum_launch(target, out)] if split else launches
 
@@ -208,12 +194,11 @@ def sum_launch(partial: Tensor, out: Tensor) -> Launch:
     """The launch that adds parts ``[parts, m, n]`` in float32 up to out."""
     from mlacompile.kernels.fp8_linear.tiles import _fp8_sum_kernel
 
-    pdl = chains(out.device)
     arguments = {
         "p_part": partial, "p_out": out, "SIZE": out.numel(), "PARTS": partial.shape[0], "BLOCK": SUM_BLOCK,
-        "PDL": pdl,
+        "PDL": chains(out.device),
     }  # fmt: skip
-    options = {"num_warps": 4, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": 4, **chained(out.device)}
     return Launch(_fp8_sum_kernel, (-(-out.numel() // SUM_BLOCK),), arguments, options)
 
 

@@ -27,9 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlacompile.kernels.fp8_linear.hopper import BLOCK_K, ROWS, _added, store_tile
-from mlacompile.kernels.mla_decode.hopper_fetch import load_tile
-from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, _wait_for_earlier, aggregate
+from mlacompile.kernels.fp8_linear.hopper import BLOCK_K, ROWS, _added
+from mlacompile.kernels.hopper import _here, _launch_later, _wait_for_earlier, aggregate, load_tile, store_tile
 
 COLUMNS = gl.constexpr(128)  # of the result: rows of the weight that make a block
 BURST = gl.constexpr(2)  # blocks that are sent for at once: 256 bytes of a row, one behind the other

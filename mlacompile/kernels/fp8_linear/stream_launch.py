@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.kernels.device import sms_of
 from mlacompile.kernels.fp8_linear.hopper_launch import GROUP_ROWS, aligned, descriptor
-from mlacompile.kernels.fp8_linear.launch import Launch, sum_launch
+from mlacompile.kernels.fp8_linear.launch import sum_launch
 from mlacompile.kernels.fp8_linear.stream_tiles import COLUMNS, StreamTiles, choose_stream_tiles
-from mlacompile.kernels.fp8_linear.supports import sms_of
-from mlacompile.kernels.mla_decode.supports import chains
+from mlacompile.kernels.launch import Launch, chained
 
 REGISTERS = 232  # of a thread that multiplies: up to 96 sums, as many of one block, and addresses
 
@@ -87,5 +87,5 @@ def stream_launch(
         "BLOCK_M": tiles.block_m, "BLOCKS": tiles.blocks, "STRIP": tiles.strip, "STAGES": tiles.stages,
         "REGS": REGISTERS, "TWO": two,
     }  # fmt: skip
-    options = {"num_warps": 4, **({"launch_pdl": True} if chains(x.device) else {})}
+    options = {"num_warps": 4, **chained(x.device)}
     return Launch(_fp8_stream_kernel, (min(count * parts, sms_of(x.device)),), arguments, options)

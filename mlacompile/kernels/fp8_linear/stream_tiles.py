@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.fp8_linear.supports import SMEM, TILE_ROWS, sms_of
+from mlacompile.kernels.device import sms_of
+from mlacompile.kernels.fp8_linear.supports import SMEM, TILE_ROWS
 
 COLUMNS = 128  # of a block of the result
 STRIPS = (0, 16, 32, 64)  # rows; with 64 rows of x 16 are too few for half of them to be stored

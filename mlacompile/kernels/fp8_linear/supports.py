@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.mla_decode.supports import capability_of, device_reasons, interpreted
+from mlacompile.kernels.device import capability_of, device_reasons, interpreted
 
 SMEM = 232_448  # bytes of shared memory of a program on a Hopper GPU
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
@@ -167,15 +165,3 @@ def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:
     if weight_descale.stride(-1) != 1 and weight_descale.shape[-1] > 1:
         reasons.append("scales of a row of blocks are not contiguous")
     return reasons
-
-
-@cache
-def _device_sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def sms_of(device: torch.device) -> int:
-    """Streaming multiprocessors; those of a Hopper GPU where there is none to ask."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 132
-    return _device_sms(torch.cuda.current_device() if device.index is None else device.index)

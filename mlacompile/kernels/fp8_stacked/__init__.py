@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.fp8_linear.supports import (
-    MOST_ROWS,
-    stream_reasons,
-    stream_slower,
-    tiles_reasons,
-    tiles_slower,
-)
+from mlacompile.kernels.fp8_linear.supports import MOST_ROWS, stream_reasons, stream_slower, tiles_reasons, tiles_slower
 from mlacompile.kernels.registry import Kernel
 
 _Reasons = Callable[[Tensor, Tensor | None, Tensor, Tensor, torch.dtype], list[str]]

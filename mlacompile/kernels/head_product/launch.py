@@ -7,8 +7,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from mlacompile.kernels.device import chains
 from mlacompile.kernels.head_product.portable import _head_product_kernel
-from mlacompile.kernels.mla_decode.supports import chains
 
 #: Elements of a tile, by measurement on an H100 (docs/kernels.md): 8 KB of 16-bit weights in flight a program of two
 #: warps, so that nearly all programs of 128 heads fit on the device at once.

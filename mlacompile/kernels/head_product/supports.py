@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlacompile.kernels.mla_decode.supports import device_reasons
+from mlacompile.kernels.device import device_reasons
 
 
 def triton_reasons(x: Tensor, weight: Tensor, *, early: bool = False) -> list[str]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
+from mlacompile.kernels.device import interpreted
 from mlacompile.kernels.mla_decode.cpu_loop import loop_reasons, mla_decode_loop
-from mlacompile.kernels.mla_decode.supports import interpreted, last_dim_contiguous
+from mlacompile.kernels.mla_decode.supports import last_dim_contiguous
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _STRETCH = 512  # tokens; a shorter stretch costs more than the thread it occupies brings

@@ -32,10 +32,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlacompile.kernels.hopper import _launch_later, _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper_fetch import _fetch
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
 from mlacompile.kernels.mla_decode.hopper_right import _right
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, Parts, _launch_later, _setup, _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, Parts, _setup
 from mlacompile.kernels.mla_decode.hopper_rows import (
     _clear_dead,
     _computed,

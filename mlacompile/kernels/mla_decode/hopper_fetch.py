@@ -3,12 +3,10 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from mlacompile.kernels.hopper import _here, load_tile
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_room import _here
-
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
 
 
 @gluon.jit

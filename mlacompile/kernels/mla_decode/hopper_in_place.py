@@ -18,11 +18,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from mlacompile.kernels.hopper import _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper import _left
 from mlacompile.kernels.mla_decode.hopper_fetch import _columns, _fetch, _scales_at
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item, _plan
 from mlacompile.kernels.mla_decode.hopper_right import _right
-from mlacompile.kernels.mla_decode.hopper_room import Parts, _barriers, _setup, _wait_for_earlier
+from mlacompile.kernels.mla_decode.hopper_room import Parts, _barriers, _setup
 from mlacompile.kernels.mla_decode.widen import _in_words, _rows_of_words, _twice
 
 WIDEST = gl.constexpr(128)  # with 16 warps a thread has 128 registers, and a wgmma of 256 columns would need them all

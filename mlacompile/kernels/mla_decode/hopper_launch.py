@@ -11,10 +11,11 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.launch import Launch
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
 from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turned_kernel
-from mlacompile.kernels.mla_decode.launch import Launch, device_of, strides
+from mlacompile.kernels.mla_decode.launch import device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import (
     OVERHEAD,
@@ -71,7 +72,7 @@ def mla_decode_hopper(
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
     for launch in hopper_launches(tensors, out, lse, plan, scale=scale, causal=causal):
-        launch.run()
+        launch()
     return out, lse
 
 

@@ -12,14 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
-from mlacompile.kernels.mla_decode.hopper_rows import (
-    _clear_dead,
-    _queries,
-    _rescaled,
-    _shrunk,
-    _slot,
-    _store_columns,
-)
+from mlacompile.kernels.mla_decode.hopper_rows import _clear_dead, _queries, _rescaled, _shrunk, _slot, _store_columns
 
 
 @gluon.jit

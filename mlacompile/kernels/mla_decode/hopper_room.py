@@ -1,16 +1,13 @@
-"""The room that a program of the Hopper kernels works in: its shared memory, its barriers, and how it begins."""
+"""The room that a program of the Hopper kernels works in: its shared memory and its barriers."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # No "from __future__ import annotations": the fields of an aggregate are types, not strings.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.language import core
 
+from mlacompile.kernels.hopper import aggregate
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-
-aggregate = getattr(core, "aggregate", None) or core._aggregate
-all_warps = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed after Triton 3.6
 
 ROWS = gl.constexpr(64)  # rows of a tile: what one wgmma takes
 
@@ -89,29 +86,6 @@ def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr = 1):
         return bars
     else:
         return bars.index(0)
-
-
-@gluon.jit
-def _here(x):
-    """x, but the compiler must not know: what follows from it is computed here, not kept in registers from before."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _wait_for_earlier():
-    """Wait for what was launched before this kernel. Until then only memory of the program's own may be touched."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _launch_later():
-    """Let the merge be launched while the last programs drain.
-
-    Not sooner: programs that are launched while most SMs are taken crowd on the few others, and stay there.
-    """
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

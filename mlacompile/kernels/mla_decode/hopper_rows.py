@@ -5,8 +5,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from mlacompile.kernels.hopper import _here
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here
+from mlacompile.kernels.mla_decode.hopper_room import ROWS
 
 SMALLEST = gl.constexpr(1e-30)
 STEADY = gl.constexpr(2.0**-20)

@@ -33,8 +33,8 @@ tiles of 64 scores of groups are a chain, and values are multiplied instead of P
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mlacompile.kernels.hopper import _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper_plan import _plan
-from mlacompile.kernels.mla_decode.hopper_room import _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import _scores_by_turns
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_stages
 from mlacompile.kernels.mla_decode.hopper_turned_groups import _scores_of_groups

@@ -21,10 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlacompile.kernels.hopper import _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _here, _launch_later, all_warps
+from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _scores_in_chain
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of

@@ -11,8 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from mlacompile.kernels.hopper import _here
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_room import _here
 from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLACES
 from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR, _add_rope, _fp8_products, _products
 from mlacompile.kernels.mla_decode.hopper_turned_words import STEP

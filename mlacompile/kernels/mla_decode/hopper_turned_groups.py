@@ -16,9 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlacompile.kernels.hopper import _launch_later
 from mlacompile.kernels.mla_decode.hopper import LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
+from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _softmax
 from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (

@@ -6,8 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from mlacompile.kernels.hopper import aggregate
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers, aggregate
+from mlacompile.kernels.mla_decode.hopper_room import ROWS, _barriers
 
 GROUP = gl.constexpr(128)  # columns of a latent that share a factor, if there are several
 FACTORS = gl.constexpr(4)  # of a token in shared memory, if there are several

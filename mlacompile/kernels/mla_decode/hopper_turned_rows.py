@@ -4,7 +4,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mlacompile.kernels.mla_decode.hopper_room import _here
+from mlacompile.kernels.hopper import _here
 from mlacompile.kernels.mla_decode.hopper_turned_room import _tile_rows
 
 EIGHT = gl.constexpr(8)  # rows whose both parts lie together where they are stacked: what a warp multiplies at once

@@ -10,9 +10,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from mlacompile.kernels.hopper import _launch_later
 from mlacompile.kernels.mla_decode.hopper import LN2, LOWEST
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
-from mlacompile.kernels.mla_decode.hopper_room import ROWS, _launch_later
+from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import SLACK, _limits, _rows, _seen, _slot
 
 HEADROOM = gl.constexpr(14)  # P reaches 2^14 at most: float16 then keeps 2^-28 of that in full precision

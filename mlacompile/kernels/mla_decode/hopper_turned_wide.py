@@ -14,8 +14,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from mlacompile.kernels.hopper import all_warps
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_room import all_warps
 from mlacompile.kernels.mla_decode.hopper_rows import _moved
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _columns_times_shares
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mlacompile.kernels.device import interpreted
+from mlacompile.kernels.launch import Launch
 from mlacompile.kernels.mla_decode import plan as planning
 from mlacompile.kernels.mla_decode.plan import Device, Plan, Shape
 from mlacompile.kernels.mla_decode.portable import _mla_combine_kernel, _mla_decode_kernel
-from mlacompile.kernels.mla_decode.supports import interpreted
-
-
-@dataclass
-class Launch:
-    """One kernel call: ``kernel[grid](**arguments, **options)``."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def mla_decode_portable(
@@ -54,7 +40,7 @@ def mla_decode_portable(
     out = q_latent.new_empty(b, h, s, r)
     lse = q_latent.new_empty(b, h, s, dtype=torch.float32)
     for launch in launches(tensors, out, lse, plan, scale=scale, causal=causal):
-        launch.run()
+        launch()
     return out, lse
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mlacompile.kernels.mla_decode.hopper_room import _here, _launch_later, _wait_for_earlier
+from mlacompile.kernels.hopper import _here, _launch_later, _wait_for_earlier
 
 LN2 = gl.constexpr(0.6931471805599453)
 

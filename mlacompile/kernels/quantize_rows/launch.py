@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.mla_decode.supports import chains
+from mlacompile.kernels.device import chains
+from mlacompile.kernels.launch import chained
 from mlacompile.kernels.quantize_rows.portable import _quantize_rows_kernel
 from mlacompile.ops.quantize_rows import empty_results
 
@@ -34,7 +35,6 @@ def launch(
 ) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
     m, k = results[0].shape
-    pdl = chains(x.device)
     all_groups = triton.next_power_of_2(max(scale_groups(k), 1))
     groups = all_groups if norm is not None else min(all_groups, SOME_GROUPS)
     arguments = {
@@ -42,9 +42,7 @@ def launch(
         "p_total": results[-1], "K": k, "eps": eps, "stride_xp": x.stride(0), "stride_xm": x.stride(int(parts)),
         "stride_xg": x.stride(1) if x.dim() == 3 and not parts else SCALE_GROUP,
         "stride_am": 0 if added is None else added.stride(0), "stride_gm": 0 if gated is None else gated.stride(0),
-        "PARTS": x.shape[0] if parts else 1, "GROUPS": groups, "GATE": gate, "PDL": pdl,
+        "PARTS": x.shape[0] if parts else 1, "GROUPS": groups, "GATE": gate, "PDL": chains(x.device),
     }  # fmt: skip
-    options: dict[str, Any] = {"num_warps": min(16, max(1, groups // 2))}
-    if pdl:
-        options["launch_pdl"] = True
+    options = {"num_warps": min(16, max(1, groups // 2)), **chained(x.device)}
     return (m, -(-scale_groups(k) // groups)), arguments, options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlacompile.kernels.mla_decode.supports import capability_of, device_reasons
+from mlacompile.kernels.device import capability_of, device_reasons
 
 #: A program holds a row that is normalized in registers.
 MAX_ROW = 16384

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mlacompile.kernels.device import chains
 from mlacompile.kernels.fp8_linear.launch import RowTiles, rows_launch
-from mlacompile.kernels.mla_decode.supports import chains
 from mlacompile.kernels.row_product.portable import _row_product_kernel
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mlacompile.kernels.device import device_reasons
 from mlacompile.kernels.fp8_linear.supports import rows_reasons
-from mlacompile.kernels.mla_decode.supports import device_reasons
 
 
 def triton_reasons(

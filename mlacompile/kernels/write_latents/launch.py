@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mlacompile.kernels.mla_decode.supports import chains
+from mlacompile.kernels.device import chains
+from mlacompile.kernels.launch import chained
 from mlacompile.kernels.write_latents.portable import _write_latents_kernel
 from mlacompile.kernels.write_latents.rows import destinations
 
@@ -36,7 +37,6 @@ def launch(
 ) -> tuple[tuple[int], dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
     batch, tokens, rank = latent.shape
-    pdl = chains(latent.device)
     rope = 0 if k_pe is None else k_pe.shape[-1]
     into, keys, scales = destinations(
         c_cache, k_cache, descale, rank, rope,
@@ -62,9 +62,9 @@ def launch(
         "R": rank, "P": rope, "BLOCK_R": block_r, "BLOCK_P": block_p, "BLOCK_H": block_h,
         "GROUP": min(group, block_r) if group < rank else block_r,
         "LARGEST": float(torch.finfo(stored).max) if group else 0.0,
-        "PAIRS": pairs, "PDL": pdl,
+        "PAIRS": pairs, "PDL": chains(latent.device),
     }  # fmt: skip
     programs = batch * tokens * (1 + triton.cdiv(heads, block_h))
     # Asserts are part of the kernel (debug), checks of every addition are not.
-    options = {"num_warps": 4, "debug": True, "sanitize_overflow": False, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": 4, "debug": True, "sanitize_overflow": False, **chained(latent.device)}
     return (programs,), arguments, options

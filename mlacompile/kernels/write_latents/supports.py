@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.mla_decode.supports import device_reasons
+from mlacompile.kernels.device import device_reasons
 
 #: A program holds a latent in registers.
 MAX_RANK = 4096

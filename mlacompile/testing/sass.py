@@ -28,6 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG", "LDL", "STL", "FFMA")
 _ORDERS = re.compile(r"\b(?:BAR\.SYNC|LDS|LDSM|STS|STSM|ATOMS|WARPGROUP\.DEPBAR|HGMMA|QGMMA)\b")
+_GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|RED|ATOMG|UTMALDG|UTMASTG|UBLKCP|UBLKPF)\b")
+_WAIT = "ACQBULK"  # griddepcontrol.wait
 _JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -43,7 +45,9 @@ class Compiled:
     spill_bytes: stores and loads together. serialized: ptxas warnings that wgmma waits. counts: instructions by name,
     loads of 16 bytes as "LDG.128", and waits for wgmma as "DEPBAR". local_in_loops: instructions that touch local
     memory inside innermost loops, as (those of loops with wgmma, those of the others). unordered: arrivals at a barrier
-    in shared memory, of one thread for all of its warps, that these have not waited for each other before.
+    in shared memory, of one thread for all of its warps, that these have not waited for each other before. too_early:
+    of a kernel that may begin before the one in front of it has ended, accesses to memory before it waits for that, in
+    the order of its code (which says nothing of kernels whose warps have work of their own).
     """
 
     name: str
@@ -54,6 +58,7 @@ class Compiled:
     counts: dict[str, int]
     local_in_loops: tuple[int, int] = (0, 0)
     unordered: int = 0
+    too_early: int = 0
 
     @property
     def local_memory(self) -> int:
@@ -83,13 +88,14 @@ def compile_for(
         elif kind[0] == "*" or (kind in ("i32", "i64") and value % 16 == 0 and not param.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
+    chained = options.get("launch_pdl", False)
     options = {key: value for key, value in options.items() if key != "launch_pdl"}
     log = io.StringIO()
     # Only what is really compiled has a log: a kernel from Triton's cache on disk has none.
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _inspect(built, capability, name or kernel.__name__, log.getvalue())
+    return _inspect(built, capability, name or kernel.__name__, log.getvalue(), chained)
 
 
 def _type_of(value: Any) -> str:
@@ -104,7 +110,7 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _inspect(built: Any, capability: int, name: str, log: str) -> Compiled:
+def _inspect(built: Any, capability: int, name: str, log: str, chained: bool) -> Compiled:
     """log: what ptxas said when it made this cubin; asked again if that is not there."""
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +129,8 @@ def _inspect(built: Any, capability: int, name: str, log: str) -> Compiled:
     counts["DEPBAR"] = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
     serialized = len(re.findall(r"C75\d\d", log))
     in_loops, unordered = _local_in_loops(sass), _unordered(sass)
-    return Compiled(name, registers, spilled, built.metadata.shared, serialized, counts, in_loops, unordered)
+    too_early = len(_GLOBAL.findall(sass.split(_WAIT)[0])) if chained else 0
+    return Compiled(name, registers, spilled, built.metadata.shared, serialized, counts, in_loops, unordered, too_early)
 
 
 def _unordered(sass: str) -> int:

@@ -74,6 +74,7 @@ def test_tiles_run_on_wgmma(m: int, n: int, k: int, heads: int, quantized: bool,
     assert main.counts["HMMA"] == 0
     assert main.counts["UTMALDG"] > 0, "tiles should come by TMA"
     assert main.spill_bytes == main.local_memory == main.serialized == 0
+    assert all(built.too_early == 0 for built in (main, *rest)), "they may be launched before what they read is there"
     assert len(rest) == (n < 16384 and not heads), "K is divided where one weight has few tiles"
 
 

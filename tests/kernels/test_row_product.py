@@ -173,8 +173,11 @@ def test_heads_are_read_in_whole_pieces(along_k: bool) -> None:
     _, k, n = weight.shape
     _, arguments, options = launch(_meta(128, 1, k), weight, _meta(128, 1, n))
     built = compile_for(_head_product_kernel, arguments, options, capability=90, name=f"head_product {along_k}")
-    print(table([built]))
+    _, early, chained = launch(_meta(128, 1, k), weight, _meta(128, 1, n), early=True)
+    sooner = compile_for(_head_product_kernel, early, chained, capability=90, name=f"head_product {along_k}, early")
+    print(table([built, sooner]))
     assert built.local_memory == built.spill_bytes == 0
+    assert built.too_early == 0 < sooner.too_early, "weights that nobody writes are read before others have ended"
     assert built.counts["LDG.128"] * 16 * 32 * options["num_warps"] >= 2 * arguments["BLOCK_N"] * arguments["BLOCK_K"]
 
 

@@ -73,7 +73,7 @@ def choose_tiles(m: int, n: int, k: int, heads: int, sms: int) -> Tiles:
     """Tiles for m rows by [n, k], one weight or one a head, by measurement on an H200 (docs/kernels.md).
 
     K is divided where there are fewer tiles than fit on the device at once: with up to 16 rows of x five an SM, with
-    more one, which then has the shared memory for itself.
+    more one, which then has the shared memory for itself. Sums of few blocks, as heads have, are sent for all at once.
     """
     block_m = min(128, max(16, power(m)))
     block_n = 128 if block_m == 64 and heads == 1 and n >= 4096 else 64

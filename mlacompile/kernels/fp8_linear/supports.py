@@ -111,15 +111,15 @@ def tiles_slower(
 ) -> list[str]:
     """Why kernels for more rows are faster where they can serve (measured, docs/kernels.md)."""
     m, (n, k) = x.shape[-2], weight.shape[-2:]
-    if x_descale is not None and weight.dim() == 2 and stream_faster(m, n, k):
+    if x_descale is not None and weight.dim() == 2 and stream_faster(m, n):
         return [f"tiles as wide as an SM has time for are faster with {m} rows by [{n}, {k}]"]
     if m <= TILE_ROWS or (m <= 2 * TILE_ROWS and n < NARROW):
         return []
     return [f"kernels for many rows are faster with {m} rows by a weight of {n}"]
 
 
-def stream_faster(m: int, n: int, k: int) -> bool:
-    """Whether the Hopper kernel for few rows is the fastest for m rows by [n, k] (measured, docs/kernels.md)."""
+def stream_faster(m: int, n: int) -> bool:
+    """Whether the Hopper kernel for few rows is the fastest for m rows by a weight of n (measured, docs/kernels.md)."""
     if m <= WIDEN_ROWS or m > 2 * TILE_ROWS:
         return False
     return m <= TILE_ROWS or n >= WIDE
@@ -130,7 +130,7 @@ def stream_slower(
 ) -> list[str]:
     """Why another kernel is faster where both can serve (measured, docs/kernels.md)."""
     m, (n, k) = x.shape[-2], weight.shape[-2:]
-    return [] if stream_faster(m, n, k) else [f"other tiles are faster with {m} rows by [{n}, {k}]"]
+    return [] if stream_faster(m, n) else [f"other tiles are faster with {m} rows by [{n}, {k}]"]
 
 
 def hopper_slower(

@@ -22,6 +22,11 @@ def scale_groups(width: int, group: int = SCALE_GROUP) -> int:
     return -(-width // group)
 
 
+def filled_parts(count: int, parts: int) -> int:
+    """How many parts of ``⌈count / parts⌉`` of so many things have any: at most ``parts``, and at least one."""
+    return -(-count // max(1, -(-count // parts))) or 1
+
+
 @dataclass(frozen=True)
 class KVLayout:
     """How one token lies in the cache: bytes of its latent, its rotary key, the scales that go with them, padding.

@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+SMEM = 232_448  # bytes of shared memory that a program on a Hopper GPU can have
+
 
 @cache
 def _triton_installed() -> bool:

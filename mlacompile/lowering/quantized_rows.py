@@ -92,14 +92,14 @@ def _in_parts(node: Any, emit: Emitter, m: int) -> Node | None:
     if node.target is not _FP8_LINEAR or len(node.users) != 1:
         return None
     values: Any = torch.fx.map_arg(node.args, lambda n: n.meta["val"])
-    if values[1] is None or values[2].dim() != 2:
+    if values[1] is None or values[2].dim() != 2 or values[4].itemsize != 2:
         return None
-    (n, k), device = values[2].shape, values[0].device
-    kernel, _ = registry.best("fp8_linear", *values)
-    parts = stream_parts(m, n, k, device) if kernel is not None and kernel.name == "stream" else 1
-    if parts == 1:
+    n, k = values[2].shape
+    parts = stream_parts(m, n, k, values[0].device)
+    kernel, _ = registry.best("fp8_linear_parts", *values[:4], parts)
+    if parts == 1 or kernel is None or kernel.slower(*values[:4], parts):
         return None
-    return emit(_FP8_PARTS, *node.args[:4], parts)
+    return emit(_FP8_PARTS, *node.args[:4], parts, impl=kernel.name)
 
 
 def _gated(node: Node) -> bool:

@@ -2,6 +2,8 @@
 
     out[p] = x[:, part p] @ weight[:, part p].T          fp8_linear(…) = Σ_p out[p]
 
+for a result of 16 bits: a kernel may sum in the bits that the tensor cores keep of FP8 products.
+
 A weight with few rows is read by all of a device only in parts of K. Whoever reads the result next can add them up
 on the way: ``quantize_rows`` does, which spares a launch and a pass over them.
 """
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
-from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.geometry import SCALE_GROUP, filled_parts, scale_groups
 from mlacompile.kernels import registry
 from mlacompile.ops.fp8_linear import check_left, check_weight, fp8_linear_reference
 
@@ -32,9 +34,8 @@ def fp8_linear_parts_reference(
 
 @torch.library.custom_op("mlacompile::fp8_linear_parts", mutates_args=())
 def fp8_linear_parts(
-    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int,
-    *, impl: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int, *, impl: str = "auto"
+) -> Tensor:
     """Products of FP8 rows and an FP8 weight over parts of K.
 
     Args:
@@ -50,7 +51,7 @@ def fp8_linear_parts(
     check_weight("fp8_linear_parts", weight, weight_descale)
     check_left("fp8_linear_parts", x, x_descale, weight)
     groups = scale_groups(x.shape[-1])
-    if x.dim() != 2 or parts < 1 or -(-groups // -(-groups // parts)) != parts:
+    if x.dim() != 2 or parts < 1 or filled_parts(groups, parts) != parts:
         raise UnsupportedInputError(
             f"fp8_linear_parts: got x {list(x.shape)} in {parts} parts; expected [M, K] in parts of equally many of "
             f"its {groups} blocks, none of them empty"
@@ -63,7 +64,6 @@ def fp8_linear_parts(
 
 @fp8_linear_parts.register_fake
 def _(
-    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int,
-    *, impl: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int, *, impl: str = "auto"
+) -> Tensor:
     return x.new_empty((parts, x.shape[0], weight.shape[0]), dtype=torch.float32)

@@ -91,13 +91,19 @@ def _(
 
 def empty_results(x: Tensor, added: Tensor | None, *, parts: bool = False) -> list[Tensor]:
     """Room for the results."""
-    m, k = x.shape[1:] if parts else (x.shape[0], x.shape[1:].numel())
+    m, k = _sizes(x, parts)
     q, descale = x.new_empty((m, k), dtype=E4M3), x.new_empty((m, scale_groups(k)), dtype=torch.float32)
     return [q, descale] if added is None else [q, descale, added.new_empty((m, k))]
 
 
+def _sizes(x: Tensor, parts: bool) -> tuple[int, int]:
+    """Rows, and values of a row."""
+    return (x.shape[1], x.shape[2]) if parts else (x.shape[0], x.shape[1:].numel())
+
+
 def _check(x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str, parts: bool) -> None:
-    if parts and (x.dtype != torch.float32 or x.dim() != 3 or added is None or added.dtype not in _FLOATS):
+    whole = x.dtype == torch.float32 and x.dim() == 3 and len(x) > 0
+    if parts and (not whole or added is None or added.dtype not in _FLOATS):
         raise UnsupportedInputError(
             f"quantize_rows: got parts of {x.dtype} {list(x.shape)} and {'nothing' if added is None else 'rows'} to "
             "add them to; expected torch.float32 [P, M, K] and rows [M, K]"
@@ -108,7 +114,7 @@ def _check(x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor |
             f"quantize_rows: got x of {x.dtype} {list(x.shape)}; expected [M, K] or [M, H, {SCALE_GROUP}] of one of "
             f"{', '.join(map(str, _FLOATS))}"
         )
-    m, k = x.shape[1:] if parts else (x.shape[0], x.shape[1:].numel())
+    m, k = _sizes(x, parts)
     dtype = added.dtype if parts and added is not None else x.dtype
     for name, beside in (("added", added), ("gated", gated)):
         if beside is not None and (beside.shape != (m, k) or beside.dtype != dtype):

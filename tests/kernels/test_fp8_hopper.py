@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mlacompile.kernels import registry
+from mlacompile.kernels.device import SMEM
 from mlacompile.kernels.fp8_linear import supports
 from mlacompile.testing.scaled import E4M3, make_product
 from tests.kernels import gluon_in_python
@@ -19,7 +20,6 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton, which the 
 
 from mlacompile.kernels.fp8_linear import hopper
 from mlacompile.kernels.fp8_linear.hopper_launch import (
-    SMEM,
     TILES,
     HopperTiles,
     choose_hopper_tiles,

@@ -18,10 +18,10 @@ from tests.kernels.gluon_in_python import Barrier, Barriers, Descriptor, Memory,
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
 
+from mlacompile.kernels.device import SMEM
 from mlacompile.kernels.fp8_linear import stream
 from mlacompile.kernels.fp8_linear.stream_launch import stream_launches
 from mlacompile.kernels.fp8_linear.stream_tiles import StreamTiles, choose_stream_tiles
-from mlacompile.kernels.fp8_linear.supports import SMEM
 from mlacompile.testing.sass import compile_for, table
 
 

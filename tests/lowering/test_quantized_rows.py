@@ -16,7 +16,8 @@ from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering import quantized_rows
 from mlacompile.lowering.quantized_rows import place_quantized_rows
-from mlacompile.ops.fp8_linear import fp8_linear_reference, fp8_quantize_weight
+from mlacompile.ops.fp8_linear import fp8_quantize_weight
+from mlacompile.ops.fp8_linear_parts import fp8_linear_parts_reference
 from mlacompile.ops.fp8_quantize import fp8_quantize
 from mlacompile.ops.quantize_rows import quantize_rows_reference
 
@@ -75,37 +76,54 @@ def test_a_sum_a_norm_and_the_quantization_are_one() -> None:
     assert off[2] == 0
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_sum_with_a_product_in_parts_adds_those_up(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Kernel("stream", "fp8_linear", lambda *_, **__: [], fp8_linear_reference)
+def in_parts(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    total = x + torch.ops.mlacompile.fp8_linear(q, s, w, d, x.dtype).reshape(5, 1, 256)
+    return (*quantized(normed(total, weight)), total)
+
+
+def in_parts_turned(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    total = torch.ops.mlacompile.fp8_linear(q, s, w, d, x.dtype).reshape(5, 1, 256) + x
+    return (*quantized(normed(total, weight)), total)
+
+
+def wanted_twice(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    made = torch.ops.mlacompile.fp8_linear(q, s, w, d, x.dtype).reshape(5, 1, 256)
+    return (*quantized(normed(x + made, weight)), made * 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "slower", "added_up"),
+    [
+        (in_parts, torch.bfloat16, [], True),
+        (in_parts_turned, torch.float16, [], True),
+        (in_parts, torch.float32, [], False),  # which wants all bits of a sum
+        (in_parts, torch.bfloat16, ["whole it is faster"], False),
+        (wanted_twice, torch.bfloat16, [], False),
+    ],
+)
+def test_a_sum_with_a_product_in_parts_adds_those_up(
+    layer: Any, dtype: torch.dtype, slower: list[str], added_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    willing = Kernel(
+        "any", "fp8_linear_parts", lambda *_, **__: [], fp8_linear_parts_reference, lambda *_, **__: slower
+    )
     ours = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (stream,) if op == "fp8_linear" else ours(op))
+    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "fp8_linear_parts" else ours(op))
     monkeypatch.setattr(quantized_rows, "stream_parts", lambda m, n, k, device: 2)
-
-    def layer(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        made = torch.ops.mlacompile.fp8_linear(q, s, w, d, torch.float32).reshape(5, 1, 256)
-        total = made + x if turned else x + made
-        return (*quantized(normed(total, weight)), total)
-
     q, s = fp8_quantize(random(5, 384), 128, torch.float8_e4m3fn)
     w, d = fp8_quantize_weight(random(256, 384))
-    gm, (call,), off = placed(layer, random(5, 1, 256), q, s, w, d, random(256))
-    assert call.kwargs == {"eps": 1e-6, "gate": "", "parts": True, "impl": "any"}
-    parts, added = call.args[:2]
-    assert parts.target is torch.ops.mlacompile.fp8_linear_parts.default
-    assert parts.args[4] == 2
-    assert parts.meta["val"].shape == (2, 5, 256)
-    assert added.args[0].name == "x_1"
-    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.mlacompile.fp8_linear.default)
-    assert max(off) < 0.07
-
-    def used_twice(x: Tensor, q: Tensor, s: Tensor, w: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        made = torch.ops.mlacompile.fp8_linear(q, s, w, d, torch.float32)
-        return (*quantized(normed(x.reshape(5, 256) + made, weight)), made * 2)
-
-    _, (call,), off = placed(used_twice, random(5, 1, 256), q, s, w, d, random(256))
-    assert call.kwargs["parts"] is False
-    assert max(off) < 0.07
+    gm, (call,), off = placed(layer, random(5, 1, 256).to(dtype), q, s, w, d, random(256).to(dtype))
+    assert call.kwargs == {"eps": 1e-6, "gate": "", "parts": added_up, "impl": "any"}
+    assert off[0] <= 32 / 448, "one step of e4m3, where a value rounded to 16 bits in between lies between two"
+    assert max(off[1:]) <= 2 * torch.finfo(dtype).eps
+    whole = gm.graph.find_nodes(op="call_function", target=torch.ops.mlacompile.fp8_linear.default)
+    assert len(whole) == (not added_up)
+    if added_up:
+        parts, added = call.args[:2]
+        assert parts.target is torch.ops.mlacompile.fp8_linear_parts.default
+        assert (parts.args[4], parts.kwargs) == (2, {"impl": "any"})
+        assert parts.meta["val"].shape == (2, 5, 256)
+        assert added.args[0].name == "x_1"
 
 
 def test_a_norm_of_what_is_there() -> None:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlacompile.errors import UnsupportedInputError
+from mlacompile.geometry import filled_parts
 from mlacompile.ops.fp8_linear_parts import fp8_linear_parts
 from mlacompile.testing.scaled import Product, exact, make_product, worst
 
@@ -46,6 +49,15 @@ def test_it_refuses_what_does_not_fit(parts: int, settings: dict[str, Any], mess
     product = make_product(2, 8, 640, quantized=True)
     with pytest.raises(UnsupportedInputError, match=message):
         fp8_linear_parts(*product.tensors, parts, **settings)
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_parts_that_are_filled(count: int, parts: int) -> None:
+    filled = filled_parts(count, parts)
+    assert 1 <= filled <= parts
+    each = -(-count // filled)
+    assert (filled - 1) * each < max(count, 1) <= max(filled * each, 1), "the last has some, and nothing is left over"
+    assert filled_parts(count, filled) == filled
 
 
 def test_heads_have_no_parts() -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.device import sms_of
+from mlacompile.geometry import SCALE_GROUP, filled_parts, scale_groups
+from mlacompile.kernels.device import SMEM, sms_of
 from mlacompile.kernels.fp8_linear.launch import sum_launch
-from mlacompile.kernels.fp8_linear.supports import SMEM
+from mlacompile.kernels.fp8_linear.supports import GROUP_ROWS, RESERVED
 from mlacompile.kernels.launch import Launch
 
-RESERVED = 2048  # bytes of shared memory for barriers and what warps are told when they begin
-GROUP_ROWS = 64  # of x that one product takes
 REGISTERS = 240  # of a thread that multiplies: three times 128 threads have 65,536, and the fetching ones 24
 BAND_ROWS = 2048  # of x that all programs work on at once: 132 tiles of 256 × 128 are then as wide as high
 MOST_PARTS = 16
@@ -54,10 +53,11 @@ class HopperTiles:
 TILES = (HopperTiles(256, 128), HopperTiles(128, 128), HopperTiles(128, 64))
 
 
+@lru_cache(maxsize=1024)
 def choose_hopper_tiles(m: int, n: int, k: int, sms: int) -> HopperTiles:
     """The tiles, and parts of K, with which m rows by [n, k] should end soonest."""
     blocks = scale_groups(k)
-    parts = {-(-blocks // (-(-blocks // parts))) for parts in range(1, MOST_PARTS + 1)}
+    parts = {filled_parts(blocks, parts) for parts in range(1, MOST_PARTS + 1)}
     every = [HopperTiles(tile.block_m, tile.block_n, each) for tile in TILES for each in sorted(parts)]
     return min(every, key=lambda tiles: cycles(tiles, m, n, k, sms))
 
@@ -95,8 +95,8 @@ def hopper_launches(
     (m, k), n = x.shape, weight.shape[0]
     sms = sms_of(x.device)
     tiles = tiles or choose_hopper_tiles(m, n, k, sms)
-    blocks_a_part = -(-scale_groups(k) // tiles.parts)
-    parts = -(-scale_groups(k) // blocks_a_part)
+    parts = filled_parts(scale_groups(k), tiles.parts)
+    blocks_a_part = -(-scale_groups(k) // parts)
     partial = x.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else None
     arguments = {
         "d_x": descriptor(x, tiles.block_m, SCALE_GROUP), "p_x_descale": x_descale,

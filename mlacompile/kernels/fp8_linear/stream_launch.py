@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.geometry import SCALE_GROUP, filled_parts, scale_groups
 from mlacompile.kernels.device import sms_of
-from mlacompile.kernels.fp8_linear.hopper_launch import GROUP_ROWS, aligned, descriptor
+from mlacompile.kernels.fp8_linear.hopper_launch import aligned, descriptor
 from mlacompile.kernels.fp8_linear.launch import sum_launch
 from mlacompile.kernels.fp8_linear.stream_tiles import COLUMNS, StreamTiles, choose_stream_tiles
+from mlacompile.kernels.fp8_linear.supports import GROUP_ROWS
 from mlacompile.kernels.launch import Launch, chained
 
 REGISTERS = 232  # of a thread that multiplies: up to 96 sums, as many of one block, and addresses
@@ -55,8 +56,7 @@ def stream_launches(
     """The launches of the kernel, and of the sum if K is divided. Meta tensors do, to compile without a GPU."""
     (m, k), n = x.shape, out.shape[1]
     tiles = tiles or choose_stream_tiles(m, n, k, sms_of(x.device))
-    groups = scale_groups(k)
-    tiles = replace(tiles, parts=-(-groups // -(-groups // tiles.parts)))  # none is empty
+    tiles = replace(tiles, parts=filled_parts(scale_groups(k), tiles.parts))
     if tiles.parts == 1:
         return [stream_launch(x, x_descale, weights, descales, out[None], tiles)]
     partial = x.new_empty((tiles.parts, m, n), dtype=torch.float32)

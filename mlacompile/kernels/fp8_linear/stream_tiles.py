@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.device import sms_of
-from mlacompile.kernels.fp8_linear.supports import SMEM, TILE_ROWS
+from mlacompile.geometry import SCALE_GROUP, filled_parts, scale_groups
+from mlacompile.kernels.device import SMEM, sms_of
+from mlacompile.kernels.fp8_linear.supports import GROUP_ROWS, RESERVED
 
 COLUMNS = 128  # of a block of the result
-STRIPS = (0, 16, 32, 64)  # rows; with 64 rows of x 16 are too few for half of them to be stored
+STRIPS = (0, 16, 32, 64)  # rows
+NARROWEST = 16  # columns of a strip that a group of warps can have: 32 bytes of the result leave in one piece
 MOST_PARTS = 16
-RESERVED = 1024  # bytes of shared memory for barriers and what warps are told when they begin
 # What 90 times say that were measured on an H200 (docs/kernels.md), in KB a microsecond and in microseconds.
 MEMORY = 3800
 CACHE = 7400  # L2, all programs together
@@ -42,12 +43,12 @@ class StreamTiles:
     @property
     def columns(self) -> int:
         """Of the blocks, those that one of the two groups of warps has: half of them, or with 128 rows all."""
-        return self.blocks * COLUMNS * self.block_m // (2 * TILE_ROWS)
+        return self.blocks * COLUMNS * self.block_m // (2 * GROUP_ROWS)
 
     @property
     def strip_columns(self) -> int:
         """Of the strip, as above."""
-        return self.strip * self.block_m // (2 * TILE_ROWS)
+        return self.strip * self.block_m // (2 * GROUP_ROWS)
 
     @property
     def stages(self) -> int:
@@ -59,21 +60,20 @@ class StreamTiles:
         return f"{self.block_m}x{self.blocks}x{self.strip}x{self.parts}"
 
 
+@lru_cache(maxsize=1024)  # a model in eager mode asks for every product of every step
 def choose_stream_tiles(m: int, n: int, k: int, sms: int, parts: int | None = None) -> StreamTiles:
     """The tiles, for up to 128 rows, with which m rows by [n, k] should end soonest; with so many parts of K if that is
     given."""
-    block_m = TILE_ROWS if m <= TILE_ROWS else 2 * TILE_ROWS
-    groups = scale_groups(k)
-    some = range(1, min(MOST_PARTS, groups) + 1) if parts is None else (parts,)
+    block_m = GROUP_ROWS if m <= GROUP_ROWS else 2 * GROUP_ROWS
+    some = {filled_parts(scale_groups(k), each) for each in range(1, MOST_PARTS + 1)} if parts is None else {parts}
     every = [
         StreamTiles(block_m, blocks, strip, each)
-        for blocks in (1, 2)[: 2 * TILE_ROWS // block_m]
+        for blocks in (1, 2)[: 2 * GROUP_ROWS // block_m]
         for strip in STRIPS
-        if strip * block_m != STRIPS[1] * TILE_ROWS
-        for each in some
-        if parts is not None or -(-groups // -(-groups // each)) == each  # none would be empty
+        for each in sorted(some)
     ]
-    return min(every, key=lambda tiles: microseconds(tiles, m, n, k, sms))
+    able = [tiles for tiles in every if tiles.strip == 0 or tiles.strip_columns >= NARROWEST]
+    return min(able, key=lambda tiles: microseconds(tiles, m, n, k, sms))
 
 
 def microseconds(tiles: StreamTiles, m: int, n: int, k: int, sms: int) -> float:

@@ -8,7 +8,8 @@ from torch import Tensor
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.device import capability_of, device_reasons, interpreted
 
-SMEM = 232_448  # bytes of shared memory of a program on a Hopper GPU
+GROUP_ROWS = 64  # of x: what a group of four warps of the Hopper kernels multiplies at once
+RESERVED = 2048  # bytes of their shared memory for barriers and what warps are told when they begin
 MOST_ROWS = 2  # of x: with more, arithmetic outside the tensor cores takes longer than reading the weight
 TILE_ROWS = 64  # up to here the Triton kernel reads weights as fast as cuBLASLt, or faster
 NARROW = 4096  # weights of fewer rows have too few tiles for cuBLASLt, which does not divide K …

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mlacompile.kernels.device import SMEM
+
 MAX_SPLITS = 64
 # What one program and one combine take on a Hopper GPU. They only rank numbers of splits.
 START_US = 4.0  # launch, queries, first tile, epilogue
@@ -22,7 +24,7 @@ class Device:
 
     capability: tuple[int, int] = (9, 0)
     sm_count: int = 132
-    smem: int = 232_448
+    smem: int = SMEM
 
 
 @dataclass(frozen=True)

@@ -62,31 +62,45 @@ def _write_token(
     LARGEST: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Token i, which is s of sequence b: its latent and its rotary key."""
-    slot = tl.load(p_slots + s)
-    inside = (slot >= 0) & (slot < T)
-    tl.device_assert(inside, "write_latents: the cache has no such row")
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r < R
-    x = tl.load(p_latent + b * stride_lb + s * stride_ls + o_r, mask=m_r, other=0.0).to(tl.float32)
+    # All that is read is sent for before any of it is used.
+    slot = tl.load(p_slots + s)
+    x = tl.load(p_latent + b * stride_lb + s * stride_ls + o_r, mask=m_r, other=0.0)
     if p_norm is not None:
-        weight = tl.load(p_norm + o_r, mask=m_r, other=0.0).to(tl.float32)
-        x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / R + eps)) * weight
-    if p_scales is not None:
-        x, descale = _quantized(x, GROUP, BLOCK_R, LARGEST)
-        o_g = tl.arange(0, BLOCK_R // GROUP)
-        tl.store(p_scales + b * stride_sb + slot * stride_st + o_g, descale, mask=inside & (o_g * GROUP < R))
-    tl.store(p_into + b * stride_ib + slot * stride_it + o_r, x.to(p_into.dtype.element_ty), mask=inside & m_r)
+        weight = tl.load(p_norm + o_r, mask=m_r, other=0.0)
     if p_k is not None:
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < P
         p_k += b * stride_kb + s * stride_ks
         if p_factors is not None:
             first, second = _partners(o_p, P, PAIRS)
-            k = tl.load(p_factors + i * P + o_p, mask=m_p, other=0.0) * _value(p_k + first, m_p)
-            k += tl.load(p_factors + (tokens + i) * P + o_p, mask=m_p, other=0.0) * _value(p_k + second, m_p)
+            one, two = _factors(p_factors, i, tokens, o_p, m_p, P)
+            k_one, k_two = tl.load(p_k + first, mask=m_p, other=0.0), tl.load(p_k + second, mask=m_p, other=0.0)
         else:
-            k = _value(p_k + o_p, m_p)
+            k = tl.load(p_k + o_p, mask=m_p, other=0.0)
+    inside = (slot >= 0) & (slot < T)
+    tl.device_assert(inside, "write_latents: the cache has no such row")
+    x = x.to(tl.float32)
+    if p_norm is not None:
+        x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / R + eps)) * weight.to(tl.float32)
+    if p_scales is not None:
+        x, descale = _quantized(x, GROUP, BLOCK_R, LARGEST)
+        o_g = tl.arange(0, BLOCK_R // GROUP)
+        tl.store(p_scales + b * stride_sb + slot * stride_st + o_g, descale, mask=inside & (o_g * GROUP < R))
+    tl.store(p_into + b * stride_ib + slot * stride_it + o_r, x.to(p_into.dtype.element_ty), mask=inside & m_r)
+    if p_k is not None:
+        if p_factors is not None:
+            k = one * k_one.to(tl.float32)
+            k += two * k_two.to(tl.float32)
         tl.store(p_keys + b * stride_yb + slot * stride_yt + o_p, k.to(p_keys.dtype.element_ty), mask=inside & m_p)
+
+
+@triton.jit
+def _factors(p_factors, i, tokens, o_p, m_p, P: tl.constexpr):
+    """What the two values of each pair of token i are multiplied with."""
+    one = tl.load(p_factors + i * P + o_p, mask=m_p, other=0.0)
+    return one, tl.load(p_factors + (tokens + i) * P + o_p, mask=m_p, other=0.0)
 
 
 @triton.jit
@@ -100,8 +114,7 @@ def _rotate_queries(
     m_p = o_p < P
     mask = (o_h < H)[:, None] & m_p[None, :]
     first, second = _partners(o_p, P, PAIRS)
-    one = tl.load(p_factors + i * P + o_p, mask=m_p, other=0.0)
-    two = tl.load(p_factors + (tokens + i) * P + o_p, mask=m_p, other=0.0)
+    one, two = _factors(p_factors, i, tokens, o_p, m_p, P)
     p = p_q + b * stride_qb + s * stride_qs + o_h[:, None] * stride_qh
     q = one[None, :] * _value(p + first[None, :], mask) + two[None, :] * _value(p + second[None, :], mask)
     tl.store(p_out + ((b * H + o_h[:, None]) * S + s) * P + o_p[None, :], q.to(p_out.dtype.element_ty), mask=mask)

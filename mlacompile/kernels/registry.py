@@ -23,6 +23,7 @@ _FAMILIES = {
     "write_latents": "mlacompile.kernels.write_latents",
     "fp8_linear": "mlacompile.kernels.fp8_linear",
     "fp8_linear_parts": "mlacompile.kernels.fp8_linear_parts",
+    "fp8_normed": "mlacompile.kernels.fp8_normed",
     "fp8_stacked": "mlacompile.kernels.fp8_stacked",
     "fp8_experts": "mlacompile.kernels.fp8_experts",
     "quantize_rows": "mlacompile.kernels.quantize_rows",

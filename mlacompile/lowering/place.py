@@ -10,6 +10,7 @@ from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.experts import place_experts
 from mlacompile.lowering.inline import inline_references
+from mlacompile.lowering.norm_behind import norms_behind_products
 from mlacompile.lowering.quantized_rows import place_quantized_rows
 from mlacompile.lowering.read_early import read_early
 from mlacompile.lowering.select import decode_nodes, place_kernels, select
@@ -52,6 +53,8 @@ def place(
             notes.append(f"{placed} products with a single row read their weights by kernels made for that")
         if placed := stack_products(gm):
             notes.append(f"{placed} pairs of FP8 products of the same rows are one launch each")
+        if placed := norms_behind_products(gm):
+            notes.append(f"the root of a norm is a factor behind the FP8 product of its rows, at {placed} places")
     gm.graph.eliminate_dead_code()
     store_before_spreading(gm)
     read_early(gm)

@@ -6,9 +6,15 @@
     q, descale = fp8_quantize(y, 128, e4m3)
 
 Each of these reads rows that the one before has just written; y itself is wanted by the product alone.
+
+The root of a norm is one factor of a whole row, and FP8 values do not depend on it, only their scales do. So it may be
+left to the product (``fp8_normed``), which then needs the squares of the row, as sums of STRETCH of them each, and no
+program has to see all of a row.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +26,27 @@ from mlacompile.ops.fp8_linear import E4M3
 from mlacompile.ops.fp8_quantize import fp8_quantize_reference
 from mlacompile.ops.row_product import ACTIVATIONS
 
+#: Values of a row whose squares are one sum.
+STRETCH = 16 * SCALE_GROUP
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_rows_reference(
     x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
-    parts: bool = False,
+    parts: bool = False, squares: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """The definition, in float32 between the sum and the quantization."""
     if parts and added is not None:
         x = sum(x[1:], x[0]).to(added.dtype)
     total = x.flatten(1) if added is None else x.flatten(1) + added
     y = total.to(torch.float32)
+    sums = [torch.stack([part.square().sum(-1) for part in y.split(STRETCH, -1)], -1)] if squares else []
     if norm is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.to(torch.float32)
+        root = 1.0 if squares else torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        y = y * root * norm.to(torch.float32)
     if gated is not None:
         y = ACTIVATIONS[gate](y) * gated.to(torch.float32)
-    return [*fp8_quantize_reference(y, SCALE_GROUP, E4M3), *([] if added is None else [total])]
+    return [*fp8_quantize_reference(y, SCALE_GROUP, E4M3), *([] if added is None else [total]), *sums]
 
 
 @torch.library.custom_op("mlacompile::quantize_rows", mutates_args=())
@@ -49,6 +59,7 @@ def quantize_rows(
     eps: float = 0.0,
     gate: str = "",
     parts: bool = False,
+    squares: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     """Rows in e4m3 with a scale for every 128 values, as ``fp8_linear`` takes them.
@@ -59,18 +70,25 @@ def quantize_rows(
         parts: x is float32 ``[P, M, K]``, the P parts of what is meant: they are added up and rounded to the dtype of
             ``added`` first, as products in parts are (``fp8_linear_parts``).
         norm: ``[K]``, the weight of an RMS norm with ``eps``.
+        squares: rows are not divided by the root of their mean square; the sums it is made of are a result.
         gated: ``[M, K]``, what ``gate``, one of ``ACTIVATIONS``, of x is multiplied with; not together with a norm.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
-        q e4m3 ``[M, K]``, descale float32 ``[M, ⌈K / 128⌉]``, and with ``added`` the sum ``[M, K]``; all contiguous.
+        q e4m3 ``[M, K]``, descale float32 ``[M, ⌈K / 128⌉]``, with ``added`` the sum ``[M, K]``, and with ``squares``
+        those of every STRETCH values of it, float32 ``[M, ⌈K / STRETCH⌉]``; all contiguous.
     Raises:
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
     _check(x, added, norm, gated, gate, parts)
-    arguments, settings = (x, added, norm, gated), {"eps": eps, "gate": gate, "parts": parts}
+    if squares and norm is None:
+        raise UnsupportedInputError(
+            "quantize_rows: got squares=True and no norm; expected one, whose root they are for"
+        )
+    arguments: Any = (x, added, norm, gated)
+    settings: Any = {"eps": eps, "gate": gate, "parts": parts, "squares": squares}
     kernel = registry.chosen("quantize_rows", impl, *arguments, **settings)
     if kernel is None:
-        return quantize_rows_reference(*arguments, eps=eps, gate=gate, parts=parts)
+        return quantize_rows_reference(*arguments, **settings)
     return kernel.run(*arguments, **settings)  # type: ignore[no-any-return]
 
 
@@ -84,16 +102,21 @@ def _(
     eps: float = 0.0,
     gate: str = "",
     parts: bool = False,
+    squares: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
-    return empty_results(x, added, parts=parts)
+    return empty_results(x, added, parts=parts, squares=squares)
 
 
-def empty_results(x: Tensor, added: Tensor | None, *, parts: bool = False) -> list[Tensor]:
+def empty_results(x: Tensor, added: Tensor | None, *, parts: bool = False, squares: bool = False) -> list[Tensor]:
     """Room for the results."""
     m, k = _sizes(x, parts)
-    q, descale = x.new_empty((m, k), dtype=E4M3), x.new_empty((m, scale_groups(k)), dtype=torch.float32)
-    return [q, descale] if added is None else [q, descale, added.new_empty((m, k))]
+    results = [x.new_empty((m, k), dtype=E4M3), x.new_empty((m, scale_groups(k)), dtype=torch.float32)]
+    if added is not None:
+        results.append(added.new_empty((m, k)))
+    if squares:
+        results.append(x.new_empty((m, -(-k // STRETCH)), dtype=torch.float32))
+    return results
 
 
 def _sizes(x: Tensor, parts: bool) -> tuple[int, int]:

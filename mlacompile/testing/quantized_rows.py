@@ -11,11 +11,15 @@ from torch import Tensor
 from mlacompile.geometry import SCALE_GROUP, scale_groups
 from mlacompile.ops.fp8_linear import E4M3
 from mlacompile.ops.fp8_quantize import fp8_dequantize
+from mlacompile.ops.quantize_rows import STRETCH
 from mlacompile.ops.row_product import ACTIVATIONS
 from mlacompile.testing.scaled import values
 
 #: What stands before the quantization.
-FORMS = ("parts, added, normed", "added, normed", "normed", "silu", "gelu_tanh", "heads", "plain")
+FORMS = (
+    "parts, added, normed", "parts, added, normed, squares", "added, normed", "normed", "normed, squares", "silu",
+    "gelu_tanh", "heads", "plain",
+)  # fmt: skip
 PARTS = 3
 
 
@@ -44,7 +48,9 @@ def make_rows(
         return Rows((wide(0), None, None, wide(1)), {"eps": 0.0, "gate": form})
     added, normed = wide(1) if "added" in form else None, "normed" in form
     norm = (1 + values((k,), "plain", device, 2) / 4).to(dtype) if normed else None
-    settings = {"eps": 1e-6 if normed else 0.0, "gate": ""}
+    settings: dict[str, Any] = {"eps": 1e-6 if normed else 0.0, "gate": ""}
+    if "squares" in form:
+        settings["squares"] = True
     if "parts" in form:
         parts = values((PARTS, m, k), kind, device, 0).float()
         return Rows((parts, added, norm, None), settings | {"parts": True})
@@ -64,7 +70,8 @@ def exact_rows(rows: Rows) -> Tensor:
     _, _, norm, gated = rows.tensors
     y = total_of(rows).double()
     if norm is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + rows.settings["eps"]) * norm.double()
+        root = torch.rsqrt(y.square().mean(-1, keepdim=True) + rows.settings["eps"])
+        y = y * (1.0 if rows.settings.get("squares") else root) * norm.double()
     if gated is not None:
         y = ACTIVATIONS[rows.settings["gate"]](y) * gated.double()
     return y
@@ -77,6 +84,12 @@ def worst_rows(rows: Rows, results: list[Tensor]) -> str:
     squares, an exponential, and some products.
     """
     added = rows.tensors[1]
+    if rows.settings.get("squares"):
+        *results, squares = results
+        stretches = total_of(rows).double().square().split(STRETCH, 1)
+        sums = torch.stack([part.sum(1) for part in stretches], 1)
+        if squares.shape != sums.shape or not ((squares - sums).abs() <= sums * STRETCH * 2.0**-24).all():
+            return f"squares are {list(squares.shape)}, or others"
     q, descale = results[:2]
     want = exact_rows(rows)
     m, k = want.shape

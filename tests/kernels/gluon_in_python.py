@@ -147,7 +147,8 @@ def _waited(pendings: int, deps: Sequence[Callable[[], Array]]) -> Any:
 def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int, own: Sequence[str]) -> None:
     """Let the functions of the kernel's module run as Python. own: those that its partitions call."""
     gl = SimpleNamespace(
-        minimum=np.minimum, where=np.where, load=_load, store=_store, float32=None, int64=None,
+        minimum=np.minimum, where=np.where, rsqrt=lambda x: 1 / np.sqrt(x), load=_load, store=_store,
+        float32=None, int64=None,
         arange=lambda start, end, layout: np.arange(start, end).view(Array),
         zeros=lambda shape, dtype, layout: np.zeros(shape).view(Array),
         SliceLayout=lambda *args: None, NVMMADistributedLayout=lambda **kwargs: None,

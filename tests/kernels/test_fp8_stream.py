@@ -37,8 +37,9 @@ from mlacompile.testing.sass import compile_for, table
     ],
     ids=str,
 )
+@pytest.mark.parametrize("normed", [False, True])
 def test_what_it_compiles_to(
-    m: int, rows: tuple[int, ...], k: int, dtype: torch.dtype, tiles: StreamTiles,
+    m: int, rows: tuple[int, ...], k: int, dtype: torch.dtype, tiles: StreamTiles, normed: bool,
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,13 +47,15 @@ def test_what_it_compiles_to(
 
     x, x_descale = meta(m, k, dtype=E4M3), meta(m, -(-k // 128))
     weights, descales = [meta(n, k, dtype=E4M3) for n in rows], [meta(-(-n // 128), -(-k // 128)) for n in rows]
-    launches = stream_launches(x, x_descale, weights, descales, meta(m, sum(rows), dtype=dtype), tiles)
+    squares = meta(m, 4) if normed else None
+    launches = stream_launches(x, x_descale, weights, descales, meta(m, sum(rows), dtype=dtype), tiles, squares)
     assert len(launches) == (1 if tiles.parts == 1 else 2)
     main, *rest = (compile_for(each.kernel, each.arguments, each.options, name=f"stream {tiles}") for each in launches)
     record_property("compiled", table([main, *rest]))
     pieces = 2 if tiles.strip else 1
     assert main.counts["QGMMA"] == 2 * 4 * pieces, "64 rows by 32 columns of a block, of blocks and of strips"
-    assert main.counts["FFMA"] == tiles.columns + tiles.strip_columns, "each sum is multiplied and added once"
+    roots = 4 if normed else 0  # of two rows, in either group
+    assert main.counts["FFMA"] == tiles.columns + tiles.strip_columns + roots, "each sum is multiplied and added once"
     boxes = tiles.blocks + (1 if tiles.strip else 0)
     assert main.counts["UTMALDG"] == 2 * (1 + boxes * len(rows)), "x and each weight come by TMA, two blocks at once"
     assert main.counts["HGMMA"] == main.counts["HMMA"] == main.counts["LDGSTS"] == 0
@@ -88,6 +91,7 @@ def test_chosen_tiles_fit(m: int, n: int, k: int, sms: int) -> None:
     assert -(-groups // -(-groups // tiles.parts)) == tiles.parts, "no part is empty"
 
 
+@pytest.mark.parametrize("stretches", [0, 1, 3])
 @pytest.mark.parametrize(
     ("m", "rows", "k", "tiles", "programs"),
     [
@@ -103,11 +107,12 @@ def test_chosen_tiles_fit(m: int, n: int, k: int, sms: int) -> None:
     ids=str,
 )
 def test_in_python(
-    m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel's own text, its partitions as threads: tiles, strips, parts, scales, stages, edges."""
+    m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, programs: int, stretches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The kernel's own text, its partitions as threads: tiles, strips, parts, scales, stages, edges, roots."""
     n, blocks, stages = sum(rows), -(-k // 128), 3
-    own = ("_item", "_scales", "_scales_of", "_load_rows", "_product", "_leave")
+    own = ("_item", "_scales", "_scales_of", "_load_rows", "_roots", "_product", "_leave")
     gluon_in_python.install(monkeypatch, stream, programs, own)
     random = np.random.default_rng(0)
     x, *weights = (random.integers(-4, 5, (height, k)).astype(float) for height in (m, *rows))
@@ -115,6 +120,9 @@ def test_in_python(
     wide = [np.repeat(np.repeat(d, 128, 0), 128, 1)[:r, :k] for d, r in zip(descales, rows, strict=True)]
     factors = np.concatenate([w * s for w, s in zip(weights, wide, strict=True)])
     want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ factors.T
+    squares = random.random((m, stretches))
+    if stretches:
+        want /= np.sqrt(squares.sum(1, keepdims=True) / k + 1e-3)
     out, parts = np.full((m, n), np.nan), np.full((tiles.parts, m, n), np.nan)
     count = -(-n // tiles.width)
     work = SimpleNamespace(
@@ -134,9 +142,13 @@ def test_in_python(
         if tiles.parts > 1:
             target = None, None, Pointer(parts.reshape(-1))  # type: ignore[assignment]
         scales = Pointer(x_descale.ravel()), Pointer(descales[0].ravel()), Pointer(descales[-1].ravel())
-        strides = m, n, rows[0], blocks, 1, blocks, blocks
+        strides = m, n, rows[0], k, blocks, 1, blocks, blocks
+        root = Pointer(squares.ravel()), 1e-3
         boxes = [Descriptor(weights[0]), Descriptor(weights[-1])] * 2
-        groups = [partial(stream._multiply.fn, room, work, *target, *scales, *strides, i, *forms) for i in range(2)]
+        groups = [
+            partial(stream._multiply.fn, room, work, *target, *root, *scales, *strides, i, *forms, stretches)
+            for i in range(2)
+        ]
         fetch = partial(stream._fetch.fn, room, work, Descriptor(x), *boxes, rows[0], *forms)
         gluon_in_python.run(program, [*groups, fetch])
     np.testing.assert_allclose(out if tiles.parts == 1 else parts.sum(0), want, rtol=1e-12, atol=1e-9)

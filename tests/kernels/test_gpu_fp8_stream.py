@@ -1,4 +1,4 @@
-"""The Hopper kernel of ``fp8_linear`` for few rows on a GPU against float64: edges, strips, parts, graphs."""
+"""The Hopper kernel of ``fp8_linear`` for few rows on a GPU against float64: edges, strips, parts, roots, graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from mlacompile.kernels.fp8_linear.supports import stream_reasons
 from mlacompile.ops.fp8_linear import fp8_linear
 from mlacompile.ops.fp8_linear_parts import fp8_linear_parts
+from mlacompile.ops.fp8_normed import fp8_normed
 from mlacompile.ops.fp8_stacked import fp8_stacked
+from mlacompile.testing.normed import make_normed, worst_normed
 from mlacompile.testing.scaled import KINDS, Product, exact, make_product, worst
 
 pytestmark = [
@@ -123,3 +125,14 @@ def test_two_weights_in_one_launch(m: int, rows: tuple[int, int], k: int, impl: 
     assert got.is_contiguous()
     for part, product in zip(got.split(rows, 1), (first, second), strict=True):
         assert not worst(part, *exact(product, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["plain", "outliers", "zeros"])
+@pytest.mark.parametrize(
+    ("m", "rows", "k"), [(64, (1536, 576), 7168), (33, (2112,), 7168), (64, (1280, 200), 784), (128, (20000,), 2064)]
+)
+def test_the_root_of_a_norm(m: int, rows: tuple[int, ...], k: int, kind: str) -> None:
+    case = make_normed(m, rows, k, kind=kind, device="cuda")
+    got = fp8_normed(*case.arguments, torch.bfloat16, eps=case.eps, impl="stream")
+    assert got.is_contiguous()
+    assert not worst_normed(case, got)

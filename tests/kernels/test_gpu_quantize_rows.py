@@ -22,7 +22,7 @@ pytestmark = [
 @pytest.mark.parametrize("form", FORMS)
 def test_parity(form: str, kind: str, dtype: torch.dtype) -> None:
     for m, k in ((1, 128), (64, 7168), (17, 1552), (3, 18432), (5, 200)):
-        if (form == "heads" and k % 128) or ("normed" in form and k > 16384):
+        if (form == "heads" and k % 128) or ("normed" in form and "squares" not in form and k > 16384):
             continue
         rows = make_rows(m, k, form, kind=kind, dtype=dtype, device="cuda")
         assert not (wrong := worst_rows(rows, quantize_rows(*rows.tensors, **rows.settings, impl="triton"))), (

@@ -46,6 +46,7 @@ def test_without_anything_before_it_is_fp8_quantize() -> None:
             r"got added of torch.float32 \[2, 128\]; expected torch.float32 \[2, 256\]",
         ),
         ({"gate": "silu"}, "with no tensor to gate"),
+        ({"squares": True}, "got squares=True and no norm; expected one"),
         ({"gated": torch.zeros(2, 256), "gate": "relu"}, "expected one of silu"),
         ({"gated": torch.zeros(2, 256), "gate": "silu", "norm": torch.ones(256)}, "a tensor and without a norm"),
         ({"impl": "triton"}, "impl='triton' cannot take these inputs: .*CUDA device"),

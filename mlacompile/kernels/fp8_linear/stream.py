@@ -12,7 +12,8 @@ the rows that blocks leave over, so that each lies in one block of scales, too:
                            2 · 128 rows    2 · 128 rows                          strips
 
 Products are those of ``hopper.py``: the tensor cores add up one block of 128 columns, and what they have summed is
-multiplied with its two scales and added in float32.
+multiplied with its two scales and added in float32. Where rows of x come without the root of their norm
+(``fp8_normed``), it is a factor of the whole sum.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -137,6 +138,16 @@ def _scales(p_x_descale, p_w, p_side, o_x, o_w, k, stride_xsk):
 
 
 @gluon.jit
+def _roots(p_squares, o_row, M, K, eps, STRETCHES: gl.constexpr):
+    """1 / √(mean square + eps) of rows of x, from sums over stretches of them."""
+    p = p_squares + gl.minimum(o_row, M - 1) * STRETCHES
+    total = gl.load(p)
+    for i in gl.static_range(1, STRETCHES):
+        total += gl.load(p + i)
+    return gl.rsqrt(total / K + eps)
+
+
+@gluon.jit
 def _product(x, w, acc, never):
     """Begins a product. never: false, but the compiler must not know; so it stays in the registers of the last one."""
     return warpgroup_mma(x, w.permute((1, 0)), acc, use_acc=never, is_async=True)
@@ -156,9 +167,10 @@ def _leave(acc, out, d_out, p_part, part, o_row, row, column, M, N):
 
 
 @gluon.jit
-def _multiply(room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_descale2, M, N, N1, stride_xsm, stride_xsk,
-              stride_sn, stride_sn2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
-              STRIP: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr):  # fmt: skip
+def _multiply(room, work, d_out, d_side, p_part, p_squares, eps, p_x_descale, p_descale, p_descale2, M, N, N1, K,
+              stride_xsm, stride_xsk, stride_sn, stride_sn2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
+              BLOCKS: gl.constexpr, STRIP: gl.constexpr, STAGES: gl.constexpr, TWO: gl.constexpr,
+              STRETCHES: gl.constexpr):  # fmt: skip
     """What group GROUP, 0 or 1, has of the tile: WIDE columns of a block, from LEFT on, NARROW of the strip, from SIDE
     on, by 64 rows of x, from UPPER on. Scales are read two blocks ahead."""
     HALF: gl.constexpr = BLOCK_M // ROWS == 1  # of the columns; else of the rows
@@ -179,6 +191,8 @@ def _multiply(room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_desca
     block = gl.zeros((ROWS, WIDE), gl.float32, wide)
     if STRIP > 0:
         side_block = gl.zeros((ROWS, NARROW), gl.float32, narrow)
+    if STRETCHES > 0:
+        root = _roots(p_squares, o_row, M, K, eps, STRETCHES)
     g = 0
     for i in range(gl.program_id(0), work.items, gl.num_programs(0)):
         row, side, part, first, end = _item(work, i, BLOCKS, STRIP)
@@ -215,6 +229,10 @@ def _multiply(room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_desca
             if STRIP > 0:
                 side_acc = _added(side_acc, side_block, gl.convert_layout(side_factor, gl.SliceLayout(1, narrow)))
             g += 1
+        if STRETCHES > 0:
+            acc = acc * root[:, None]
+            if STRIP > 0:
+                side_acc = side_acc * gl.convert_layout(root, gl.SliceLayout(1, narrow))[:, None]
         if p_part is None:
             tma.store_wait(0)  # what the item before has left
         _leave(acc, room.out.index(GROUP), d_out, p_part, part, o_row, UPPER, row + LEFT, M, N)
@@ -227,17 +245,18 @@ def _multiply(room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_desca
 
 @gluon.jit(do_not_specialize=["M", "tiles", "blocks_a_part", "items"])
 def _fp8_stream_kernel(
-    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, d_strip, d_strip2, d_out, d_side, p_part, M, N, N1, K,
-    stride_xsm, stride_xsk, stride_sn, stride_sn2, tiles, blocks_a_part, items, BLOCK_M: gl.constexpr,
+    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, d_strip, d_strip2, d_out, d_side, p_part, p_squares, eps, M, N,
+    N1, K, stride_xsm, stride_xsk, stride_sn, stride_sn2, tiles, blocks_a_part, items, BLOCK_M: gl.constexpr,
     BLOCKS: gl.constexpr, STRIP: gl.constexpr, STAGES: gl.constexpr, REGS: gl.constexpr, TWO: gl.constexpr,
-    num_warps: gl.constexpr,
+    STRETCHES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), which take the items, tiles times parts of K, by turns.
 
     d_x, d_w: descriptors of [M, K], M at most BLOCK_M, 64 or 128, and of [N, K]; what is beyond is read as zeros.
     d_strip: of the same weight, in boxes of STRIP rows. TWO: weight rows from N1 on, a multiple of 128, are those of a
     second weight. d_out, d_side: of [M, N], in boxes of what a group has of the blocks and of the strip. p_part:
-    float32 [parts, M, N], and no d_out then; or None.
+    float32 [parts, M, N], and no d_out then; or None. p_squares: [M, STRETCHES], the squares of rows whose norm is left
+    to this kernel, summed over stretches of them; or None.
     """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -259,10 +278,12 @@ def _fp8_stream_kernel(
     _wait_for_earlier()
     gl.warp_specialize(
         [
-            (_multiply, (room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_descale2, M, N, N1, stride_xsm,
-                         stride_xsk, stride_sn, stride_sn2, 0, BLOCK_M, BLOCKS, STRIP, STAGES, TWO)),
-            (_multiply, (room, work, d_out, d_side, p_part, p_x_descale, p_descale, p_descale2, M, N, N1, stride_xsm,
-                         stride_xsk, stride_sn, stride_sn2, 1, BLOCK_M, BLOCKS, STRIP, STAGES, TWO)),
+            (_multiply, (room, work, d_out, d_side, p_part, p_squares, eps, p_x_descale, p_descale, p_descale2, M, N,
+                         N1, K, stride_xsm, stride_xsk, stride_sn, stride_sn2, 0, BLOCK_M, BLOCKS, STRIP, STAGES, TWO,
+                         STRETCHES)),
+            (_multiply, (room, work, d_out, d_side, p_part, p_squares, eps, p_x_descale, p_descale, p_descale2, M, N,
+                         N1, K, stride_xsm, stride_xsk, stride_sn, stride_sn2, 1, BLOCK_M, BLOCKS, STRIP, STAGES, TWO,
+                         STRETCHES)),
             (_fetch, (room, work, d_x, d_w, d_w2, d_strip, d_strip2, N1, BLOCK_M, BLOCKS, STRIP, STAGES, TWO)),
         ],
         [4, 1],

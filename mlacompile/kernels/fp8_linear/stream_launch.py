@@ -29,12 +29,12 @@ def fp8_linear_stream(
 
 def fp8_stacked_stream(
     x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], dtype: torch.dtype,
-    tiles: StreamTiles | None = None,
+    tiles: StreamTiles | None = None, *, squares: Tensor | None = None, eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """As above, by one weight or two."""
+    """As above, by one weight or two; with ``squares`` as ``fp8_normed``."""
     weights = [aligned(w) for w in weights]
     out = x.new_empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype)
-    for launch in stream_launches(aligned(x), x_descale, weights, descales, out, tiles):
+    for launch in stream_launches(aligned(x), x_descale, weights, descales, out, tiles, squares, eps):
         launch()
     return out
 
@@ -51,21 +51,22 @@ def fp8_parts_stream(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descal
 
 def stream_launches(
     x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Tensor,
-    tiles: StreamTiles | None = None,
+    tiles: StreamTiles | None = None, squares: Tensor | None = None, eps: float = 0.0,
 ) -> list[Launch]:  # fmt: skip
     """The launches of the kernel, and of the sum if K is divided. Meta tensors do, to compile without a GPU."""
     (m, k), n = x.shape, out.shape[1]
     tiles = tiles or choose_stream_tiles(m, n, k, sms_of(x.device))
     tiles = replace(tiles, parts=filled_parts(scale_groups(k), tiles.parts))
     if tiles.parts == 1:
-        return [stream_launch(x, x_descale, weights, descales, out[None], tiles)]
+        return [stream_launch(x, x_descale, weights, descales, out[None], tiles, squares, eps)]
     partial = x.new_empty((tiles.parts, m, n), dtype=torch.float32)
-    return [stream_launch(x, x_descale, weights, descales, partial, tiles), sum_launch(partial, out)]
+    launch = stream_launch(x, x_descale, weights, descales, partial, tiles, squares, eps)
+    return [launch, sum_launch(partial, out)]
 
 
 def stream_launch(
     x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], out: Tensor,
-    tiles: StreamTiles,
+    tiles: StreamTiles, squares: Tensor | None = None, eps: float = 0.0,
 ) -> Launch:  # fmt: skip
     """The launch of the kernel alone. out: ``[parts, M, N]`` in float32, or ``[1, M, N]`` in 16 bits."""
     from mlacompile.kernels.fp8_linear.stream import _fp8_stream_kernel
@@ -81,11 +82,12 @@ def stream_launch(
         "d_strip2": descriptor(weights[1], strip, SCALE_GROUP) if strip and two else None,
         "d_out": descriptor(out[0], GROUP_ROWS, tiles.columns) if whole else None,
         "d_side": descriptor(out[0], GROUP_ROWS, tiles.strip_columns) if whole and strip else None,
-        "p_part": None if whole else out, "M": m, "N": n, "N1": weights[0].shape[0], "K": k,
+        "p_part": None if whole else out, "p_squares": squares, "eps": eps, "M": m, "N": n, "N1": weights[0].shape[0],
+        "K": k,
         "stride_xsm": x_descale.stride(0), "stride_xsk": x_descale.stride(1), "stride_sn": descales[0].stride(0),
         "stride_sn2": descales[-1].stride(0), "tiles": count, "blocks_a_part": blocks_a_part, "items": count * parts,
         "BLOCK_M": tiles.block_m, "BLOCKS": tiles.blocks, "STRIP": tiles.strip, "STAGES": tiles.stages,
-        "REGS": REGISTERS, "TWO": two,
+        "REGS": REGISTERS, "TWO": two, "STRETCHES": 0 if squares is None else squares.shape[1],
     }  # fmt: skip
     options = {"num_warps": 4, **chained(x.device)}
     return Launch(_fp8_stream_kernel, (min(count * parts, sms_of(x.device)),), arguments, options)

@@ -15,22 +15,22 @@ from mlacompile.kernels.registry import Kernel
 _Reasons = Callable[[Tensor, Tensor | None, Tensor, Tensor, torch.dtype], list[str]]
 
 
-def _for_each(reasons: _Reasons) -> Callable[..., list[str]]:
-    """What a kernel has against any of the weights, or against two of them."""
+def for_each(reasons: _Reasons) -> Callable[..., list[str]]:
+    """What a kernel has against any of the weights, or against two of them in one launch."""
 
     def of_both(
         x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype
     ) -> list[str]:
         found = [r for w, s in zip(weights, descales, strict=True) for r in reasons(x, x_descale, w, s, dtype)]
-        if weights[0].shape[0] % SCALE_GROUP:
+        if len(weights) > 1 and weights[0].shape[0] % SCALE_GROUP:
             found.append(f"the first weight has {weights[0].shape[0]} rows, not a multiple of {SCALE_GROUP}")
         return list(dict.fromkeys(found))
 
     return of_both
 
 
-def _for_all(slower: _Reasons) -> Callable[..., list[str]]:
-    """Why a kernel is slower by as large a weight as both are."""
+def for_all(slower: _Reasons) -> Callable[..., list[str]]:
+    """Why a kernel is slower by as large a weight as all of them are."""
 
     def of_both(
         x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype
@@ -60,10 +60,10 @@ def _tiles_slower(
     """As of one weight; and a row or two by themselves have a kernel that takes one weight."""
     if x.shape[0] <= MOST_ROWS:
         return [f"{x.shape[0]} rows are multiplied faster by one weight after the other"]
-    return _for_all(tiles_slower)(x, x_descale, weights, descales, dtype)
+    return for_all(tiles_slower)(x, x_descale, weights, descales, dtype)
 
 
 KERNELS = (
-    Kernel("triton", "fp8_stacked", _for_each(tiles_reasons), _tiles, _tiles_slower),
-    Kernel("stream", "fp8_stacked", _for_each(stream_reasons), _stream, _for_all(stream_slower)),
+    Kernel("triton", "fp8_stacked", for_each(tiles_reasons), _tiles, _tiles_slower),
+    Kernel("stream", "fp8_stacked", for_each(stream_reasons), _stream, for_all(stream_slower)),
 )

@@ -11,19 +11,19 @@ from mlacompile.geometry import SCALE_GROUP, scale_groups
 from mlacompile.kernels.device import chains
 from mlacompile.kernels.launch import chained
 from mlacompile.kernels.quantize_rows.portable import _quantize_rows_kernel
-from mlacompile.ops.quantize_rows import empty_results
+from mlacompile.ops.quantize_rows import STRETCH, empty_results
 
 #: Groups of a program that need not have a whole row: 2048 values, eight a thread.
-SOME_GROUPS = 16
+SOME_GROUPS = STRETCH // SCALE_GROUP
 
 
 def quantize_rows_triton(
     x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
-    parts: bool = False,
+    parts: bool = False, squares: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """``quantize_rows`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
-    results = empty_results(x, added, parts=parts)
-    grid, arguments, options = launch(x, added, norm, gated, results, eps=eps, gate=gate, parts=parts)
+    results = empty_results(x, added, parts=parts, squares=squares)
+    grid, arguments, options = launch(x, added, norm, gated, results, eps=eps, gate=gate, parts=parts, squares=squares)
     if grid[0] and grid[1]:
         _quantize_rows_kernel[grid](**arguments, **options)
     return results
@@ -31,15 +31,16 @@ def quantize_rows_triton(
 
 def launch(
     x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, results: list[Tensor],
-    *, eps: float, gate: str, parts: bool = False,
+    *, eps: float, gate: str, parts: bool = False, squares: bool = False,
 ) -> tuple[tuple[int, int], dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Grid, arguments and options of one launch. Meta tensors do, to compile without a GPU."""
     m, k = results[0].shape
     all_groups = triton.next_power_of_2(max(scale_groups(k), 1))
-    groups = all_groups if norm is not None else min(all_groups, SOME_GROUPS)
+    groups = all_groups if norm is not None and not squares else min(all_groups, SOME_GROUPS)
     arguments = {
         "p_x": x, "p_added": added, "p_norm": norm, "p_gated": gated, "p_q": results[0], "p_descale": results[1],
-        "p_total": results[-1], "K": k, "eps": eps, "stride_xp": x.stride(0), "stride_xm": x.stride(int(parts)),
+        "p_total": None if added is None else results[2], "p_squares": results[-1] if squares else None, "K": k,
+        "eps": eps, "stride_xp": x.stride(0), "stride_xm": x.stride(int(parts)),
         "stride_xg": x.stride(1) if x.dim() == 3 and not parts else SCALE_GROUP,
         "stride_am": 0 if added is None else added.stride(0), "stride_gm": 0 if gated is None else gated.stride(0),
         "PARTS": x.shape[0] if parts else 1, "GROUPS": groups, "GATE": gate, "PDL": chains(x.device),

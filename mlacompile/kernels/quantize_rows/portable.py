@@ -1,5 +1,8 @@
 """The Triton kernel of ``quantize_rows``: a program has some groups of 128 values of a row, or all of a row to norm.
 
+Where the root of a norm is left to the product, a program has some groups there, too, and stores the sum of their
+squares.
+
 Values stay in registers from the first load to the last store, as [groups, 128]: the sum of squares is over all of
 them, the largest value of a group over its 128.
 
@@ -22,12 +25,13 @@ _LARGEST = tl.constexpr(448.0)
 
 @triton.jit
 def _quantize_rows_kernel(
-    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, K, eps, stride_xp,
+    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, p_squares, K, eps, stride_xp,
     stride_xm, stride_xg, stride_am, stride_gm, PARTS: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, ⌈groups of a row / GROUPS⌉). stride_xg: from one group of x to the next. Where there is a norm, one
-    program has all groups of a row. PARTS: in float32 that x is the sum of, stride_xp apart, if there is more than one.
+    """Grid: (rows, ⌈groups of a row / GROUPS⌉). stride_xg: from one group of x to the next. Where there is a norm and
+    no p_squares, one program has all groups of a row. PARTS: in float32 that x is the sum of, stride_xp apart, if there
+    is more than one.
     """
     if PDL:
         gdc_launch_dependents()
@@ -49,8 +53,12 @@ def _quantize_rows_kernel(
         tl.store(p_total + row * K + o, x, mask=mask)
     y = x.to(tl.float32)
     if p_norm is not None:
-        scale = tl.rsqrt(tl.sum(tl.sum(y * y, 1), 0) / K + eps)
-        y = y * scale * norm.to(tl.float32)
+        squares = tl.sum(tl.sum(y * y, 1), 0)
+        if p_squares is not None:
+            tl.store(p_squares + row * tl.num_programs(1) + tl.program_id(1), squares)
+        else:
+            y = y * tl.rsqrt(squares / K + eps)
+        y = y * norm.to(tl.float32)
     if p_gated is not None:
         y = _activated(y, GATE) * tl.load(p_gated + row * stride_gm + o, mask=mask, other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(y), 1)

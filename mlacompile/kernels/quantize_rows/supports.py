@@ -13,7 +13,7 @@ MAX_ROW = 16384
 
 def triton_reasons(
     x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
-    parts: bool = False,
+    parts: bool = False, squares: bool = False,
 ) -> list[str]:  # fmt: skip
     """Why the kernel cannot run on these inputs; empty when it can. Called like ``quantize_rows``."""
     reasons = device_reasons(x.device)
@@ -24,7 +24,7 @@ def triton_reasons(
         reasons.append("elements of a row are not next to each other")
     if any(t.device != x.device for t in beside):
         reasons.append("inputs lie on several devices")
-    if norm is not None and norm.numel() > MAX_ROW:
+    if norm is not None and norm.numel() > MAX_ROW and not squares:
         reasons.append(f"rows of {norm.numel()} values, the kernel normalizes up to {MAX_ROW}")
     if norm is not None and norm.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"the norm is {norm.dtype}")

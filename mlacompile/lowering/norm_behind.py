@@ -41,13 +41,14 @@ def _moved(rows: Node) -> bool:
     q, descale, weights, descales, dtype = product.args
     if product.target is _FP8_LINEAR:
         weights, descales = [weights], [descales]
-    settings: dict[str, Any] = {"eps": 0.0, "gate": "", "impl": "auto", **rows.kwargs, "squares": True}
-    impl, eps = settings.pop("impl"), settings["eps"]
+    settings: dict[str, Any] = {"eps": 0.0, "gate": "", **rows.kwargs, "squares": True}
+    settings.pop("impl", None)
     values: Any = torch.fx.map_arg((x, added, norm, None), lambda n: n.meta["val"])
-    if registry.best("quantize_rows", *values, **settings)[0] is None:
+    stretches, _ = registry.best("quantize_rows", *values, **settings)
+    if stretches is None:
         return False
-    emit = Emitter(rows)
-    made = emit(_QUANTIZE_ROWS, x, added, norm, None, **settings, impl=impl)
+    emit, eps = Emitter(rows), settings["eps"]
+    made = emit(_QUANTIZE_ROWS, x, added, norm, None, **settings, impl=stretches.name)
     squares = emit(operator.getitem, made, len(made.meta["val"]) - 1)
     arguments = (q, descale, squares, weights, descales, dtype)
     values = torch.fx.map_arg(arguments, lambda n: n.meta["val"])

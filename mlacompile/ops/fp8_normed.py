@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
-from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels import registry
-from mlacompile.ops.fp8_linear import check_left, check_weight, fp8_linear_reference
+from mlacompile.ops.fp8_stacked import check_stack, fp8_stacked_reference
 from mlacompile.ops.quantize_rows import STRETCH
 
 
@@ -22,9 +21,8 @@ def fp8_normed_reference(
     x: Tensor, x_descale: Tensor, squares: Tensor, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype,
     *, eps: float,
 ) -> Tensor:  # fmt: skip
-    """The definition: one product after the other, side by side, in float32 up to the root."""
-    pairs = zip(weights, descales, strict=True)
-    products = torch.cat([fp8_linear_reference(x, x_descale, w, s, torch.float32) for w, s in pairs], -1)
+    """The definition, in float32 up to the root."""
+    products = fp8_stacked_reference(x, x_descale, weights, descales, torch.float32)
     return (products * torch.rsqrt(squares.sum(-1, keepdim=True) / x.shape[1] + eps)).to(dtype)
 
 
@@ -54,7 +52,13 @@ def fp8_normed(
     Raises:
         UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
     """
-    _check(x, x_descale, squares, weights, descales)
+    check_stack("fp8_normed", x, x_descale, weights, descales, {1: "one", 2: "two"})
+    want = (x.shape[0], -(-x.shape[1] // STRETCH))
+    if squares.shape != want or squares.dtype != torch.float32:
+        raise UnsupportedInputError(
+            f"fp8_normed: got squares of {squares.dtype} {list(squares.shape)}; expected torch.float32 {list(want)}, "
+            f"a sum for every {STRETCH} values of a row"
+        )
     arguments = (x, x_descale, squares, weights, descales, dtype)
     kernel = registry.chosen("fp8_normed", impl, *arguments, eps=eps)
     if kernel is None:
@@ -75,21 +79,3 @@ def _(
     impl: str = "auto",
 ) -> Tensor:
     return x.new_empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype)
-
-
-def _check(x: Tensor, x_descale: Tensor, squares: Tensor, weights: list[Tensor], descales: list[Tensor]) -> None:
-    several = len(weights) == 2 and weights[0].shape[0] % SCALE_GROUP == 0
-    if not (several or len(weights) == 1) or len(weights) != len(descales) or any(w.dim() != 2 for w in weights):
-        raise UnsupportedInputError(
-            f"fp8_normed: got weights {[list(w.shape) for w in weights]} with {len(descales)} scales; expected one or "
-            f"two [N, K], the first of two with N in multiples of {SCALE_GROUP}, and their scales"
-        )
-    for weight, descale in zip(weights, descales, strict=True):
-        check_weight("fp8_normed", weight, descale)
-        check_left("fp8_normed", x, x_descale, weight)
-    want = (x.shape[0], -(-x.shape[1] // STRETCH))
-    if squares.shape != want or squares.dtype != torch.float32:
-        raise UnsupportedInputError(
-            f"fp8_normed: got squares of {squares.dtype} {list(squares.shape)}; expected torch.float32 {list(want)}, "
-            f"a sum for every {STRETCH} values of a row"
-        )

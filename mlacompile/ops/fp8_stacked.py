@@ -46,14 +46,7 @@ def fp8_stacked(
     Raises:
         UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
     """
-    if len(weights) != 2 or len(descales) != 2 or any(w.dim() != 2 for w in weights) or len(weights[0]) % SCALE_GROUP:
-        raise UnsupportedInputError(
-            f"fp8_stacked: got weights {[list(w.shape) for w in weights]} with {len(descales)} scales; expected two "
-            f"[N, K], the first of N in multiples of {SCALE_GROUP}, and their scales"
-        )
-    for weight, descale in zip(weights, descales, strict=True):
-        check_weight("fp8_stacked", weight, descale)
-        check_left("fp8_stacked", x, x_descale, weight)
+    check_stack("fp8_stacked", x, x_descale, weights, descales, {2: "two"})
     arguments = (x, x_descale, weights, descales, dtype)
     kernel = registry.chosen("fp8_stacked", impl, *arguments)
     if kernel is None:
@@ -72,3 +65,20 @@ def _(
     impl: str = "auto",
 ) -> Tensor:
     return x.new_empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype)
+
+
+def check_stack(
+    op: str, x: Tensor, x_descale: Tensor | None, weights: list[Tensor], descales: list[Tensor], counts: dict[int, str]
+) -> None:
+    """Raise UnsupportedInputError unless x can be multiplied with these weights in one launch. counts: how many there
+    may be, and these numbers in words."""
+    apart = any(len(w) % SCALE_GROUP for w in weights[:-1])
+    if len(weights) not in counts or len(descales) != len(weights) or any(w.dim() != 2 for w in weights) or apart:
+        raise UnsupportedInputError(
+            f"{op}: got weights {[list(w.shape) for w in weights]} with {len(descales)} scales; expected "
+            f"{' or '.join(counts.values())} [N, K], the first of two of N in multiples of {SCALE_GROUP}, and their "
+            "scales"
+        )
+    for weight, descale in zip(weights, descales, strict=True):
+        check_weight(op, weight, descale)
+        check_left(op, x, x_descale, weight)

@@ -79,11 +79,7 @@ def quantize_rows(
     Raises:
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
-    _check(x, added, norm, gated, gate, parts)
-    if squares and norm is None:
-        raise UnsupportedInputError(
-            "quantize_rows: got squares=True and no norm; expected one, whose root they are for"
-        )
+    _check(x, added, norm, gated, gate, parts, squares)
     arguments: Any = (x, added, norm, gated)
     settings: Any = {"eps": eps, "gate": gate, "parts": parts, "squares": squares}
     kernel = registry.chosen("quantize_rows", impl, *arguments, **settings)
@@ -124,7 +120,13 @@ def _sizes(x: Tensor, parts: bool) -> tuple[int, int]:
     return (x.shape[1], x.shape[2]) if parts else (x.shape[0], x.shape[1:].numel())
 
 
-def _check(x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str, parts: bool) -> None:
+def _check(
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str, parts: bool, squares: bool
+) -> None:
+    if squares and norm is None:
+        raise UnsupportedInputError(
+            "quantize_rows: got squares=True and no norm; expected one, whose root they are for"
+        )
     whole = x.dtype == torch.float32 and x.dim() == 3 and len(x) > 0
     if parts and (not whole or added is None or added.dtype not in _FLOATS):
         raise UnsupportedInputError(

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
@@ -19,6 +16,7 @@ from mlacompile.ops.fp8_linear import fp8_linear, fp8_quantize_weight
 from mlacompile.ops.fp8_normed import fp8_normed_reference
 from mlacompile.ops.fp8_stacked import fp8_stacked
 from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
+from tests.lowering.rewritten import rewritten
 
 NORMED, ROWS = torch.ops.mlacompile.fp8_normed.default, torch.ops.mlacompile.quantize_rows.default
 K = 2304  # two stretches
@@ -45,16 +43,9 @@ def _inputs(k: int = K) -> list[Tensor]:
 
 def _behind(function: Any, *inputs: Tensor) -> tuple[GraphModule, int, list[Tensor], list[Tensor]]:
     """The graph after the pass, how many norms moved, and results before and after."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        gm = make_fx(function)(*(mode.from_tensor(x) for x in inputs))
-    want = gm(*inputs)
-    moved = norms_behind_products(gm)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    stable_topological_sort(gm.graph)
-    gm.recompile()
+    gm, moved, want, got = rewritten(function, inputs, norms_behind_products)
     assert len(gm.graph.find_nodes(op="call_function", target=NORMED)) == moved
-    return gm, moved, list(want), list(gm(*inputs))
+    return gm, moved, want, got
 
 
 def one(x: Tensor, added: Tensor, norm: Tensor, w: Tensor, d: Tensor) -> tuple[Tensor, ...]:

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
@@ -20,6 +17,7 @@ from mlacompile.ops.fp8_linear import fp8_quantize_weight
 from mlacompile.ops.fp8_linear_parts import fp8_linear_parts_reference
 from mlacompile.ops.fp8_quantize import fp8_quantize
 from mlacompile.ops.quantize_rows import quantize_rows_reference
+from tests.lowering.rewritten import rewritten
 
 ROWS = torch.ops.mlacompile.quantize_rows.default
 QUANTIZE = torch.ops.mlacompile.fp8_quantize.default
@@ -43,17 +41,10 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 def placed(function: Any, *inputs: Tensor) -> tuple[GraphModule, list[Node], list[Tensor]]:
     """The graph after the pass, its calls, and the largest difference of its results from those before."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        gm = make_fx(function)(*(mode.from_tensor(x) for x in inputs))
-    want = gm(*inputs)
-    count = place_quantized_rows(gm)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    stable_topological_sort(gm.graph)
-    gm.recompile()
+    gm, count, want, got = rewritten(function, inputs, place_quantized_rows)
     calls = list(gm.graph.find_nodes(op="call_function", target=ROWS))
     assert count == len(calls)
-    off = [(g.double() - w.double()).abs().max() / w.double().abs().max() for g, w in zip(gm(*inputs), want)]
+    off = [(g.double() - w.double()).abs().max() / w.double().abs().max() for g, w in zip(got, want)]
     return gm, calls, off
 
 

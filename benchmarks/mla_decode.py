@@ -32,7 +32,7 @@ from torch import Tensor
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan, mla_decode_hopper
 from mlacompile.kernels.mla_decode.launch import device_of, mla_decode_portable, shape_of
-from mlacompile.kernels.mla_decode.plan import NARROW_ROWS, choose_plan
+from mlacompile.kernels.mla_decode.plan import NARROW_ROWS, choose_plan, next_power_of_2
 from mlacompile.ops import mla_decode_reference
 from mlacompile.ops.fp8_quantize import fp8_quantize_reference
 from mlacompile.ops.mla_decode import dequantize_cache
@@ -259,15 +259,14 @@ def measure(row: Row, contender: Contender, pool: Pool, repeats: int, spread: fl
 
 def compile_one(row: Row, contender: Contender) -> None:
     """Run once on a short cache, in a worker: the binaries go to Triton's cache on disk."""
-    short = replace(row, batch=min(row.batch, 33), context=512, ragged=False)
+    short = replace(row, context=512, ragged=False)
     measure(short, contender, Pool(2 * short.bytes()), 1)
 
 
 def precompile(work: list[tuple[Row, Contender]], workers: int) -> None:
-    # What reaches the code: divisibility of the heads by 16, the number of queries, and how large a batch is.
+    # What reaches the code: divisibility of the heads by 16, the number of queries, and a power of two for the batch.
     kinds = {
-        (row.heads % 16, row.heads > 16, row.queries, row.batch == 1, row.batch > 32, c.name): (row, c)
-        for row, c in work
+        (row.heads % 16, row.heads > 16, row.queries, next_power_of_2(row.batch), c.name): (row, c) for row, c in work
     }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(kinds)), mp_context=context) as executor:

@@ -25,7 +25,7 @@ def planned(lengths: list[int], parts: int, overhead: int, weighed: bool) -> tup
     """Of every program its items, as (row, first block, blocks, parts of the row if it begins here), and the share."""
     p_length = mla_in_python.Pointer(np.array(lengths, np.int32))
     made, batch, most = mla_in_python.made, len(lengths), 20 * BLOCK
-    chunk = 1 if batch == 1 else 32
+    chunk = 1 if batch == 1 else 32 if len(lengths) % 2 else 64  # rows that are looked at together, or in rounds
     found = []
     for part in range(parts):
         share, imaginary, row, position = hopper_plan._plan(  # type: ignore[operator]

@@ -39,7 +39,7 @@ TURNED_VALUE_REGISTERS = {16: 128, 32: 128, 64: 184}  # by the columns of the tu
 GROUPED_VALUE_REGISTERS = 120  # with several factors a token, whose scores need more
 PACK = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
 FACTORS = 4  # of a token in a box: TMA copies no less than 16 bytes
-CHUNK = 256  # batch rows that the planner looks at together
+CHUNK = 256  # batch rows at most that the planner looks at together
 MERGE_SLOTS = 128  # partials of a row that are looked at together
 SECOND_ROUND = 1.1  # times that many partials at most are looked at in a second round
 MERGE_PROGRAMS = 1024
@@ -158,7 +158,7 @@ def hopper_launches(
         "scale_log2": scale * math.log2(math.e), "B": b, "H": h, "S": s, "T": shape.tokens, "n_tiles": tiles,
         "n_pages": c_kv.shape[0], "stride_table": 0 if block_table is None else block_table.stride(0),
         "n_columns": 0 if block_table is None else block_table.shape[1], "min_share": plan.min_share,
-        "overhead": plan.overhead, "CHUNK": 1 if b == 1 else 32 if b <= 32 else CHUNK, "MANY": b > CHUNK,
+        "overhead": plan.overhead, "CHUNK": 1 if b == 1 else min(max(next_power_of_2(b), 32), CHUNK), "MANY": b > CHUNK,
         **strides("q", "bhsr", q_latent), **strides("p", "bhsr", q_pe),
         "R": r, "P": shape.rope, "LEFT": columns.left, "QUARTER": columns.quarter, "PANEL": columns.panel,
         "BLOCK_P": max(next_power_of_2(shape.rope), 16) if shape.rope else 0,

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -154,6 +155,7 @@ class Product:
 
     def __init__(self, left: Any, right: Memory, acc: Any, use_acc: bool) -> None:
         self.left, self.right, self.acc, self.use_acc = left, right, acc, use_acc
+        self.kind: Any = acc.kind if isinstance(acc, Product) else acc.dtype  # sums in float16 are rounded to it
         self.value: Tensor | None = None
 
     def compute(self) -> None:
@@ -161,7 +163,7 @@ class Product:
         value = np.asarray(left, np.float64) @ np.asarray(self.right.load(), np.float64)
         if self.use_acc:
             value = value + np.asarray(self.acc.value if isinstance(self.acc, Product) else self.acc)
-        self.value = made(value.astype(np.float32))
+        self.value = made(value.astype(np.float32).astype(self.kind))
 
 
 def _products() -> list[Product]:
@@ -171,10 +173,10 @@ def _products() -> list[Product]:
     return _here.products  # type: ignore[no-any-return]
 
 
-def _begin(left: Any, right: Memory, acc: Any, *, use_acc: bool = True, is_async: bool) -> Product:
+def _begin(left: Any, right: Memory, acc: Any, *, use_acc: bool = True, is_async: bool) -> Any:
     product = Product(left, right, acc, use_acc)
     _products().append(product)
-    return product
+    return product if is_async else _wait(0, (product,))
 
 
 def _wait(pendings: int, deps: tuple[Any, ...]) -> Any:
@@ -214,16 +216,29 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
     if "sub.f16x2" in code:  # a number in e4m3, and what that leaves of it
         high = from_e4m3(to_e4m3(args[0]))
         rest = np.asarray(args[0]).astype(np.float16).astype(np.float32) - high
+        rest = rest * (16 if "mul.rn.f16x2" in code else 1)
         return made(high), made(from_e4m3(to_e4m3(rest)))
     if "mov.b32 $1, $2" in code:  # the word of two neighbours, in place of both
         low, high = (np.asarray(args[0]).astype(np.uint16).astype(np.uint32)[..., i::2] for i in (0, 1))
         return made(np.repeat(low | high << 16, 2, -1).view(np.int32))
-    if ("e4m3x2" in code or "0x6420" in code) and np.asarray(args[0]).dtype == np.int32:  # words in place of both
+    if ("e4m3x2" in code or "0x6240" in code) and np.asarray(args[0]).dtype == np.int32:  # words in place of both
         words = np.asarray(args[0]).view(np.uint32)
         pairs = np.where(np.arange(words.shape[-1]) % 2, words >> 16, words & 0xFFFF)
         times = np.asarray(args[1]) if len(args) > 1 else np.float16(1)
+        if "0x6240" in code:  # of four tokens the third comes second
+            pairs = pairs.reshape(*pairs.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(pairs.shape)
         halves = (from_e4m3(((pairs >> shift) & 255).astype(np.uint8)).astype(np.float16) for shift in (0, 8))
         return tuple(made(half * times) for half in halves)
+    if "fma.rn.f16x2" in code:  # sums of both parts of a query
+        return made((args[0] + args[1] * np.float16(1 / 16)).astype(np.float32))
+    if "shfl.sync.bfly" in code:  # a thread keeps one of two numbers and adds what another has of it
+        first, second, high = map(np.asarray, args)
+        distance = int(re.search(r"given, given, (\d+)", code)[1]) // 4  # type: ignore[index]
+        other = np.arange(len(high)) ^ distance
+        return made(np.where(high != 0, second + second[other], first + first[other]))
+    if "e4m3x2.f32 $0, $2, $1" in code:  # two numbers to a pair of FP8 values
+        low, high = (to_e4m3(x).astype(np.uint16) for x in args)
+        return made((low | high << 8).view(np.int16))
     if "e4m3x2" in code:  # pairs of FP8 values to float16
         pairs = np.asarray(args[0])
         return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))

@@ -35,6 +35,7 @@ from triton.experimental.gluon import language as gl
 
 from mlacompile.kernels.hopper import _wait_for_earlier
 from mlacompile.kernels.mla_decode.hopper_plan import _plan
+from mlacompile.kernels.mla_decode.hopper_turned_by_tokens import _scores_by_tokens
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import _scores_by_turns
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_stages
 from mlacompile.kernels.mla_decode.hopper_turned_groups import _scores_of_groups
@@ -74,39 +75,39 @@ def _mla_decode_hopper_turned_kernel(
     if GROUPS > 1 and STACKED:
         gl.warp_specialize([
             (_scores_of_groups, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                 overhead, B, i_tile, n_tiles, scale_log2, H, S, T, GROUPS, BLOCK_P, STAGES, CAUSAL,
+                                 overhead, B, i_tile, n_tiles, H, S, T, GROUPS, BLOCK_P, STAGES, CAUSAL,
                                  ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
+                       i_tile, n_tiles, scale_log2, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr,
+                       stride_pb, stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 0)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
+                       i_tile, n_tiles, scale_log2, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr,
+                       stride_pb, stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 1)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
                              PAGE, STAGES)),
         ], [4, 4, 1], [VALUE_REGS, VALUE_REGS, 24])  # fmt: skip
     elif not STACKED:
         gl.warp_specialize([
-            (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
-                                PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 0)),
-            (_scores_by_turns, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share,
-                                overhead, B, i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P,
-                                PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 1)),
+            (_scores_by_turns if GROUPS > 1 else _scores_by_tokens,
+             (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
+              n_tiles, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 0)),
+            (_scores_by_turns if GROUPS > 1 else _scores_by_tokens,
+             (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
+              n_tiles, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
+                       i_tile, n_tiles, scale_log2, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr,
+                       stride_pb, stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 0)),
         ], [4, 8], [256 - VALUE_REGS, VALUE_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_scores, (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, scale_log2, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
+                       i_tile, n_tiles, H, S, T, BLOCK_P, STAGES, CAUSAL, ONE_QUERY)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
-                       i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-                       stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
+                       i_tile, n_tiles, scale_log2, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr,
+                       stride_pb, stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,
                        ONE_QUERY, GROUPS, 0)),
             (_fetch_stages, (x, bar, cache, p_start, p_length, row, position, share, overhead, B, T, WIDTH, BLOCK_P,
                              PAGE, STAGES)),

@@ -17,7 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -30,9 +29,8 @@ from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _scores_in_chain
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
-from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _is_weighed
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _fragment, _is_weighed
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
-    _add_rope,
     _by_thread,
     _fp8_products,
     _of_thread,
@@ -40,7 +38,6 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_block,
 )
-from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 SLACK = gl.constexpr(3.75)  # powers of two, as all of these
 SPARE = gl.constexpr(2.0)  # what a row that moves leaves for larger scores to come
@@ -62,31 +59,6 @@ def _weighed(x, e, b, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
-def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b; rotary ones are begun. They begin when those of the block before are issued.
-
-    The small part of the queries goes first: it is added up more precisely.
-    """
-    WIDTH: gl.constexpr = x.q.shape[2]
-    SOME: gl.constexpr = min(WIDTH, 256)  # columns: addresses of more at once would be too many registers
-    stage = b % STAGES
-    other = (b + 1) & 1
-    zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
-    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
-    mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
-    for i in gl.static_range(WIDTH // SOME):
-        keys = x.k.index(stage).slice(i * SOME, SOME, dim=1).permute((1, 0))
-        q = x.q.index(zero + 1).slice(i * SOME, SOME, dim=1)
-        s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
-        q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
-        s = warpgroup_mma(q, keys, s, is_async=True)
-    mbarrier.arrive(bar.turn.index(b & 1), count=1)
-    factors = x.factors.index(b % PLACES).load(gl.SliceLayout(0, _fp8_products()))
-    s = warpgroup_mma_wait(0, deps=(s,))
-    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
-
-
-@gluon.jit
 def _count_from(x, bar, highest, m_before, b):
     """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
 
@@ -102,8 +74,8 @@ def _count_from(x, bar, highest, m_before, b):
 
 
 @gluon.jit
-def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi, coarse):
-    """Exponentials of half a block's scores: stores P, in e4m3 or in float16, and returns their sums in pairs."""
+def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi):
+    """Exponentials of half a block's scores: stores P and returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
     scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
@@ -112,10 +84,7 @@ def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi, coarse):
     e1 = gl.exp2(s1 * scale - exponent)
     p0 = _weighed(x, e0, b, 2 * i, t, lo, hi)
     p1 = _weighed(x, e1, b, 2 * i + 1, t, lo, hi)
-    if coarse:
-        _coarse(to, b & 1).store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
-    else:
-        to.index(b & 1).store(_joined(p0.to(gl.float16), p1.to(gl.float16)))
+    to.index(b & 1).store(_joined(p0.to(gl.float16), p1.to(gl.float16)))
     return e0 + e1
 
 
@@ -127,25 +96,44 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _page_before(unit, p_pages, t, n_pages, SUB: gl.constexpr, PAGE: gl.constexpr):
+def _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Sends for those of the first three blocks of an item that are the group's own, and returns the unit of the last.
+
+    g: the number of the first block; g + first is the group's, from token t on.
+    """
+    n_pages, n_columns = cache[8], cache[9]
+    SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
+    unit = row
+    if SUB == 1:
+        unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
+    if first < n:
+        _fetch_block(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+    if (first == 0) & (n > 2):
+        if SUB == 1:
+            unit = _unit(p_pages, row, t - 2 * BLOCK, n_pages, n_columns, PAGE)
+        _fetch_block(x, bar, cache, g + 2, unit, p_pages, t - 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
+    return unit
+
+
+@gluon.jit
+def _page_before(unit, p_pages, t, cache, PAGE: gl.constexpr):
     """The page of an earlier block, or the first if there is none. unit: where no page holds a whole block."""
-    if (PAGE > 0) & (SUB == 1):
-        unit = _page(p_pages, gl.maximum(t, 0).to(gl.uint32) // PAGE, n_pages)
+    if (PAGE > 0) & (BLOCK // _tokens(cache[0].block_type.shape) == 1):
+        unit = _page(p_pages, gl.maximum(t, 0).to(gl.uint32) // PAGE, cache[8])
     return unit
 
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
+                     i_tile, n_tiles, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
                      BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
                      ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    The last block is taken first. P is e4m3 where ``_is_coarse`` says so. Behind P a group sends for the block that
+    The last block is taken first. Behind P a group sends for the block that
     comes where this one is, which is the other group's: ``_values`` hold its words by then.
     """
-    n_pages, n_columns = cache[8], cache[9]
-    SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     layout: gl.constexpr = _products()
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     s0 = gl.zeros((ROWS, BLOCK), gl.float32, _fp8_products())
@@ -163,29 +151,14 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         first = (g + SIDE) & 1
         t += (n - 1 - first) * BLOCK  # the last block is taken first
         p_pages = _pages_of(cache, row, PAGE)
-        unit = row
-        if SUB == 1:
-            unit = _unit(p_pages, row, t, n_pages, n_columns, PAGE)
-        if first < n:
-            _fetch_block(x, bar, cache, g + first, unit, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
-        if (first == 0) & (n > 2):
-            if SUB == 1:
-                unit = _unit(p_pages, row, t - 2 * BLOCK, n_pages, n_columns, PAGE)
-            _fetch_block(x, bar, cache, g + 2, unit, p_pages, t - 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
-
+        unit = _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
-        row_scale = x.row_scale.load(by_row) * scale_log2
+        row_scale = x.row_scale.load(by_row)
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
-            # Reckoned here, or it would be kept in a register.
-            coarse = _is_coarse(_here(lo), hi, n, coarse_from, GROUPS)
-            if GROUPS > 1:
-                s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, GROUPS)
-            else:
-                s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
+            s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, GROUPS)
             unit_of_p = _unit_of_block(x.largest.index(b % PLACES), t, lo, hi, ROOM)
-            unit_of_p += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             if (t < lo) | (t + BLOCK > sure):  # limits are reckoned here, or they would be kept in registers
@@ -200,9 +173,9 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             earlier = m
             m = _count_from(x, bar, highest, m_before, b)
             left, right = _halves(s)
-            sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi, coarse)
-            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi, coarse)
-            unit = _page_before(unit, p_pages, t - STAGES * BLOCK, n_pages, SUB, PAGE)
+            sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi)
+            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi)
+            unit = _page_before(unit, p_pages, t - STAGES * BLOCK, cache, PAGE)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
             total = _counted(total, earlier, m) + _of_thread(sums)

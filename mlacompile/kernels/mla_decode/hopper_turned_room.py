@@ -20,28 +20,33 @@ COARSE_BLOCKS = gl.constexpr(1024)  # at most so many are added up in FP8 produc
 class TurnedTiles:
     """Shared memory."""
 
-    q: gl.shared_memory_descriptor  # [1 or 2, 64, WIDTH] e4m3: queries rounded, and what that leaves, STACKED or apart
+    q: gl.shared_memory_descriptor  # [1 or 2, 64 or 128, WIDTH] e4m3: queries rounded, and what that leaves
     q_pe: gl.shared_memory_descriptor  # [64, BLOCK_P]
     k: gl.shared_memory_descriptor  # [STAGES, 64, WIDTH] e4m3
     pe: gl.shared_memory_descriptor  # [STAGES, 64, BLOCK_P]
     factors: gl.shared_memory_descriptor  # [PLACES, 64], several a token: [PLACES, 64, FACTORS]
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
-    row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
+    row_scale: gl.shared_memory_descriptor  # [64], the scale of scores, times what rows of queries were divided by
     share: gl.shared_memory_descriptor  # [64], 1 / the softmax's denominators
-    m: gl.shared_memory_descriptor  # [2, 64], what exponents of a block count from, for the other group of scores
+    m: (
+        gl.shared_memory_descriptor
+    )  # [3, 64], what exponents of a block count from, for the other group of scores, and zeros
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
-    p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P, which has only 32 columns then
+    p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P where that has only 32 columns
     largest: gl.shared_memory_descriptor  # [PLACES, 64], what P is multiplied with, a factor or the largest
     chain: gl.shared_memory_descriptor  # [PLACES * FACTORS, 64], see hopper_turned_chain.py
+    rise: gl.shared_memory_descriptor  # [2, 64], by how much rows of a group's block count from more than before
     shares: gl.shared_memory_descriptor  # [PLACES, FACTORS, 64] float16, what groups of columns have of that
 
     @gluon.constexpr_function
-    def __init__(self, q, q_pe, k, pe, factors, p, alpha, row_scale, share, m, others, p_last, largest, chain, shares):
+    def __init__(
+        self, q, q_pe, k, pe, factors, p, alpha, row_scale, share, m, others, p_last, largest, chain, rise, shares
+    ):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.share = p, alpha, row_scale, share
         self.m, self.others, self.p_last = m, others, p_last
-        self.largest, self.chain, self.shares = largest, chain, shares
+        self.largest, self.chain, self.rise, self.shares = largest, chain, rise, shares
 
 
 @aggregate
@@ -79,6 +84,12 @@ def _is_weighed(groups, stacked):
 
 
 @gluon.constexpr_function
+def _parts_apart(shape):
+    """Whether both parts of queries of that shape have sums of their own: they are one tile of 128 rows."""
+    return shape[1] > ROWS
+
+
+@gluon.constexpr_function
 def _tile_rows(stacked):
     """Rows (query, head) of a tile: both parts of their queries are as many as one wgmma takes, or each is."""
     return 32 if stacked else 64
@@ -97,7 +108,7 @@ def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if GROUPS > 1 and STACKED:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
-    elif not STACKED:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
+    elif GROUPS > 1:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
         half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
     else:
@@ -115,10 +126,11 @@ def _is_coarse(lo, hi, n, coarse_from, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _coarse(p, buffer):
-    """Half of a block's P as e4m3, in the room of that in float16."""
-    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=8, rank=2)
-    return p._reinterpret(gl.float8e4nv, [4, ROWS, BLOCK // 2], half).index(2 * buffer)
+def _coarse(p, buffer, dtype: gl.constexpr):
+    """A block's P in e4m3, or pairs of that as one number, in the room of that in float16."""
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=BITS, rank=2)
+    return p._reinterpret(dtype, [4, ROWS, 8 * BLOCK // BITS], layout).index(2 * buffer)
 
 
 @gluon.jit
@@ -139,13 +151,18 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q = gl.allocate_shared_memory(gl.float8e4nv, [1 if STACKED else 2, ROWS, WIDTH], bytes_)
+    TILES: gl.constexpr = 2 if GROUPS > 1 and not STACKED else 1
+    TOGETHER: gl.constexpr = 1 if STACKED or GROUPS > 1 else 2  # rounded rows, and behind them what that leaves
+    q = gl.allocate_shared_memory(gl.float8e4nv, [TILES, TOGETHER * ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     p = _room_of_p(q, GROUPS, STACKED)
-    m, others, p_last = alpha, alpha, p
+    m, rise, others, p_last = alpha, alpha, alpha, p
     if not STACKED:
-        p_last = _room_of_p(q, GROUPS, STACKED)
-        m = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
+        if GROUPS > 1:
+            p_last = _room_of_p(q, GROUPS, STACKED)
+        m = gl.allocate_shared_memory(gl.float32, [3, ROWS], plain)
+        m.index(2).store(gl.zeros((ROWS,), gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
+        rise = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     factors = _room_of_factors(GROUPS)
     largest, chain, shares = factors, factors, factors
@@ -169,6 +186,7 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         p_last,
         largest,
         chain,
+        rise,
         shares,
     )
     SIDES: gl.constexpr = _sides(GROUPS, STACKED)

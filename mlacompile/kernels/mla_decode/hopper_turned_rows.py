@@ -5,24 +5,44 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mlacompile.kernels.hopper import _here
-from mlacompile.kernels.mla_decode.hopper_turned_room import _tile_rows
+from mlacompile.kernels.mla_decode.hopper_room import ROWS
+from mlacompile.kernels.mla_decode.hopper_turned_room import _parts_apart, _tile_rows
 
 EIGHT = gl.constexpr(8)  # rows whose both parts lie together where they are stacked: what a warp multiplies at once
 
-# Four numbers to e4m3, and what that leaves of each, which is exact in float16, to e4m3.
-PARTS_OF_QUERIES = gl.constexpr(
-    "{ .reg .b16 a, b; .reg .b32 x, y; "
-    "cvt.rn.satfinite.e4m3x2.f32 a, $3, $2; cvt.rn.satfinite.e4m3x2.f32 b, $5, $4; mov.b32 $0, {a, b}; "
-    "cvt.rn.f16x2.f32 x, $3, $2; cvt.rn.f16x2.e4m3x2 y, a; sub.f16x2 x, x, y; cvt.rn.satfinite.e4m3x2.f16x2 a, x; "
-    "cvt.rn.f16x2.f32 x, $5, $4; cvt.rn.f16x2.e4m3x2 y, b; sub.f16x2 x, x, y; cvt.rn.satfinite.e4m3x2.f16x2 b, x; "
-    "mov.b32 $1, {a, b}; }"
-)
+REST = 4  # powers of two by which what is left is multiplied where both parts have sums of their own
+# Sums of FP8 products in float32 have room for all, and queries have that of FP8. In float16 they end at 65504: 512
+# products of 448 and 2^-2 do not reach that.
+TOP = gl.constexpr(8)
+TOP_IN_FLOAT16 = gl.constexpr(-2)
+
+
+def _parts_of_queries(rest: str) -> str:
+    """Four numbers to e4m3, and what that leaves of each, which is exact in float16, to e4m3. rest: done to that."""
+
+    def left(x: str, numbers: str) -> str:
+        return (
+            f"cvt.rn.f16x2.f32 x, {numbers}; cvt.rn.f16x2.e4m3x2 y, {x}; sub.f16x2 x, x, y; {rest}"
+            f"cvt.rn.satfinite.e4m3x2.f16x2 {x}, x; "
+        )
+
+    return (
+        "{ .reg .b16 a, b; .reg .b32 x, y; "
+        "cvt.rn.satfinite.e4m3x2.f32 a, $3, $2; cvt.rn.satfinite.e4m3x2.f32 b, $5, $4; mov.b32 $0, {a, b}; "
+        + left("a", "$3, $2")
+        + left("b", "$5, $4")
+        + "mov.b32 $1, {a, b}; }"
+    )
+
+
+PARTS_OF_QUERIES = gl.constexpr(_parts_of_queries(""))
+PARTS_APART = gl.constexpr(_parts_of_queries(f"mov.b32 y, 0x{(15 + REST << 10) * 0x10001:x}; mul.rn.f16x2 x, x, y; "))
 
 
 @gluon.jit
-def _power(amax):
-    """The exponent k of a power of two for which amax * 2^-k lies in [128, 256)."""
-    k = (amax.to(gl.int32, bitcast=True) >> 23) - (127 + 7)
+def _power(amax, TOP: gl.constexpr):
+    """The exponent k of a power of two for which amax * 2^-k lies in [2^(TOP - 1), 2^TOP)."""
+    k = (amax.to(gl.int32, bitcast=True) >> 23) - (126 + TOP)
     return gl.minimum(gl.maximum(k, -100), 100)
 
 
@@ -73,12 +93,15 @@ def _stacked(high, rest):
 
 
 @gluon.jit
-def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Queries in two FP8 parts, and the powers of two that their rows were divided by.
+def _store_queries(x, q, pe, scale_log2, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Queries in two FP8 parts, and what their scores are to be multiplied with: scale_log2 times the powers of two
+    that rows were divided by.
 
-    STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none.
+    STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none. With
+    one factor a token, and not STACKED, all rows of the one and then all of the other are one tile.
     """
     N: gl.constexpr = q.shape[0]
+    APART: gl.constexpr = _parts_apart(x.q.shape)
     by_row: gl.constexpr = gl.SliceLayout(1, q.type.layout)
     q = q.to(gl.float32)
     largest = _largest(q)
@@ -89,20 +112,23 @@ def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P
     if (BLOCK_P > 0) & (BLOCK_P < 32):
         pe = pe.to(gl.float32)
         amax = gl.maximum(amax, gl.convert_layout(gl.max(gl.abs(pe), 1), by_row))
-    k = _power(amax)
+    k = _power(amax, TOP_IN_FLOAT16 if APART else TOP)
     down = _two_to(-k)
     high, rest = gl.inline_asm_elementwise(
-        PARTS_OF_QUERIES, "=r,=r,f,f,f,f", [q * down[:, None]], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True,
-        pack=4,
+        PARTS_APART if APART else PARTS_OF_QUERIES, "=r,=r,f,f,f,f", [q * down[:, None]],
+        dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True, pack=4,
     )  # fmt: skip
     # A conversion to FP8 ends at its largest value: rows that are not finite say so here.
-    up = gl.where(amax < float("inf"), _two_to(k), float("nan"))
+    up = gl.where(amax < float("inf"), _two_to(k) * scale_log2, float("nan"))
     if STACKED:
         x.q.index(0).slice(2 * FIRST, 2 * N, dim=0).store(_stacked(high, rest))
         x.row_scale.slice(2 * FIRST, 2 * N, dim=0).store(_stacked(up, up))
     else:
         x.q.index(0).slice(FIRST, N, dim=0).store(high)
-        x.q.index(1).slice(FIRST, N, dim=0).store(rest)
+        if APART:
+            x.q.index(0).slice(ROWS + FIRST, N, dim=0).store(rest)
+        else:
+            x.q.index(1).slice(FIRST, N, dim=0).store(rest)
         x.row_scale.slice(FIRST, N, dim=0).store(up)
     if BLOCK_P > 0:
         pe = pe * gl.convert_layout(down, gl.SliceLayout(1, pe.type.layout))[:, None]
@@ -116,8 +142,8 @@ def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P
 
 
 @gluon.jit
-def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-                     stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
+def _convert_queries(x, p_q, p_qpe, scale_log2, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr,
+                     stride_pb, stride_ph, stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
                      WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
                      ONE_QUERY: gl.constexpr):  # fmt: skip
     """N rows of a tile of queries, from FIRST on, at once: the compiler has all warps wait before a second store to the
@@ -130,7 +156,7 @@ def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, str
         pe = _queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, FIRST, N, STACKED, ONE_QUERY)
     # Always so, but the compiler does not know, which would send for some of them when the first have arrived.
     if STACKED or _here(i_tile) >= 0:
-        _store_queries(x, q, pe, FIRST, STACKED, BLOCK_P)
+        _store_queries(x, q, pe, scale_log2, FIRST, STACKED, BLOCK_P)
 
 
 @gluon.jit

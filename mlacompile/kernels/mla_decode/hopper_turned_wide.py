@@ -70,12 +70,14 @@ def _columns(x, words, g, i: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.cons
 
 
 @gluon.jit
-def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constexpr):
+def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr):
     """P of step i of STEPS, as a right operand."""
-    half = x.p if i < STEPS // 2 else x.p_last
     if COARSE:
-        return _coarse(half, buffer).permute((1, 0))
+        return _coarse(x.p, buffer, gl.float8e4nv).slice(i * FP8_STEP, FP8_STEP, dim=1).permute((1, 0))
+    elif GROUPS == 1:
+        return _step_of(x.p.index(buffer), i)
     else:
+        half = x.p if i < STEPS // 2 else x.p_last
         return _step_of(half.index(buffer), i % (STEPS // 2))
 
 
@@ -103,7 +105,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, od
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(TILES * STEPS):
         even, odd = _columns(x, parts[i], g, i, COARSE, GROUPS, layout)
-        right = _weights(x, buffer, i % STEPS, STEPS, COARSE)
+        right = _weights(x, buffer, i % STEPS, STEPS, COARSE, GROUPS)
         if i < STEPS:
             even0, odd0 = _add_products(even, odd, right, even0, odd0)
         else:

@@ -16,8 +16,8 @@ SPLIT = gl.constexpr(
     "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
     "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
 )
-# The same and the next two tokens', as they are: even of all four, odd of all four.
-APART = gl.constexpr("prmt.b32 $0, $2, $4, 0x6420; prmt.b32 $1, $2, $4, 0x7531;")
+# The same and two tokens eight further on, as they are: even of all four, odd of all four, each with the one eight on.
+APART = gl.constexpr("prmt.b32 $0, $2, $4, 0x6240; prmt.b32 $1, $2, $4, 0x7351;")
 
 
 @gluon.jit
@@ -80,7 +80,8 @@ def _in_order_of_words(x):
 def _fp8_words_of(tile, i, layout: gl.constexpr):
     """Words of pairs of columns, of the tokens of FP8_STEP: [pairs, FP8_STEP / 2].
 
-    A thread has tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, and calls them 4t to 4t + 3, as it does those of P.
+    A thread has tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16. As left operands, and in P, they are 2t, 2t + 8, 2t + 1 and
+    2t + 9, and count as 4t to 4t + 3.
     """
     as_16_bits: gl.constexpr = gl.DotOperandLayout(0, _fragment(layout.instr_shape[1], gl.num_warps()), 2)
     pairs = tile.slice(i * FP8_STEP, FP8_STEP, dim=0).permute((1, 0)).load(as_16_bits)

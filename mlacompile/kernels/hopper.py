@@ -34,3 +34,34 @@ def _launch_later():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+def _any_code(side: int) -> str:
+    return (
+        "{ .reg .pred any; setp.ne.b32 any, $1, 0; "
+        f"barrier.cta.red.or.pred any, {14 + side}, 128, any; selp.b32 any_of_{side}, 1, 0, any; mov.b32 $0, any_of_{side}; }}"
+    )
+
+
+ANY_0, ANY_1 = (gl.constexpr(_any_code(side)) for side in (0, 1))
+
+
+@gluon.jit
+def _declare_any(SIDE: gl.constexpr):
+    """What ``_any_thread`` of a partition of that number passes its result in. Once, and before it."""
+    CODE: gl.constexpr = ".reg .b32 any_of_1; // $0" if SIDE else ".reg .b32 any_of_0; // $0"
+    gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _any_thread(x, SIDE: gl.constexpr):
+    """Whether x, of which each thread of four warps has one element, is true of any. All wait for each other.
+
+    The barrier itself says so, at no more than what it costs to wait. As a tensor: its result, which is the same in
+    all threads, becomes a number by way of a register of its own. Two partitions can do this, as SIDE 0 and 1.
+    """
+    gl.inline_asm_elementwise(
+        ANY_1 if SIDE else ANY_0, "=r,r", [gl.where(x, 1, 0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+    CODE: gl.constexpr = "mov.b32 $0, any_of_1;" if SIDE else "mov.b32 $0, any_of_0;"
+    return gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) != 0

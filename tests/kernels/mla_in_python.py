@@ -50,6 +50,11 @@ def to_e4m3(x: Numbers) -> Numbers:
     return kept.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
+def halves_of(words: Numbers) -> Numbers:
+    """Both float16 of words."""
+    return np.ascontiguousarray(words).view(np.float16).reshape(*words.shape, 2)
+
+
 class Tensor(np.ndarray):  # type: ignore[type-arg]
     """A tensor in registers; values of FP8 as float32."""
 
@@ -230,12 +235,15 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
         halves = (from_e4m3(((pairs >> shift) & 255).astype(np.uint8)).astype(np.float16) for shift in (0, 8))
         return tuple(made(half * times) for half in halves)
     if "fma.rn.f16x2" in code:  # sums of both parts of a query
-        return made((args[0] + args[1] * np.float16(1 / 16)).astype(np.float32))
+        return made(((args[0] + args[1] * np.float16(1 / 16)) * args[2]).astype(np.float32))
     if "shfl.sync.bfly" in code:  # a thread keeps one of two numbers and adds what another has of it
-        first, second, high = map(np.asarray, args)
+        first, second = (np.ascontiguousarray(x).view(np.float16) for x in args[:2])
+        high = np.asarray(args[2])[:, :1]
         distance = int(re.search(r"given, given, (\d+)", code)[1]) // 4  # type: ignore[index]
         other = np.arange(len(high)) ^ distance
-        return made(np.where(high != 0, second + second[other], first + first[other]))
+        return made(np.where(high != 0, second + second[other], first + first[other]).view(np.int32))
+    if code.startswith("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32"):  # a word to two numbers
+        return tuple(made(x.astype(np.float32)) for x in np.moveaxis(halves_of(args[0]), -1, 0))
     if "e4m3x2.f32 $0, $2, $1" in code:  # two numbers to a pair of FP8 values
         low, high = (to_e4m3(x).astype(np.uint16) for x in args)
         return made((low | high << 8).view(np.int16))
@@ -338,7 +346,7 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
             arrive=lambda barrier, count: barrier.change(count, 0),
         ),
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to), "_barriers": _barriers,
-        "_here": lambda x: x, **dict.fromkeys(("_launch_later", "_wait_for_earlier", "all_warps"), lambda: None),
+        "_here": lambda x: x, "_declare_any": lambda side: None, "_any_thread": lambda x, side: bool(np.any(x)), **dict.fromkeys(("_launch_later", "_wait_for_earlier", "all_warps"), lambda: None),
     }  # fmt: skip
     for module in modules:
         for name, value in list(vars(module).items()):

@@ -20,10 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlacompile.kernels.hopper import _here, _launch_later, all_warps
+from mlacompile.kernels.hopper import _any_thread, _declare_any, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
-from mlacompile.kernels.mla_decode.hopper_rows import _either, _limits
+from mlacompile.kernels.mla_decode.hopper_rows import _limits
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import FP8_ROOM, ROOM, SLACK, SPARE, _page_before, _send_first
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
@@ -31,18 +31,19 @@ from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _f
 from mlacompile.kernels.mla_decode.hopper_turned_rows import REST
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _report, _unit_of_block
 
-# Scores of either part of two queries to float32. Of one instruction: the compiler must not look at sums before they
-# are waited for.
+# Scores of either part of two queries, times the power of two of each, to float32. Of one instruction: the compiler must
+# not look at sums before they are waited for.
 SUM_OF_PARTS = gl.constexpr(
     f"{{ .reg .b32 x, rest; .reg .b16 a, b; mov.b32 rest, 0x{(15 - REST << 10) * 0x10001:x}; "
-    "fma.rn.f16x2 x, $3, rest, $2; mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+    "fma.rn.f16x2 x, $3, rest, $2; mul.rn.f16x2 x, x, $4; "
+    "mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
 )
 QUARTER = gl.constexpr(16)  # rows whose numbers a thread loads at once
 FRESH = gl.constexpr(2.0)  # alpha of rows that have not seen a token
 
 
 def _fold(bit: int) -> str:
-    """Two sums of either half of the rows, of which a thread keeps one half and gives the other away."""
+    """Two words of sums, one of which a thread keeps and gives the other away, for what another thread has of its."""
     return (
         "{ .reg .pred high; .reg .b32 kept, given; setp.ne.b32 high, $3, 0; selp.b32 kept, $2, $1, high; "
         f"selp.b32 given, $1, $2, high; shfl.sync.bfly.b32 given, given, {4 * bit}, 31, 0xffffffff; "
@@ -51,6 +52,8 @@ def _fold(bit: int) -> str:
 
 
 FOLD_4, FOLD_2, FOLD_1 = (gl.constexpr(_fold(bit)) for bit in (4, 2, 1))
+TWO_TO_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+TWO_FROM_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
 TWO_TO_E4M3 = gl.constexpr("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;")
 
 
@@ -71,6 +74,13 @@ def _by_pairs():
     """The same of what is made of two tokens, the i-th and the (i + 8)-th of 16, which one thread has."""
     rows, lanes = [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(rows, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS])
+
+
+@gluon.constexpr_function
+def _by_words():
+    """The same of words of two rows each."""
+    words, lanes = [[0, 4], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(words, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS // 2])
 
 
 @gluon.constexpr_function
@@ -99,11 +109,9 @@ def _begin_columns(keys, queries, s, FIRST: gl.constexpr, SOME: gl.constexpr):
 
 
 @gluon.jit
-def _scores_of_tokens(x, bar, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b, in units of the queries; rotary ones are begun. They begin when those of the block before are
-    issued."""
+def _begin_scores(x, bar, b, STAGES: gl.constexpr):
+    """Begins the products of block b, when those of the block before are issued, all but the last columns of them."""
     WIDTH: gl.constexpr = x.k.shape[2]
-    layout: gl.constexpr = _by_tokens()
     stage = b % STAGES
     other = (b + 1) & 1
     keys = x.k.index(stage)
@@ -115,14 +123,26 @@ def _scores_of_tokens(x, bar, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
     s = _begin_columns(keys, queries, s, WIDTH // 2, WIDTH // 4)
     s = _begin_columns(keys, queries, s, 3 * WIDTH // 4, WIDTH // 8)
     mbarrier.arrive(bar.turn.index(b & 1), count=1)
+    return s
+
+
+@gluon.jit
+def _end_scores(x, s, row_scale, factors, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of block b, divided by the tile's power of two; rotary ones are begun."""
+    WIDTH: gl.constexpr = x.k.shape[2]
     LAST: gl.constexpr = WIDTH // 8
+    layout: gl.constexpr = _by_tokens()
+    stage = b % STAGES
+    keys = x.k.index(stage).slice(WIDTH - LAST, LAST, dim=1)
+    queries = x.q.index(_here(stage) >> 8).slice(WIDTH - LAST, LAST, dim=1)
     # Not asynchronous: sums of 16 bits would be taken apart before they are waited for.
-    right = queries.slice(WIDTH - LAST, LAST, dim=1).permute((1, 0))
-    s = warpgroup_mma(keys.slice(WIDTH - LAST, LAST, dim=1), right, s, is_async=False)
+    s = warpgroup_mma(keys, queries.permute((1, 0)), s, is_async=False)
     main, rest = _halves(s)
-    s = gl.inline_asm_elementwise(SUM_OF_PARTS, "=f,=f,r,r", [main, rest], dtype=gl.float32, is_pure=False, pack=2)
+    s = gl.inline_asm_elementwise(
+        SUM_OF_PARTS, "=f,=f,r,r,r", [main, rest, row_scale[None, :]], dtype=gl.float32, is_pure=False, pack=2
+    )
     s = gl.convert_layout(s, layout, assert_trivial=True)
-    s = s * x.factors.index(b % PLACES).load(gl.SliceLayout(1, layout))[:, None]
+    s = s * factors[:, None]
     if BLOCK_P > 0:
         s = warpgroup_mma(x.pe.index(stage), x.q_pe.permute((1, 0)), s, is_async=True)
     return s
@@ -144,71 +164,59 @@ def _seen_tokens(s, t, lo, hi, end, sure, i_tile, H, S, T, CAUSAL: gl.constexpr,
 
 
 @gluon.jit
-def _exceed(exponents, most):
-    """Whether any of a block's exponents is more than that. Every warp looks at its own first."""
+def _largest_of_thread(exponents):
+    """The largest of the exponents that each thread has."""
     parts = exponents.reshape([BLOCK // 16, 2, 8, ROWS // 8, 4, 2])
-    of_thread = gl.max(gl.max(gl.max(parts, 5), 3), 1)
-    more = gl.where(of_thread > most, 1, 0).reshape([2 * BLOCK])
-    return gl.reduce(more, 0, _either) != 0
+    return gl.max(gl.max(gl.max(parts, 5), 3), 1)
 
 
 @gluon.jit
-def _minus(s, m, up):
-    """s - m + up, a few rows at a time: registers are short. m: in shared memory, of each row."""
+def _minus(s, m):
+    """s - m, a few rows at a time: registers are short. m: in shared memory, of each row."""
     N: gl.constexpr = s.shape[1]
     if N > QUARTER:
         s0, s1 = _halves(s)
-        s0 = _minus(s0, m.slice(0, N // 2, dim=0), up)
-        s1 = _minus(s1, m.slice(N // 2, N // 2, dim=0), up)
+        s0 = _minus(s0, m.slice(0, N // 2, dim=0))
+        s1 = _minus(s1, m.slice(N // 2, N // 2, dim=0))
         return _joined(s0, s1)
     else:
-        return s + (up - m.load(gl.SliceLayout(0, s.type.layout)))[None, :]
+        return s - m.load(gl.SliceLayout(0, s.type.layout))[None, :]
 
 
 @gluon.jit
-def _scaled(s, scale, m, up):
-    """``_minus``, of s times the scale of its row."""
-    N: gl.constexpr = s.shape[1]
-    if N > QUARTER:
-        s0, s1 = _halves(s)
-        s0 = _scaled(s0, scale.slice(0, N // 2, dim=0), m.slice(0, N // 2, dim=0), up)
-        s1 = _scaled(s1, scale.slice(N // 2, N // 2, dim=0), m.slice(N // 2, N // 2, dim=0), up)
-        return _joined(s0, s1)
-    else:
-        by_row: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-        return s * scale.load(by_row)[None, :] + (up - m.load(by_row))[None, :]
+def _counted_from(x, bar, b, begins):
+    """What exponents of block b count from if no row moves, in shared memory, when the other group has said so."""
+    other = (b + 1) & 1
+    mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
+    return x.m.index(gl.where(begins, 2, other))  # the last are zeros
 
 
 @gluon.jit
-def _count_tokens_from(x, bar, s, total, unit, b, begins, unsure, SIDE: gl.constexpr):
-    """Exponents of block b in its unit, and the sums of blocks before, both counted from what is told to the other
-    group and, as alpha, to ``_values``.
+def _tell(x, bar, exponents, before, total, b, begins, unsure, SIDE: gl.constexpr):
+    """Exponents of block b, and the sums of blocks before, both counted from what is told to the other group and, as
+    alpha, to ``_values``.
 
-    begins: b is the first block of its item. unsure: some rows may not have seen a token yet. Those count from 0, and
-    their alpha is 2, which none is that multiplies something.
+    before: what they count from if no row moves. begins: b is the first block of its item. unsure: some rows may not
+    have seen a token yet. Those count from 0, and their alpha is 2, which none is that multiplies something.
     """
-    by_row: gl.constexpr = gl.SliceLayout(0, _by_tokens())
     other = (b + 1) & 1
     buffer = b & 1
-    mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
-    before = x.m.index(gl.where(begins, 2, other))  # the last are zeros
-    exponents = _scaled(s, x.row_scale, before, unit)
-    exceed = _exceed(exponents, SLACK)
     m = before.load(_two_rows())
     alpha_before = x.alpha.index(other).load(_two_rows())
     alpha = gl.full((ROWS,), 1.0, gl.float32, _two_rows())
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
-    if exceed | begins | unsure:
+    x.alpha.index(buffer).store(alpha)
+    x.m.index(buffer).store(m)
+    if _any_thread(_largest_of_thread(exponents) > SLACK, SIDE) | begins | unsure:
         fresh = begins | (alpha_before == FRESH)
         highest = gl.convert_layout(gl.max(exponents, 0), _two_rows())
         rise = gl.where((highest > SLACK) | fresh, highest + SPARE, 0.0)
         rise = gl.where(highest == float("-inf"), 0.0, rise)
         alpha = gl.where(fresh, gl.where(highest == float("-inf"), FRESH, 1.0), gl.exp2(-rise))
-        m += rise
+        x.alpha.index(buffer).store(alpha)
+        x.m.index(buffer).store(m + rise)
         x.rise.index(SIDE).store(rise)
-        exponents = _minus(exponents, x.rise.index(SIDE), 0.0)
-    x.alpha.index(buffer).store(alpha)
-    x.m.index(buffer).store(m)
+        exponents = _minus(exponents, x.rise.index(SIDE))
     mbarrier.arrive(bar.m.index(buffer), count=1)
     both = gl.convert_layout(alpha_before * alpha, gl.SliceLayout(0, _sums_of_warps()))[None, :]
     total = gl.where(begins, 0.0, total * both)  # of what an earlier item has left nothing is known
@@ -216,37 +224,41 @@ def _count_tokens_from(x, bar, s, total, unit, b, begins, unsure, SIDE: gl.const
 
 
 @gluon.jit
-def _folded(e, BIT: gl.constexpr):
+def _sums_of_thread(e):
+    """Sums of each thread's tokens: words of two rows in float16, whose exponentials are 2^SLACK at most."""
+    e = gl.sum(_pairs_of_tokens(e), 1).reshape([BLOCK // 2, ROWS // 2, 2])
+    even, odd = gl.split(e)
+    words = gl.inline_asm_elementwise(TWO_TO_FLOAT16, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+    return gl.convert_layout(words, _by_words(), assert_trivial=True)
+
+
+@gluon.jit
+def _folded(words, CODE: gl.constexpr, BIT: gl.constexpr):
     """Sums of threads whose tokens differ in that bit: of half of the rows each."""
-    rows: gl.constexpr = e.shape[1] // 2
-    first, second = gl.split(e.reshape([BLOCK // 2, 2, rows]).permute((0, 2, 1)))
-    layout: gl.constexpr = first.type.layout
-    high = (gl.arange(0, BLOCK // 2, gl.SliceLayout(1, layout)) & BIT)[:, None]
+    N: gl.constexpr = words.shape[1] // 2
+    first, second = gl.split(words.reshape([BLOCK // 2, 2, N]).permute((0, 2, 1)))
+    high = (gl.arange(0, BLOCK // 2, gl.SliceLayout(1, first.type.layout)) & BIT)[:, None]
     high, first = gl.broadcast(high, first)
-    return gl.inline_asm_elementwise(
-        FOLD_4 if BIT == 4 else FOLD_2 if BIT == 2 else FOLD_1, "=r,r,r,r,r", [first, second, high],
-        dtype=gl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(CODE, "=r,r,r,r", [first, second, high], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _sums(e):
-    """Sums of each warp's tokens. In float16, of 16 numbers: exponentials are 2^SLACK at most."""
-    e = gl.sum(_pairs_of_tokens(e), 1).reshape([BLOCK // 2, ROWS]).to(gl.float16)
-    e = _folded(_folded(_folded(e, 4), 2), 1)
-    return gl.convert_layout(e.reshape([4, ROWS]), _sums_of_warps(), assert_trivial=True).to(gl.float32)
+def _sums_of_warp(words):
+    """Sums of each warp's tokens."""
+    words = _folded(_folded(_folded(words, FOLD_4, 4), FOLD_2, 2), FOLD_1, 1)
+    even, odd = gl.inline_asm_elementwise(
+        TWO_FROM_FLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
+    return gl.convert_layout(gl.join(even, odd).reshape([4, ROWS]), _sums_of_warps(), assert_trivial=True)
 
 
 @gluon.jit
-def _store_p(x, e, one, b, t, lo, hi, coarse):
-    """P of block b: exponentials times the factors of their tokens, in e4m3 or in float16, turned into rows. one: what
-    1 is in the unit of the block."""
-    by_token: gl.constexpr = gl.SliceLayout(1, _by_tokens())
-    factors = x.factors.index(b % PLACES).load(by_token)
+def _store_p(x, e, factors, b, t, lo, hi, coarse):
+    """P of block b: exponentials times the factors of their tokens, in e4m3 or in float16, turned into rows."""
     if (t < lo) | (t + BLOCK > hi):
-        o_t = _here(t) + gl.arange(0, BLOCK, by_token)
+        o_t = _here(t) + gl.arange(0, BLOCK, gl.SliceLayout(1, _by_tokens()))
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    p = e * (factors * one)[:, None]
+    p = e * factors[:, None]
     if coarse:
         first, second = gl.split(_pairs_of_tokens(p).permute((0, 2, 3, 1)))
         pairs = gl.inline_asm_elementwise(TWO_TO_E4M3, "=h,f,f", [first, second], dtype=gl.int16, is_pure=True, pack=1)
@@ -258,10 +270,13 @@ def _store_p(x, e, one, b, t, lo, hi, coarse):
 
 @gluon.jit
 def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                      i_tile, n_tiles, H, S, T, coarse_from, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                      i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
                       PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
                       GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """As ``_scores_by_turns``, for one factor a token."""
+    layout: gl.constexpr = _by_tokens()
+    by_row: gl.constexpr = gl.SliceLayout(0, layout)
+    _declare_any(SIDE)
     g = 0
     item = 0
     todo = share
@@ -269,41 +284,53 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         lo, hi, end, t, n, skip, rest, taken = _item(
             p_start, p_length, row, position, todo, overhead, T, coarse_from, _is_weighed(GROUPS, False)
         )
-        _limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, gl.SliceLayout(0, _by_tokens()), ROWS)
+        _limit, sure = _limits(i_tile, H, S, T, hi, end, CAUSAL, ONE_QUERY, by_row, ROWS)
         total = gl.zeros((4, ROWS), gl.float32, _sums_of_warps())
+        sums = gl.zeros((BLOCK // 2, ROWS // 2), gl.int32, _by_words())
+        one = 1.0
         first = (g + SIDE) & 1
         t += (n - 1 - first) * BLOCK  # the last block is taken first
         p_pages = _pages_of(cache, row, PAGE)
         unit_of_page = _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
+        scale = (x.tile_scale.load(by_row) * scale_log2)[None, :]
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, GROUPS)
-            s = _scores_of_tokens(x, bar, b, BLOCK_P, STAGES)
+            s = _begin_scores(x, bar, b, STAGES)
+            # While products run: what is left of the block before, and what will be needed at once.
+            total += _sums_of_warp(sums) * one
             unit = _unit_of_block(x.factors.index(b % PLACES), t, lo, hi, ROOM)
             unit += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
+            row_scale = x.row_scale.load(by_row)
+            factors = x.factors.index(b % PLACES).load(gl.SliceLayout(1, layout))
+            s = _end_scores(x, s, row_scale, factors, b, BLOCK_P, STAGES)
+            before = _counted_from(x, bar, b, i == 0)
+            m = before.load(by_row) - unit
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen_tokens(s, t, lo, hi, end, sure, i_tile, H, S, T, CAUSAL, ONE_QUERY)
             if (i == n - 1) & ((row + 1 >= B) | (todo - taken <= overhead)):
                 _launch_later()
             unsure = CAUSAL & (t + BLOCK >= sure)  # the block before, which has later tokens, is not seen by all
-            exponents, total = _count_tokens_from(x, bar, s, total, unit, b, i == 0, unsure, SIDE)
+            exponents = s * scale - m[None, :]
+            exponents, total = _tell(x, bar, exponents, before, total, b, i == 0, unsure, SIDE)
             e = gl.exp2(exponents)
             one = gl.exp2(-unit)
-            _store_p(x, e, one, b, t, lo, hi, coarse)
+            _store_p(x, e, factors * one, b, t, lo, hi, coarse)
             unit_of_page = _page_before(unit_of_page, p_pages, t - STAGES * BLOCK, cache, PAGE)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
-            total += _sums(e) * one
+            sums = _sums_of_thread(e)
             if i + STAGES < n:
                 _fetch_block(
                     x, bar, cache, b + STAGES, unit_of_page, p_pages, t - STAGES * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES
                 )
             t = _here(t) - 2 * BLOCK  # or the compiler would keep several numbers that follow from it, and spill others
         rows: gl.constexpr = _two_rows()
+        total += _sums_of_warp(sums) * one
         total_of_rows = gl.convert_layout(gl.sum(total, 0), rows)
         g += n
         if (g & 1) == SIDE:  # the last block was the other group's

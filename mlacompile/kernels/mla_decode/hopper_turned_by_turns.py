@@ -126,7 +126,7 @@ def _page_before(unit, p_pages, t, cache, PAGE: gl.constexpr):
 
 @gluon.jit
 def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                     i_tile, n_tiles, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
+                     i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
                      BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
                      ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
@@ -153,7 +153,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         p_pages = _pages_of(cache, row, PAGE)
         unit = _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
-        row_scale = x.row_scale.load(by_row)
+        row_scale = x.row_scale.load(by_row) * scale_log2
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i

@@ -173,7 +173,7 @@ def _publish_groups(x, bar, s, largest, m, total, row_scale, b, stage, t, lo, hi
 
 @gluon.jit
 def _scores_of_groups(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                      i_tile, n_tiles, H, S, T, GROUPS: gl.constexpr, BLOCK_P: gl.constexpr,
+                      i_tile, n_tiles, scale_log2, H, S, T, GROUPS: gl.constexpr, BLOCK_P: gl.constexpr,
                       STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """``_scores``, of stacked queries, where there are several factors a token."""
     PRODUCTS: gl.constexpr = GROUPS + (1 if BLOCK_P > 0 else 0)  # of a block
@@ -193,7 +193,7 @@ def _scores_of_groups(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
 
         mbarrier.wait(bar.queries, item & 1)
         parts = _queries_of_groups(x, GROUPS, BLOCK_P)
-        row_scale = _row_scale(x)
+        row_scale = _row_scale(x) * scale_log2
         stage = g % STAGES
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
         even = _begin(x, parts, stage, 0, even, never, GROUPS)

@@ -27,11 +27,10 @@ class TurnedTiles:
     factors: gl.shared_memory_descriptor  # [PLACES, 64], several a token: [PLACES, 64, FACTORS]
     p: gl.shared_memory_descriptor  # [2, 64, 64] float16, the softmax's numerators times the factors; see _room_of_p
     alpha: gl.shared_memory_descriptor  # [2, 64], factors by which earlier output shrinks
-    row_scale: gl.shared_memory_descriptor  # [64], the scale of scores, times what rows of queries were divided by
+    row_scale: gl.shared_memory_descriptor  # [64], powers of two by which the queries were divided
+    tile_scale: gl.shared_memory_descriptor  # [1], the largest of them, where those are float16 and count from it
     share: gl.shared_memory_descriptor  # [64], 1 / the softmax's denominators
-    m: (
-        gl.shared_memory_descriptor
-    )  # [3, 64], what exponents of a block count from, for the other group of scores, and zeros
+    m: gl.shared_memory_descriptor  # [3, 64], what exponents of a block count from, for the other group; zeros
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
     p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P where that has only 32 columns
     largest: gl.shared_memory_descriptor  # [PLACES, 64], what P is multiplied with, a factor or the largest
@@ -41,10 +40,27 @@ class TurnedTiles:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, q_pe, k, pe, factors, p, alpha, row_scale, share, m, others, p_last, largest, chain, rise, shares
+        self,
+        q,
+        q_pe,
+        k,
+        pe,
+        factors,
+        p,
+        alpha,
+        row_scale,
+        tile_scale,
+        share,
+        m,
+        others,
+        p_last,
+        largest,
+        chain,
+        rise,
+        shares,
     ):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
-        self.p, self.alpha, self.row_scale, self.share = p, alpha, row_scale, share
+        self.p, self.alpha, self.row_scale, self.tile_scale, self.share = p, alpha, row_scale, tile_scale, share
         self.m, self.others, self.p_last = m, others, p_last
         self.largest, self.chain, self.rise, self.shares = largest, chain, rise, shares
 
@@ -166,6 +182,9 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     factors = _room_of_factors(GROUPS)
     largest, chain, shares = factors, factors, factors
+    KIND: gl.constexpr = gl.float32 if TOGETHER == 1 else gl.float16
+    row_scale = gl.allocate_shared_memory(KIND, [ROWS], plain)
+    tile_scale = gl.allocate_shared_memory(gl.float32, [1], plain)
     if not STACKED and GROUPS > 1:
         largest = gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK], plain)
         lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -179,7 +198,8 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         factors,
         p,
         alpha,
-        gl.allocate_shared_memory(gl.float32, [ROWS], plain),
+        row_scale,
+        tile_scale,
         gl.allocate_shared_memory(gl.float32, [ROWS], plain),
         m,
         others,

@@ -93,12 +93,12 @@ def _stacked(high, rest):
 
 
 @gluon.jit
-def _store_queries(x, q, pe, scale_log2, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Queries in two FP8 parts, and what their scores are to be multiplied with: scale_log2 times the powers of two
-    that rows were divided by.
+def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Queries in two FP8 parts, and the powers of two that their rows were divided by.
 
     STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none. With
-    one factor a token, and not STACKED, all rows of the one and then all of the other are one tile.
+    one factor a token, and not STACKED, all rows of the one and then all of the other are one tile; rotary parts are
+    all divided by the largest power of the tile, and of the others only what they are to that is told.
     """
     N: gl.constexpr = q.shape[0]
     APART: gl.constexpr = _parts_apart(x.q.shape)
@@ -119,7 +119,8 @@ def _store_queries(x, q, pe, scale_log2, FIRST: gl.constexpr, STACKED: gl.conste
         dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True, pack=4,
     )  # fmt: skip
     # A conversion to FP8 ends at its largest value: rows that are not finite say so here.
-    up = gl.where(amax < float("inf"), _two_to(k) * scale_log2, float("nan"))
+    finite = amax < float("inf")
+    up = gl.where(finite, _two_to(k), float("nan"))
     if STACKED:
         x.q.index(0).slice(2 * FIRST, 2 * N, dim=0).store(_stacked(high, rest))
         x.row_scale.slice(2 * FIRST, 2 * N, dim=0).store(_stacked(up, up))
@@ -127,9 +128,13 @@ def _store_queries(x, q, pe, scale_log2, FIRST: gl.constexpr, STACKED: gl.conste
         x.q.index(0).slice(FIRST, N, dim=0).store(high)
         if APART:
             x.q.index(0).slice(ROWS + FIRST, N, dim=0).store(rest)
+            k_tile = gl.max(gl.where(finite, k, -100), 0)
+            down = gl.full((N,), 1.0, gl.float32, by_row) * _two_to(-k_tile)
+            x.tile_scale.store(gl.full((1,), 1.0, gl.float32, gl.BlockedLayout([1], [32], [8], [0])) * _two_to(k_tile))
+            x.row_scale.store((up * down).to(gl.float16))
         else:
             x.q.index(1).slice(FIRST, N, dim=0).store(rest)
-        x.row_scale.slice(FIRST, N, dim=0).store(up)
+            x.row_scale.slice(FIRST, N, dim=0).store(up)
     if BLOCK_P > 0:
         pe = pe * gl.convert_layout(down, gl.SliceLayout(1, pe.type.layout))[:, None]
         pe = pe.to(x.q_pe.dtype)
@@ -142,7 +147,7 @@ def _store_queries(x, q, pe, scale_log2, FIRST: gl.constexpr, STACKED: gl.conste
 
 
 @gluon.jit
-def _convert_queries(x, p_q, p_qpe, scale_log2, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr,
+def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr,
                      stride_pb, stride_ph, stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
                      WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
                      ONE_QUERY: gl.constexpr):  # fmt: skip
@@ -156,7 +161,7 @@ def _convert_queries(x, p_q, p_qpe, scale_log2, i_b, i_tile, H, S, stride_qb, st
         pe = _queries(p, i_tile, H, S, stride_ph, stride_ps, stride_pr, BLOCK_P, P, FIRST, N, STACKED, ONE_QUERY)
     # Always so, but the compiler does not know, which would send for some of them when the first have arrived.
     if STACKED or _here(i_tile) >= 0:
-        _store_queries(x, q, pe, scale_log2, FIRST, STACKED, BLOCK_P)
+        _store_queries(x, q, pe, FIRST, STACKED, BLOCK_P)
 
 
 @gluon.jit

@@ -48,7 +48,7 @@ def _together(s):
 
 @gluon.jit
 def _row_scale(x):
-    """What each row's scores are multiplied with: both parts of a query have the same."""
+    """The power of two that each row's queries were divided by: both parts of a query have the same one."""
     both = x.row_scale.load(gl.SliceLayout(1, _products()))
     one = gl.max(both.reshape([ROWS // 16, 2, 8]), 1).reshape([ROWS // 2])
     return gl.convert_layout(one, gl.SliceLayout(1, _softmax_layout()))
@@ -175,7 +175,7 @@ def _report(x, bar, m, total, p_lse, p_part_lse, p_parts, part, row, skip, rest,
 
 @gluon.jit
 def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-            n_tiles, H, S, T, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
+            n_tiles, scale_log2, H, S, T, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
             CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr):  # fmt: skip
     """Scores and softmax of every block. AHEAD: the scores of a block are begun before the softmax of the one before.
 
@@ -198,7 +198,7 @@ def _scores(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, po
 
         mbarrier.wait(bar.queries, item & 1)
         q, q_pe = _queries_of(x, first_layout, BLOCK_P)
-        row_scale = _row_scale(x)
+        row_scale = _row_scale(x) * scale_log2
         stage = g % STAGES
         mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
         s_next = _key_scores(x, q, stage, s0)

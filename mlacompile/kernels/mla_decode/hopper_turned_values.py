@@ -72,8 +72,8 @@ def _add_block(x, bar, words, weights, g, stage, buffer, first, even0, odd0, eve
 
 @gluon.jit
 def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B, i_tile,
-            n_tiles, scale_log2, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
-            stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr,
+            n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps,
+            stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr,
             BLOCK_P: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, CODE: gl.constexpr,
             ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """The output, and at the beginning of each item its queries. SIDE: which half of both, if two partitions share."""
@@ -103,8 +103,8 @@ def _values(x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, pos
             mbarrier.wait(bar.rows, (item & 1) ^ 1)
         # The last P of the previous item was waited for, and it follows the last use of that item's queries.
         _convert_queries(
-            x, p_q, p_qpe, scale_log2, row, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
-            stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, SIDE * N, N, ONE_QUERY,
+            x, p_q, p_qpe, row, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+            stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, SIDE * N, N, ONE_QUERY,
         )  # fmt: skip
         fence_async_shared()
         if WIDE:

@@ -50,9 +50,13 @@ def to_e4m3(x: Numbers) -> Numbers:
     return kept.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
-def halves_of(words: Numbers) -> Numbers:
-    """Both float16 of words."""
-    return np.ascontiguousarray(words).view(np.float16).reshape(*words.shape, 2)
+def of_words(words: Any, kind: torch.dtype) -> torch.Tensor:
+    """The two numbers of each word."""
+    return torch.from_numpy(np.ascontiguousarray(words)).view(kind).view(*np.shape(words), 2)
+
+
+def to_words(numbers: torch.Tensor) -> Tensor:
+    return made(numbers.contiguous().view(torch.int32)[..., 0].numpy())
 
 
 class Tensor(np.ndarray):  # type: ignore[type-arg]
@@ -236,23 +240,25 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
         return tuple(made(half * times) for half in halves)
     if "fma.rn.f16x2" in code:  # sums of both parts of a query
         return made(((args[0] + args[1] * np.float16(1 / 16)) * args[2]).astype(np.float32))
-    if "shfl.sync.bfly" in code:  # a thread keeps one of two numbers and adds what another has of it
-        first, second = (np.ascontiguousarray(x).view(np.float16) for x in args[:2])
-        high = np.asarray(args[2])[:, :1]
+    if "shfl.sync.bfly" in code:  # a thread keeps one of two words and puts what another has of it to that
+        kind, put = (torch.bfloat16, torch.fmax) if "max.bf16x2" in code else (torch.float16, torch.add)
+        first, second = (of_words(x, kind) for x in args[:2])
+        high = torch.from_numpy(np.asarray(args[2])[:, :1, None] != 0)
         distance = int(re.search(r"given, given, (\d+)", code)[1]) // 4  # type: ignore[index]
         other = np.arange(len(high)) ^ distance
-        return made(np.where(high != 0, second + second[other], first + first[other]).view(np.int32))
-    if code.startswith("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32"):  # a word to two numbers
-        return tuple(made(x.astype(np.float32)) for x in np.moveaxis(halves_of(args[0]), -1, 0))
+        return to_words(torch.where(high, put(second, second[other]), put(first, first[other])))
+    if "x2.f32 $0, $2, $1" in code and "e4m3" not in code:  # two numbers to a word
+        kind = torch.bfloat16 if "bf16x2" in code else torch.float16
+        return to_words(torch.from_numpy(np.stack([np.asarray(x) for x in args], -1)).to(kind))
+    if "0xffff0000" in code or code.startswith("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32"):  # and back
+        both = of_words(args[0], torch.bfloat16 if "0xffff0000" in code else torch.float16).float().numpy()
+        return tuple(made(np.ascontiguousarray(x)) for x in np.moveaxis(both, -1, 0))
     if "e4m3x2.f32 $0, $2, $1" in code:  # two numbers to a pair of FP8 values
         low, high = (to_e4m3(x).astype(np.uint16) for x in args)
         return made((low | high << 8).view(np.int16))
     if "e4m3x2" in code:  # pairs of FP8 values to float16
         pairs = np.asarray(args[0])
         return tuple(made(from_e4m3(((pairs >> shift) & 255).astype(np.uint8))) for shift in (0, 8))
-    if "cvt.rn.f16x2.f32" in code:  # two numbers to one word
-        low, high = (np.asarray(x).astype(np.float16).view(np.uint16).astype(np.uint32) for x in args)
-        return made((low | high << 16).view(np.int32))
     if "rcp.approx" in code:
         return made(np.float32(1) / args[0])
     if "griddepcontrol" in code:

@@ -42,18 +42,21 @@ QUARTER = gl.constexpr(16)  # rows whose numbers a thread loads at once
 FRESH = gl.constexpr(2.0)  # alpha of rows that have not seen a token
 
 
-def _fold(bit: int) -> str:
-    """Two words of sums, one of which a thread keeps and gives the other away, for what another thread has of its."""
+def _fold(bit: int, combine: str) -> str:
+    """Two words of two rows, one of which a thread keeps and gives the other away, for what another thread has of its."""
     return (
         "{ .reg .pred high; .reg .b32 kept, given; setp.ne.b32 high, $3, 0; selp.b32 kept, $2, $1, high; "
         f"selp.b32 given, $1, $2, high; shfl.sync.bfly.b32 given, given, {4 * bit}, 31, 0xffffffff; "
-        "add.rn.f16x2 $0, kept, given; }"
+        f"{combine} $0, kept, given; }}"
     )
 
 
-FOLD_4, FOLD_2, FOLD_1 = (gl.constexpr(_fold(bit)) for bit in (4, 2, 1))
+ADD_4, ADD_2, ADD_1 = (gl.constexpr(_fold(bit, "add.rn.f16x2")) for bit in (4, 2, 1))
+MAX_4, MAX_2, MAX_1 = (gl.constexpr(_fold(bit, "max.bf16x2")) for bit in (4, 2, 1))
 TWO_TO_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 TWO_FROM_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
+TWO_TO_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+TWO_FROM_BFLOAT16 = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 TWO_TO_E4M3 = gl.constexpr("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;")
 
 
@@ -81,6 +84,12 @@ def _by_words():
     """The same of words of two rows each."""
     words, lanes = [[0, 4], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(words, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS // 2])
+
+
+@gluon.constexpr_function
+def _one():
+    """One number, for every thread."""
+    return gl.BlockedLayout([1], [32], [4], [0])
 
 
 @gluon.constexpr_function
@@ -164,6 +173,55 @@ def _seen_tokens(s, t, lo, hi, end, sure, i_tile, H, S, T, CAUSAL: gl.constexpr,
 
 
 @gluon.jit
+def _words_of_thread(even_and_odd, CODE: gl.constexpr):
+    """Words of two rows, from what a thread has of each."""
+    even, odd = gl.split(even_and_odd.reshape([BLOCK // 2, ROWS // 2, 2]))
+    words = gl.inline_asm_elementwise(CODE, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+    return gl.convert_layout(words, _by_words(), assert_trivial=True)
+
+
+@gluon.jit
+def _folded(words, CODE: gl.constexpr, BIT: gl.constexpr):
+    """What threads have whose tokens differ in that bit, put together: of half of the rows each."""
+    N: gl.constexpr = words.shape[1] // 2
+    first, second = gl.split(words.reshape([BLOCK // 2, 2, N]).permute((0, 2, 1)))
+    high = (gl.arange(0, BLOCK // 2, gl.SliceLayout(1, first.type.layout)) & BIT)[:, None]
+    high, first = gl.broadcast(high, first)
+    return gl.inline_asm_elementwise(CODE, "=r,r,r,r", [first, second, high], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _sums_of_thread(e):
+    """Sums of each thread's tokens: words of two rows in float16, whose exponentials are 2^SLACK at most."""
+    return _words_of_thread(gl.sum(_pairs_of_tokens(e), 1), TWO_TO_FLOAT16)
+
+
+@gluon.jit
+def _sums_of_warp(words):
+    """Sums of each warp's tokens."""
+    words = _folded(_folded(_folded(words, ADD_4, 4), ADD_2, 2), ADD_1, 1)
+    even, odd = gl.inline_asm_elementwise(
+        TWO_FROM_FLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
+    return gl.convert_layout(gl.join(even, odd).reshape([4, ROWS]), _sums_of_warps(), assert_trivial=True)
+
+
+@gluon.jit
+def _largest_of_rows(x, exponents, SIDE: gl.constexpr):
+    """The largest of each row, to the eight bits of bfloat16: where rows move it need not be more."""
+    words = _words_of_thread(gl.max(_pairs_of_tokens(exponents), 1), TWO_TO_BFLOAT16)
+    words = _folded(_folded(_folded(words, MAX_4, 4), MAX_2, 2), MAX_1, 1)
+    of_warps = x.most.index(SIDE)
+    of_warps.store(words.reshape([4, ROWS // 2]))
+    words = of_warps.load(gl.BlockedLayout([4, 1], [1, 32], [4, 1], [0, 1]))
+    even, odd = gl.inline_asm_elementwise(
+        TWO_FROM_BFLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
+    rows = gl.join(gl.max(even, 0), gl.max(odd, 0)).reshape([ROWS])
+    return gl.convert_layout(rows, _two_rows(), assert_trivial=True)
+
+
+@gluon.jit
 def _largest_of_thread(exponents):
     """The largest of the exponents that each thread has."""
     parts = exponents.reshape([BLOCK // 16, 2, 8, ROWS // 8, 4, 2])
@@ -207,16 +265,20 @@ def _tell(x, bar, exponents, before, total, b, begins, unsure, SIDE: gl.constexp
     mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
     x.alpha.index(buffer).store(alpha)
     x.m.index(buffer).store(m)
-    if _any_thread(_largest_of_thread(exponents) > SLACK, SIDE) | begins | unsure:
-        fresh = begins | (alpha_before == FRESH)
-        highest = gl.convert_layout(gl.max(exponents, 0), _two_rows())
-        rise = gl.where((highest > SLACK) | fresh, highest + SPARE, 0.0)
+    fresh = begins | (alpha_before == FRESH)
+    moves = _any_thread(_largest_of_thread(exponents) > SLACK, SIDE) | begins | unsure
+    while moves:  # once, if scores have less than four digits
+        highest = _largest_of_rows(x, exponents, SIDE)
+        rise = gl.where((highest >= SLACK) | fresh, highest + SPARE, 0.0)  # SLACK is a bfloat16
         rise = gl.where(highest == float("-inf"), 0.0, rise)
-        alpha = gl.where(fresh, gl.where(highest == float("-inf"), FRESH, 1.0), gl.exp2(-rise))
-        x.alpha.index(buffer).store(alpha)
-        x.m.index(buffer).store(m + rise)
+        alpha = gl.where(fresh, gl.where(highest == float("-inf"), FRESH, 1.0), alpha * gl.exp2(-rise))
+        fresh = fresh & (highest == float("-inf"))
+        m += rise
         x.rise.index(SIDE).store(rise)
         exponents = _minus(exponents, x.rise.index(SIDE))
+        x.alpha.index(buffer).store(alpha)
+        x.m.index(buffer).store(m)
+        moves = _any_thread(_largest_of_thread(exponents) > SLACK, SIDE)
     mbarrier.arrive(bar.m.index(buffer), count=1)
     both = gl.convert_layout(alpha_before * alpha, gl.SliceLayout(0, _sums_of_warps()))[None, :]
     total = gl.where(begins, 0.0, total * both)  # of what an earlier item has left nothing is known
@@ -224,48 +286,25 @@ def _tell(x, bar, exponents, before, total, b, begins, unsure, SIDE: gl.constexp
 
 
 @gluon.jit
-def _sums_of_thread(e):
-    """Sums of each thread's tokens: words of two rows in float16, whose exponentials are 2^SLACK at most."""
-    e = gl.sum(_pairs_of_tokens(e), 1).reshape([BLOCK // 2, ROWS // 2, 2])
-    even, odd = gl.split(e)
-    words = gl.inline_asm_elementwise(TWO_TO_FLOAT16, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
-    return gl.convert_layout(words, _by_words(), assert_trivial=True)
-
-
-@gluon.jit
-def _folded(words, CODE: gl.constexpr, BIT: gl.constexpr):
-    """Sums of threads whose tokens differ in that bit: of half of the rows each."""
-    N: gl.constexpr = words.shape[1] // 2
-    first, second = gl.split(words.reshape([BLOCK // 2, 2, N]).permute((0, 2, 1)))
-    high = (gl.arange(0, BLOCK // 2, gl.SliceLayout(1, first.type.layout)) & BIT)[:, None]
-    high, first = gl.broadcast(high, first)
-    return gl.inline_asm_elementwise(CODE, "=r,r,r,r", [first, second, high], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _sums_of_warp(words):
-    """Sums of each warp's tokens."""
-    words = _folded(_folded(_folded(words, FOLD_4, 4), FOLD_2, 2), FOLD_1, 1)
-    even, odd = gl.inline_asm_elementwise(
-        TWO_FROM_FLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-    )
-    return gl.convert_layout(gl.join(even, odd).reshape([4, ROWS]), _sums_of_warps(), assert_trivial=True)
-
-
-@gluon.jit
-def _store_p(x, e, factors, b, t, lo, hi, coarse):
-    """P of block b: exponentials times the factors of their tokens, in e4m3 or in float16, turned into rows."""
+def _store_p(x, exponents, factors, b, t, lo, hi, coarse):
+    """P of block b: exponentials times the factors of their tokens, in e4m3 or in float16, turned into rows. Returns
+    ``_sums_of_thread``."""
     if (t < lo) | (t + BLOCK > hi):
         o_t = _here(t) + gl.arange(0, BLOCK, gl.SliceLayout(1, _by_tokens()))
         factors = gl.where((o_t >= lo) & (o_t < hi), factors, 0.0)
-    p = e * factors[:, None]
-    if coarse:
+    if coarse:  # exponentials in here: what is loaded for the store can come sooner then
+        e = gl.exp2(exponents)
+        sums = _sums_of_thread(e)
+        p = e * factors[:, None]
         first, second = gl.split(_pairs_of_tokens(p).permute((0, 2, 3, 1)))
         pairs = gl.inline_asm_elementwise(TWO_TO_E4M3, "=h,f,f", [first, second], dtype=gl.int16, is_pure=True, pack=1)
         pairs = gl.convert_layout(pairs.reshape([BLOCK // 2, ROWS]), _by_pairs(), assert_trivial=True)
         _coarse(x.p, b & 1, gl.int16).permute((1, 0)).store(pairs)
     else:
-        x.p.index(b & 1).permute((1, 0)).store(p.to(gl.float16))
+        e = gl.exp2(exponents)
+        sums = _sums_of_thread(e)
+        x.p.index(b & 1).permute((1, 0)).store((e * factors[:, None]).to(gl.float16))
+    return sums
 
 
 @gluon.jit
@@ -276,6 +315,8 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
     """As ``_scores_by_turns``, for one factor a token."""
     layout: gl.constexpr = _by_tokens()
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
+    HALF: gl.constexpr = ROWS // 2
+    by_half: gl.constexpr = gl.SliceLayout(0, _fragment(HALF, 4))
     _declare_any(SIDE)
     g = 0
     item = 0
@@ -293,7 +334,7 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         p_pages = _pages_of(cache, row, PAGE)
         unit_of_page = _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
-        scale = (x.tile_scale.load(by_row) * scale_log2)[None, :]
+        scale = gl.max(x.tile_scale.load(_one()), 0) * scale_log2
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
@@ -308,22 +349,23 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
             factors = x.factors.index(b % PLACES).load(gl.SliceLayout(1, layout))
             s = _end_scores(x, s, row_scale, factors, b, BLOCK_P, STAGES)
             before = _counted_from(x, bar, b, i == 0)
-            m = before.load(by_row) - unit
+            m = before.slice(0, HALF, dim=0).load(by_half) - unit
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             s = _seen_tokens(s, t, lo, hi, end, sure, i_tile, H, S, T, CAUSAL, ONE_QUERY)
             if (i == n - 1) & ((row + 1 >= B) | (todo - taken <= overhead)):
                 _launch_later()
             unsure = CAUSAL & (t + BLOCK >= sure)  # the block before, which has later tokens, is not seen by all
-            exponents = s * scale - m[None, :]
+            s0, s1 = _halves(s)
+            s0 = s0 * scale - m[None, :]
+            m = before.slice(HALF, HALF, dim=0).load(by_half) - unit  # not sooner: registers are short
+            exponents = _joined(s0, s1 * scale - m[None, :])
             exponents, total = _tell(x, bar, exponents, before, total, b, i == 0, unsure, SIDE)
-            e = gl.exp2(exponents)
             one = gl.exp2(-unit)
-            _store_p(x, e, factors * one, b, t, lo, hi, coarse)
+            sums = _store_p(x, exponents, factors * one, b, t, lo, hi, coarse)
             unit_of_page = _page_before(unit_of_page, p_pages, t - STAGES * BLOCK, cache, PAGE)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)
-            sums = _sums_of_thread(e)
             if i + STAGES < n:
                 _fetch_block(
                     x, bar, cache, b + STAGES, unit_of_page, p_pages, t - STAGES * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES

@@ -36,6 +36,7 @@ class TurnedTiles:
     largest: gl.shared_memory_descriptor  # [PLACES, 64], what P is multiplied with, a factor or the largest
     chain: gl.shared_memory_descriptor  # [PLACES * FACTORS, 64], see hopper_turned_chain.py
     rise: gl.shared_memory_descriptor  # [2, 64], by how much rows of a group's block count from more than before
+    most: gl.shared_memory_descriptor  # [2, 4, 32], the largest of rows, of warps of both groups, in words of two
     shares: gl.shared_memory_descriptor  # [PLACES, FACTORS, 64] float16, what groups of columns have of that
 
     @gluon.constexpr_function
@@ -57,12 +58,13 @@ class TurnedTiles:
         largest,
         chain,
         rise,
+        most,
         shares,
     ):
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.tile_scale, self.share = p, alpha, row_scale, tile_scale, share
         self.m, self.others, self.p_last = m, others, p_last
-        self.largest, self.chain, self.rise, self.shares = largest, chain, rise, shares
+        self.largest, self.chain, self.rise, self.most, self.shares = largest, chain, rise, most, shares
 
 
 @aggregate
@@ -172,13 +174,14 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
     q = gl.allocate_shared_memory(gl.float8e4nv, [TILES, TOGETHER * ROWS, WIDTH], bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     p = _room_of_p(q, GROUPS, STACKED)
-    m, rise, others, p_last = alpha, alpha, alpha, p
+    m, rise, most, others, p_last = alpha, alpha, alpha, alpha, p
     if not STACKED:
         if GROUPS > 1:
             p_last = _room_of_p(q, GROUPS, STACKED)
         m = gl.allocate_shared_memory(gl.float32, [3, ROWS], plain)
         m.index(2).store(gl.zeros((ROWS,), gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
         rise = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
+        most = gl.allocate_shared_memory(gl.int32, [2, 4, ROWS // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     factors = _room_of_factors(GROUPS)
     largest, chain, shares = factors, factors, factors
@@ -207,6 +210,7 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexp
         largest,
         chain,
         rise,
+        most,
         shares,
     )
     SIDES: gl.constexpr = _sides(GROUPS, STACKED)

@@ -38,8 +38,8 @@ def _launch_later():
 
 def _any_code(side: int) -> str:
     return (
-        "{ .reg .pred any; setp.ne.b32 any, $1, 0; "
-        f"barrier.cta.red.or.pred any, {14 + side}, 128, any; selp.b32 any_of_{side}, 1, 0, any; mov.b32 $0, any_of_{side}; }}"
+        f"{{ .reg .pred any; setp.ne.b32 any, $1, 0; barrier.cta.red.or.pred any, {14 + side}, 128, any; "
+        f"selp.b32 any_of_{side}, 1, 0, any; mov.b32 $0, any_of_{side}; }}"
     )
 
 

@@ -352,7 +352,8 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
             arrive=lambda barrier, count: barrier.change(count, 0),
         ),
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to), "_barriers": _barriers,
-        "_here": lambda x: x, "_declare_any": lambda side: None, "_any_thread": lambda x, side: bool(np.any(x)), **dict.fromkeys(("_launch_later", "_wait_for_earlier", "all_warps"), lambda: None),
+        "_here": lambda x: x, "_declare_any": lambda side: None, "_any_thread": lambda x, side: bool(np.any(x)),
+        **dict.fromkeys(("_launch_later", "_wait_for_earlier", "all_warps"), lambda: None),
     }  # fmt: skip
     for module in modules:
         for name, value in list(vars(module).items()):

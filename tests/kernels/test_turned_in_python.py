@@ -28,6 +28,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_turned_room,
     hopper_turned_rows,
     hopper_turned_scores,
+    hopper_turned_token_rows,
     hopper_turned_values,
     hopper_turned_wide,
     hopper_turned_words,
@@ -51,9 +52,9 @@ from mlacompile.testing.latents import (
 from tests.kernels import mla_in_python
 
 MODULES = [
-    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned,
-    hopper_turned_by_tokens, hopper_turned_by_turns, hopper_turned_chain, hopper_turned_fetch, hopper_turned_groups, hopper_turned_moved,
-    hopper_turned_room, hopper_turned_rows, hopper_turned_scores, hopper_turned_values, hopper_turned_wide,
+    hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_by_tokens, hopper_turned_by_turns,
+    hopper_turned_chain, hopper_turned_fetch, hopper_turned_groups, hopper_turned_moved, hopper_turned_room,
+    hopper_turned_rows, hopper_turned_scores, hopper_turned_token_rows, hopper_turned_values, hopper_turned_wide,
     hopper_turned_words, merge,
 ]  # fmt: skip
 

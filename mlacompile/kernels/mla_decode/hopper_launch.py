@@ -18,13 +18,13 @@ from mlacompile.kernels.mla_decode.hopper_turned import _mla_decode_hopper_turne
 from mlacompile.kernels.mla_decode.launch import device_of, strides
 from mlacompile.kernels.mla_decode.merge import _mla_merge_kernel
 from mlacompile.kernels.mla_decode.plan import (
-    OVERHEAD,
     WIDE_OVERHEAD,
     Device,
     HopperPlan,
     Shape,
     hopper_plan,
     next_power_of_2,
+    parts_apart,
     turned_tile_rows,
 )
 from mlacompile.kernels.mla_decode.supports import turned_reasons
@@ -110,8 +110,10 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
     if descale is not None:
         tile_rows = turned_tile_rows(shape)
         if not turned_reasons(c_kv):
-            overhead = WIDE_OVERHEAD if tile_rows == TILE_ROWS and descale.shape[2] == 1 else OVERHEAD
-            return replace(hopper_plan(shape, device, tile_rows), turned=True, overhead=overhead)
+            plan = replace(hopper_plan(shape, device, tile_rows), turned=True)
+            if tile_rows == TILE_ROWS and descale.shape[2] == 1:
+                plan = replace(plan, overhead=WIDE_OVERHEAD, apart=parts_apart(shape, plan))
+            return plan
     return hopper_plan(shape, device)
 
 
@@ -245,8 +247,8 @@ def _turned(
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "coarse_from": plan.coarse_from,
-        "VALUE_REGS": registers,
+        "COLS": columns, "STACKED": stacked, "APART": plan.apart and not stacked and not several,
+        "coarse_from": plan.coarse_from, "VALUE_REGS": registers,
     }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def _mla_decode_hopper_turned_kernel(
     scale_log2, B, H, S, T, n_tiles, apart_c, apart_pe, apart_scale, n_pages, stride_table, n_columns, min_share,
     overhead, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph, stride_ps, stride_pr,
     R: gl.constexpr, P: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, COLS: gl.constexpr,
-    STACKED: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    STACKED: gl.constexpr, APART: gl.constexpr, GROUPS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr, CHUNK: gl.constexpr, MANY: gl.constexpr, CODE: gl.constexpr,
     VALUE_REGS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _mla_decode_hopper_turned_kernel(
     STACKED: both parts of the queries are rows of one tile; there are 32 rows at most. If not, P of batch rows that
     see coarse_from tokens or more is e4m3.
     """
-    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, WIDTH, BLOCK_P, STAGES, GROUPS)
+    x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, APART, WIDTH, BLOCK_P, STAGES, GROUPS)
     i_tile = gl.program_id(0)
     part = gl.program_id(1)
     _wait_for_earlier()
@@ -90,12 +90,14 @@ def _mla_decode_hopper_turned_kernel(
         ], [4, 4, 1], [VALUE_REGS, VALUE_REGS, 24])  # fmt: skip
     elif not STACKED:
         gl.warp_specialize([
-            (_scores_by_turns if GROUPS > 1 else _scores_by_tokens,
+            (_scores_by_tokens if APART else _scores_by_turns,
              (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-              n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 0)),
-            (_scores_by_turns if GROUPS > 1 else _scores_by_tokens,
+              n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS,
+              0)),
+            (_scores_by_tokens if APART else _scores_by_turns,
              (x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B, i_tile,
-              n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS, 1)),
+              n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH, BLOCK_P, PAGE, STAGES, CAUSAL, ONE_QUERY, GROUPS,
+              1)),
             (_values, (x, bar, p_q, p_qpe, p_start, p_length, p_out, p_part, part, row, position, share, overhead, B,
                        i_tile, n_tiles, H, S, T, coarse_from, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb,
                        stride_ph, stride_ps, stride_pr, R, P, STACKED, WIDTH, BLOCK_P, COLS, STAGES, CODE,

@@ -20,43 +20,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mlacompile.kernels.hopper import _any_thread, _declare_any, _here, _launch_later, all_warps
+from mlacompile.kernels.hopper import _declare_any, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _limits
-from mlacompile.kernels.mla_decode.hopper_turned_by_turns import FP8_ROOM, ROOM, SLACK, SPARE, _page_before, _send_first
+from mlacompile.kernels.mla_decode.hopper_turned_by_turns import FP8_ROOM, ROOM, _page_before, _send_first
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
 from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _is_weighed
 from mlacompile.kernels.mla_decode.hopper_turned_rows import REST
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _report, _unit_of_block
+from mlacompile.kernels.mla_decode.hopper_turned_token_rows import (
+    _by_tokens,
+    _by_words,
+    _counted_from,
+    _one,
+    _pairs_of_tokens,
+    _sums_of_thread,
+    _sums_of_warp,
+    _sums_of_warps,
+    _tell,
+    _two_rows,
+)
 
-# Scores of either part of two queries, times the power of two of each, to float32. Of one instruction: the compiler must
-# not look at sums before they are waited for.
+# Scores of either part of two queries, times the power of two of each, to float32. As one instruction: the compiler
+# must not look at sums before they are waited for.
 SUM_OF_PARTS = gl.constexpr(
     f"{{ .reg .b32 x, rest; .reg .b16 a, b; mov.b32 rest, 0x{(15 - REST << 10) * 0x10001:x}; "
     "fma.rn.f16x2 x, $3, rest, $2; mul.rn.f16x2 x, x, $4; "
     "mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
 )
-QUARTER = gl.constexpr(16)  # rows whose numbers a thread loads at once
-FRESH = gl.constexpr(2.0)  # alpha of rows that have not seen a token
-
-
-def _fold(bit: int, combine: str) -> str:
-    """Two words of two rows, one of which a thread keeps and gives the other away, for what another thread has of its."""
-    return (
-        "{ .reg .pred high; .reg .b32 kept, given; setp.ne.b32 high, $3, 0; selp.b32 kept, $2, $1, high; "
-        f"selp.b32 given, $1, $2, high; shfl.sync.bfly.b32 given, given, {4 * bit}, 31, 0xffffffff; "
-        f"{combine} $0, kept, given; }}"
-    )
-
-
-ADD_4, ADD_2, ADD_1 = (gl.constexpr(_fold(bit, "add.rn.f16x2")) for bit in (4, 2, 1))
-MAX_4, MAX_2, MAX_1 = (gl.constexpr(_fold(bit, "max.bf16x2")) for bit in (4, 2, 1))
-TWO_TO_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
-TWO_FROM_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
-TWO_TO_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-TWO_FROM_BFLOAT16 = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 TWO_TO_E4M3 = gl.constexpr("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;")
 
 
@@ -67,47 +60,10 @@ def _both_parts():
 
 
 @gluon.constexpr_function
-def _by_tokens():
-    """The layout of scores: tokens by rows (query, head)."""
-    return _fragment(ROWS, 4)
-
-
-@gluon.constexpr_function
 def _by_pairs():
     """The same of what is made of two tokens, the i-th and the (i + 8)-th of 16, which one thread has."""
     rows, lanes = [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(rows, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS])
-
-
-@gluon.constexpr_function
-def _by_words():
-    """The same of words of two rows each."""
-    words, lanes = [[0, 4], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(words, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS // 2])
-
-
-@gluon.constexpr_function
-def _one():
-    """One number, for every thread."""
-    return gl.BlockedLayout([1], [32], [4], [0])
-
-
-@gluon.constexpr_function
-def _two_rows():
-    """Two rows for each thread of a warp, and the same for every warp."""
-    return gl.BlockedLayout([2], [32], [4], [0])
-
-
-@gluon.constexpr_function
-def _sums_of_warps():
-    """The same of what each warp has of its own."""
-    return gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-
-
-@gluon.jit
-def _pairs_of_tokens(x):
-    """The i-th and the (i + 8)-th of 16 tokens, side by side."""
-    return x.reshape([BLOCK // 16, 2, 8, ROWS])
 
 
 @gluon.jit
@@ -173,119 +129,6 @@ def _seen_tokens(s, t, lo, hi, end, sure, i_tile, H, S, T, CAUSAL: gl.constexpr,
 
 
 @gluon.jit
-def _words_of_thread(even_and_odd, CODE: gl.constexpr):
-    """Words of two rows, from what a thread has of each."""
-    even, odd = gl.split(even_and_odd.reshape([BLOCK // 2, ROWS // 2, 2]))
-    words = gl.inline_asm_elementwise(CODE, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
-    return gl.convert_layout(words, _by_words(), assert_trivial=True)
-
-
-@gluon.jit
-def _folded(words, CODE: gl.constexpr, BIT: gl.constexpr):
-    """What threads have whose tokens differ in that bit, put together: of half of the rows each."""
-    N: gl.constexpr = words.shape[1] // 2
-    first, second = gl.split(words.reshape([BLOCK // 2, 2, N]).permute((0, 2, 1)))
-    high = (gl.arange(0, BLOCK // 2, gl.SliceLayout(1, first.type.layout)) & BIT)[:, None]
-    high, first = gl.broadcast(high, first)
-    return gl.inline_asm_elementwise(CODE, "=r,r,r,r", [first, second, high], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _sums_of_thread(e):
-    """Sums of each thread's tokens: words of two rows in float16, whose exponentials are 2^SLACK at most."""
-    return _words_of_thread(gl.sum(_pairs_of_tokens(e), 1), TWO_TO_FLOAT16)
-
-
-@gluon.jit
-def _sums_of_warp(words):
-    """Sums of each warp's tokens."""
-    words = _folded(_folded(_folded(words, ADD_4, 4), ADD_2, 2), ADD_1, 1)
-    even, odd = gl.inline_asm_elementwise(
-        TWO_FROM_FLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-    )
-    return gl.convert_layout(gl.join(even, odd).reshape([4, ROWS]), _sums_of_warps(), assert_trivial=True)
-
-
-@gluon.jit
-def _largest_of_rows(x, exponents, SIDE: gl.constexpr):
-    """The largest of each row, to the eight bits of bfloat16: where rows move it need not be more."""
-    words = _words_of_thread(gl.max(_pairs_of_tokens(exponents), 1), TWO_TO_BFLOAT16)
-    words = _folded(_folded(_folded(words, MAX_4, 4), MAX_2, 2), MAX_1, 1)
-    of_warps = x.most.index(SIDE)
-    of_warps.store(words.reshape([4, ROWS // 2]))
-    words = of_warps.load(gl.BlockedLayout([4, 1], [1, 32], [4, 1], [0, 1]))
-    even, odd = gl.inline_asm_elementwise(
-        TWO_FROM_BFLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-    )
-    rows = gl.join(gl.max(even, 0), gl.max(odd, 0)).reshape([ROWS])
-    return gl.convert_layout(rows, _two_rows(), assert_trivial=True)
-
-
-@gluon.jit
-def _largest_of_thread(exponents):
-    """The largest of the exponents that each thread has."""
-    parts = exponents.reshape([BLOCK // 16, 2, 8, ROWS // 8, 4, 2])
-    return gl.max(gl.max(gl.max(parts, 5), 3), 1)
-
-
-@gluon.jit
-def _minus(s, m):
-    """s - m, a few rows at a time: registers are short. m: in shared memory, of each row."""
-    N: gl.constexpr = s.shape[1]
-    if N > QUARTER:
-        s0, s1 = _halves(s)
-        s0 = _minus(s0, m.slice(0, N // 2, dim=0))
-        s1 = _minus(s1, m.slice(N // 2, N // 2, dim=0))
-        return _joined(s0, s1)
-    else:
-        return s - m.load(gl.SliceLayout(0, s.type.layout))[None, :]
-
-
-@gluon.jit
-def _counted_from(x, bar, b, begins):
-    """What exponents of block b count from if no row moves, in shared memory, when the other group has said so."""
-    other = (b + 1) & 1
-    mbarrier.wait(bar.m.index(other), (((b + 1) >> 1) & 1) ^ 1)
-    return x.m.index(gl.where(begins, 2, other))  # the last are zeros
-
-
-@gluon.jit
-def _tell(x, bar, exponents, before, total, b, begins, unsure, SIDE: gl.constexpr):
-    """Exponents of block b, and the sums of blocks before, both counted from what is told to the other group and, as
-    alpha, to ``_values``.
-
-    before: what they count from if no row moves. begins: b is the first block of its item. unsure: some rows may not
-    have seen a token yet. Those count from 0, and their alpha is 2, which none is that multiplies something.
-    """
-    other = (b + 1) & 1
-    buffer = b & 1
-    m = before.load(_two_rows())
-    alpha_before = x.alpha.index(other).load(_two_rows())
-    alpha = gl.full((ROWS,), 1.0, gl.float32, _two_rows())
-    mbarrier.wait(bar.p_empty.index(buffer), ((b >> 1) & 1) ^ 1)
-    x.alpha.index(buffer).store(alpha)
-    x.m.index(buffer).store(m)
-    fresh = begins | (alpha_before == FRESH)
-    moves = _any_thread(_largest_of_thread(exponents) > SLACK, SIDE) | begins | unsure
-    while moves:  # once, if scores have less than four digits
-        highest = _largest_of_rows(x, exponents, SIDE)
-        rise = gl.where((highest >= SLACK) | fresh, highest + SPARE, 0.0)  # SLACK is a bfloat16
-        rise = gl.where(highest == float("-inf"), 0.0, rise)
-        alpha = gl.where(fresh, gl.where(highest == float("-inf"), FRESH, 1.0), alpha * gl.exp2(-rise))
-        fresh = fresh & (highest == float("-inf"))
-        m += rise
-        x.rise.index(SIDE).store(rise)
-        exponents = _minus(exponents, x.rise.index(SIDE))
-        x.alpha.index(buffer).store(alpha)
-        x.m.index(buffer).store(m)
-        moves = _any_thread(_largest_of_thread(exponents) > SLACK, SIDE)
-    mbarrier.arrive(bar.m.index(buffer), count=1)
-    both = gl.convert_layout(alpha_before * alpha, gl.SliceLayout(0, _sums_of_warps()))[None, :]
-    total = gl.where(begins, 0.0, total * both)  # of what an earlier item has left nothing is known
-    return exponents, total
-
-
-@gluon.jit
 def _store_p(x, exponents, factors, b, t, lo, hi, coarse):
     """P of block b: exponentials times the factors of their tokens, in e4m3 or in float16, turned into rows. Returns
     ``_sums_of_thread``."""
@@ -309,9 +152,9 @@ def _store_p(x, exponents, factors, b, t, lo, hi, coarse):
 
 @gluon.jit
 def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part, row, position, share, overhead, B,
-                      i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                      PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ONE_QUERY: gl.constexpr,
-                      GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+                      i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
+                      BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+                      ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """As ``_scores_by_turns``, for one factor a token."""
     layout: gl.constexpr = _by_tokens()
     by_row: gl.constexpr = gl.SliceLayout(0, layout)

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -29,8 +30,15 @@ from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _scores_in_chain
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
-from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _fragment, _is_weighed
+from mlacompile.kernels.mla_decode.hopper_turned_room import (
+    PLACES,
+    _coarse_half,
+    _fragment,
+    _is_coarse,
+    _is_weighed,
+)
 from mlacompile.kernels.mla_decode.hopper_turned_scores import (
+    _add_rope,
     _by_thread,
     _fp8_products,
     _of_thread,
@@ -38,6 +46,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_block,
 )
+from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_products
 
 SLACK = gl.constexpr(3.75)  # powers of two, as all of these
 SPARE = gl.constexpr(2.0)  # what a row that moves leaves for larger scores to come
@@ -59,6 +68,31 @@ def _weighed(x, e, b, i: gl.constexpr, t, lo, hi):
 
 
 @gluon.jit
+def _scores_of_block(x, bar, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of block b; rotary ones are begun. They begin when those of the block before are issued.
+
+    The small part of the queries goes first: it is added up more precisely.
+    """
+    WIDTH: gl.constexpr = x.q.shape[2]
+    SOME: gl.constexpr = min(WIDTH, 256)  # columns: addresses of more at once would be too many registers
+    stage = b % STAGES
+    other = (b + 1) & 1
+    zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
+    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
+    mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
+    for i in gl.static_range(WIDTH // SOME):
+        keys = x.k.index(stage).slice(i * SOME, SOME, dim=1).permute((1, 0))
+        q = x.q.index(zero + 1).slice(i * SOME, SOME, dim=1)
+        s = warpgroup_mma(q, keys, s, use_acc=i > 0, is_async=True)
+        q = x.q.index(zero).slice(i * SOME, SOME, dim=1)
+        s = warpgroup_mma(q, keys, s, is_async=True)
+    mbarrier.arrive(bar.turn.index(b & 1), count=1)
+    factors = x.factors.index(b % PLACES).load(gl.SliceLayout(0, _fp8_products()))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
+
+
+@gluon.jit
 def _count_from(x, bar, highest, m_before, b):
     """What the exponents of block b count from, told to the other group and, as alpha, to ``_values``.
 
@@ -74,8 +108,8 @@ def _count_from(x, bar, highest, m_before, b):
 
 
 @gluon.jit
-def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi):
-    """Exponentials of half a block's scores: stores P and returns their sums in pairs."""
+def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi, coarse):
+    """Exponentials of half a block's scores: stores P, in e4m3 or in float16, and returns their sums in pairs."""
     by_quarter: gl.constexpr = gl.SliceLayout(1, _fragment(QUARTER, 4))
     exponent = gl.convert_layout(m, by_quarter, assert_trivial=True)[:, None]
     scale = gl.convert_layout(row_scale, by_quarter, assert_trivial=True)[:, None]
@@ -84,7 +118,10 @@ def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi):
     e1 = gl.exp2(s1 * scale - exponent)
     p0 = _weighed(x, e0, b, 2 * i, t, lo, hi)
     p1 = _weighed(x, e1, b, 2 * i + 1, t, lo, hi)
-    to.index(b & 1).store(_joined(p0.to(gl.float16), p1.to(gl.float16)))
+    if coarse:
+        _coarse_half(to, b & 1).store(_in_order_of_products(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
+    else:
+        to.index(b & 1).store(_joined(p0.to(gl.float16), p1.to(gl.float16)))
     return e0 + e1
 
 
@@ -131,7 +168,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
                      ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
     """Scores and softmax of every other block: of those whose number, counted through all items, is SIDE mod 2.
 
-    The last block is taken first. Behind P a group sends for the block that
+    The last block is taken first. P is e4m3 where ``_is_coarse`` says so. Behind P a group sends for the block that
     comes where this one is, which is the other group's: ``_values`` hold its words by then.
     """
     layout: gl.constexpr = _products()
@@ -157,8 +194,14 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block
         for i in range(first, n, 2):
             b = g + i
-            s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, GROUPS)
+            # Reckoned here, or it would be kept in a register.
+            coarse = _is_coarse(_here(lo), hi, n, coarse_from, GROUPS)
+            if GROUPS > 1:
+                s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, GROUPS)
+            else:
+                s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x.largest.index(b % PLACES), t, lo, hi, ROOM)
+            unit_of_p += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
             if BLOCK_P > 0:
                 s = warpgroup_mma_wait(0, deps=(s,))
             if (t < lo) | (t + BLOCK > sure):  # limits are reckoned here, or they would be kept in registers
@@ -173,8 +216,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             earlier = m
             m = _count_from(x, bar, highest, m_before, b)
             left, right = _halves(s)
-            sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi)
-            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi)
+            sums = _half_of_p(x, x.p, left, m, row_scale, b, 0, t, lo, hi, coarse)
+            sums += _half_of_p(x, x.p_last, right, m, row_scale, b, 1, t, lo, hi, coarse)
             unit = _page_before(unit, p_pages, t - STAGES * BLOCK, cache, PAGE)
             fence_async_shared()
             mbarrier.arrive(bar.p_full.index(b & 1), count=1)

@@ -120,13 +120,13 @@ def _fragment(columns, warps, depth=16):
 
 
 @gluon.jit
-def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr):
+def _room_of_p(q, GROUPS: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexpr):
     """Two blocks' P. With several factors a token each group has one if STACKED, [2, groups * 32, 64], and they lie
     where the queries were, which are held in registers by then: so there is room for a fourth stage."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if GROUPS > 1 and STACKED:
         return q._reinterpret(gl.float16, [2, q.shape[2] // 4, BLOCK], layout)
-    elif GROUPS > 1:  # half of it: the other one is elsewhere, so that a store does not wait for the one before
+    elif not (STACKED or APART):  # half of it: the other is elsewhere, so that a store does not wait for the one before
         half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         return gl.allocate_shared_memory(gl.float16, [2, ROWS, BLOCK // 2], half)
     else:
@@ -141,6 +141,13 @@ def _is_coarse(lo, hi, n, coarse_from, GROUPS: gl.constexpr):
         return (hi - lo >= coarse_from) & (n <= COARSE_BLOCKS)
     else:
         return hi != hi  # the compiler sees that nothing is
+
+
+@gluon.jit
+def _coarse_half(p, buffer):
+    """Half of a block's P as e4m3, in the room of that in float16."""
+    half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=8, rank=2)
+    return p._reinterpret(gl.float8e4nv, [4, ROWS, BLOCK // 2], half).index(2 * buffer)
 
 
 @gluon.jit
@@ -163,29 +170,30 @@ def _room_of_factors(GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                  STAGES: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexpr, WIDTH: gl.constexpr,
+                  BLOCK_P: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
     bytes_: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     ROPE: gl.constexpr = BLOCK_P if BLOCK_P > 0 else 16
     rope: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROPE, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    TILES: gl.constexpr = 2 if GROUPS > 1 and not STACKED else 1
-    TOGETHER: gl.constexpr = 1 if STACKED or GROUPS > 1 else 2  # rounded rows, and behind them what that leaves
-    q = gl.allocate_shared_memory(gl.float8e4nv, [TILES, TOGETHER * ROWS, WIDTH], bytes_)
+    # One tile of all rounded rows and behind them what that leaves, if APART, and two tiles if not.
+    SHAPE: gl.constexpr = [1, 2 * ROWS, WIDTH] if APART else [1 if STACKED else 2, ROWS, WIDTH]
+    q = gl.allocate_shared_memory(gl.float8e4nv, SHAPE, bytes_)
     alpha = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
-    p = _room_of_p(q, GROUPS, STACKED)
+    p = _room_of_p(q, GROUPS, STACKED, APART)
     m, rise, most, others, p_last = alpha, alpha, alpha, alpha, p
     if not STACKED:
-        if GROUPS > 1:
-            p_last = _room_of_p(q, GROUPS, STACKED)
+        if not APART:
+            p_last = _room_of_p(q, GROUPS, STACKED, APART)
         m = gl.allocate_shared_memory(gl.float32, [3, ROWS], plain)
         m.index(2).store(gl.zeros((ROWS,), gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
-        rise = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
-        most = gl.allocate_shared_memory(gl.int32, [2, 4, ROWS // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        if APART:
+            rise = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
+            most = gl.allocate_shared_memory(gl.int32, [2, 4, ROWS // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     factors = _room_of_factors(GROUPS)
     largest, chain, shares = factors, factors, factors
-    KIND: gl.constexpr = gl.float32 if TOGETHER == 1 else gl.float16
+    KIND: gl.constexpr = gl.float16 if APART else gl.float32
     row_scale = gl.allocate_shared_memory(KIND, [ROWS], plain)
     tile_scale = gl.allocate_shared_memory(gl.float32, [1], plain)
     if not STACKED and GROUPS > 1:

@@ -147,8 +147,8 @@ def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P
 
 
 @gluon.jit
-def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr,
-                     stride_pb, stride_ph, stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
+def _convert_queries(x, p_q, p_qpe, i_b, i_tile, H, S, stride_qb, stride_qh, stride_qs, stride_qr, stride_pb, stride_ph,
+                     stride_ps, stride_pr, R: gl.constexpr, P: gl.constexpr, STACKED: gl.constexpr,
                      WIDTH: gl.constexpr, BLOCK_P: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr,
                      ONE_QUERY: gl.constexpr):  # fmt: skip
     """N rows of a tile of queries, from FIRST on, at once: the compiler has all warps wait before a second store to the

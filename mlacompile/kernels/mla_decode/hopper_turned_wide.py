@@ -19,7 +19,7 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_rows import _moved
 from mlacompile.kernels.mla_decode.hopper_turned_chain import _columns_times_shares
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
-from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _coarse_half, _fragment, _parts_apart
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     STEP,
@@ -70,14 +70,17 @@ def _columns(x, words, g, i: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.cons
 
 
 @gluon.jit
-def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr):
+def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constexpr):
     """P of step i of STEPS, as a right operand."""
-    if COARSE:
-        return _coarse(x.p, buffer, gl.float8e4nv).slice(i * FP8_STEP, FP8_STEP, dim=1).permute((1, 0))
-    elif GROUPS == 1:
-        return _step_of(x.p.index(buffer), i)
+    half = x.p if i < STEPS // 2 else x.p_last
+    if _parts_apart(x.q.shape):
+        if COARSE:
+            return _coarse(x.p, buffer, gl.float8e4nv).slice(i * FP8_STEP, FP8_STEP, dim=1).permute((1, 0))
+        else:
+            return _step_of(x.p.index(buffer), i)
+    elif COARSE:
+        return _coarse_half(half, buffer).permute((1, 0))
     else:
-        half = x.p if i < STEPS // 2 else x.p_last
         return _step_of(half.index(buffer), i % (STEPS // 2))
 
 
@@ -105,7 +108,7 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, od
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(TILES * STEPS):
         even, odd = _columns(x, parts[i], g, i, COARSE, GROUPS, layout)
-        right = _weights(x, buffer, i % STEPS, STEPS, COARSE, GROUPS)
+        right = _weights(x, buffer, i % STEPS, STEPS, COARSE)
         if i < STEPS:
             even0, odd0 = _add_products(even, odd, right, even0, odd0)
         else:

@@ -77,6 +77,14 @@ def _in_order_of_words(x):
 
 
 @gluon.jit
+def _in_order_of_products(x):
+    """Columns in the order of ``_fp8_columns_of``: the i-th and the (i + 8)-th of 16 side by side."""
+    rows: gl.constexpr = x.shape[0]
+    columns: gl.constexpr = x.shape[1]
+    return x.reshape([rows, columns // 16, 2, 8]).permute((0, 1, 3, 2)).reshape([rows, columns])
+
+
+@gluon.jit
 def _fp8_words_of(tile, i, layout: gl.constexpr):
     """Words of pairs of columns, of the tokens of FP8_STEP: [pairs, FP8_STEP / 2].
 

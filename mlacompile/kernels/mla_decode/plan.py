@@ -153,6 +153,11 @@ OVERHEAD = 4
 WIDE_OVERHEAD = 8
 
 
+#: Blocks that a program can have from which keys of wide tiles are the left operand: each takes less time then, and a
+#: row more to begin (docs/kernels.md).
+APART_FROM = 96
+
+
 @dataclass(frozen=True)
 class HopperPlan:
     """One launch of the Hopper kernel: how many programs share the context of each row tile, and how little one takes.
@@ -160,7 +165,8 @@ class HopperPlan:
     min_share: blocks of 64 tokens; fewer are not worth a program and its partial. overhead: what beginning another row
     costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. tile_rows: at
     most so many rows (query, head) are a tile, 64, or 32 of those products. coarse_from: of how many tokens on the
-    weights of the softmax are FP8 values, too, in tiles of 64.
+    weights of the softmax are FP8 values, too, in tiles of 64. apart: both parts of the queries of such tiles have
+    scores of their own, in float16.
     """
 
     parts: int
@@ -169,9 +175,10 @@ class HopperPlan:
     turned: bool = False
     coarse_from: int = COARSE_FROM
     tile_rows: int = 64
+    apart: bool = False
 
     def __str__(self) -> str:
-        form = f"-turned{self.tile_rows}" * self.turned
+        form = f"-turned{self.tile_rows}" * self.turned + "-apart" * self.apart
         return f"x{self.parts}-min{self.min_share}-over{self.overhead}{form}"
 
 
@@ -179,6 +186,11 @@ def turned_tile_rows(shape: Shape) -> int:
     """Rows (query, head) of a tile where an FP8 cache is multiplied as it is."""
     wide = shape.batch * shape.tokens * max(shape.rows, MEASURED_ROWS) >= WIDE_FROM * MEASURED_ROWS
     return 64 if wide and shape.rows > NARROW_ROWS else NARROW_ROWS
+
+
+def parts_apart(shape: Shape, plan: HopperPlan) -> bool:
+    """Whether both parts of the queries should have scores of their own, in wide tiles with one factor a token."""
+    return shape.batch * -(-shape.tokens // 64) >= APART_FROM * plan.parts
 
 
 def hopper_plan(shape: Shape, device: Device, tile_rows: int = 64) -> HopperPlan:

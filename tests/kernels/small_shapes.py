@@ -49,10 +49,11 @@ def main() -> None:
         from mlacompile.kernels.mla_decode.hopper_launch import mla_decode_hopper
         from mlacompile.kernels.mla_decode.plan import HopperPlan
 
-        plan = HopperPlan(2, turned=True)
-        mla_decode_hopper(*paged(forty, 64).tensors, **forty.keywords, plan=plan)  # type: ignore[arg-type]
-        torch.cuda.synchronize()
-        print("FP8 products of 40 rows in one tile ran", flush=True)
+        for apart in (False, True):
+            plan = HopperPlan(2, turned=True, apart=apart)
+            mla_decode_hopper(*paged(forty, 64).tensors, **forty.keywords, plan=plan)  # type: ignore[arg-type]
+            torch.cuda.synchronize()
+            print("FP8 products of 40 rows in one tile ran", flush=True)
         for m in (50, 100):
             both = [make_product(m, n, 784, quantized=True, device="cuda") for n in (1280, 200)]
             weights, descales = [p.weight for p in both], [p.weight_descale for p in both]

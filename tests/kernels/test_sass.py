@@ -309,6 +309,34 @@ def test_fp8_products_with_several_factors_in_wide_tiles(
     assert main.smem <= SMEM
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        (128, 1, 512, 64, 64, torch.bfloat16),
+        (16, 4, 512, 64, 0, torch.float16),
+        *([(40, 1, 256, 0, 32, torch.bfloat16)] if FULL else []),
+    ],
+    ids=str,
+)
+def test_fp8_products_of_both_parts_at_once(
+    variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record
+) -> None:
+    """Keys on the left and both parts of the queries on the right, summed up in float16."""
+    (main,) = build_hopper(*variant, cached="per token", merge=False, turned=True, apart=True)
+    record_property("compiled", table([main]))
+    _, queries, rank, rope, page, _ = variant
+    width = 256 if rank <= 256 else 512
+    assert main.counts["UTMALDG"] == 6 * copies(rank, rope, page)
+    assert main.counts["QGMMA"] == 2 * width // 32 + width // 64, "one product for both parts, in two groups of warps"
+    assert main.counts["HGMMA"] == 2 * rope // 16 + 4 * width // 128
+    assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
+    assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
+    assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
+    assert main.local_in_loops[0] <= few(6 if queries == 1 else 30)
+    assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
+    assert main.smem <= SMEM
+
+
 @pytest.mark.parametrize("cached", ["per token", "per block"])
 def test_fp8_products_in_narrow_tiles(cached: str, record_property: Record) -> None:
     """128 rows as four tiles are what 32 rows are."""

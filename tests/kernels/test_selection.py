@@ -120,6 +120,26 @@ def test_fp8_products_are_chosen(tile_rows: int, heads: int, queries: int, batch
     assert plan.overhead == (WIDE_OVERHEAD if (tile_rows, fp8) == (64, 1) else OVERHEAD)
 
 
+@pytest.mark.parametrize(
+    ("heads", "batch", "tokens", "fp8", "apart"),
+    [
+        (128, 64, 8192, 1, True),
+        (64, 128, 8192, 1, True),
+        (128, 16, 8192, 1, False),
+        (128, 1, 32768, 1, False),
+        (16, 128, 8192, 1, False),
+        (128, 64, 8192, 4, False),
+    ],
+)
+def test_keys_are_on_the_left_where_programs_have_many_blocks(
+    heads: int, batch: int, tokens: int, fp8: int, apart: bool
+) -> None:
+    pytest.importorskip("triton", reason="tiles are described to Triton")
+    from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
+
+    assert choose_hopper_plan(call(heads, batch, tokens, page=64, fp8=fp8), Device()).apart is apart
+
+
 def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:
     def reasons(rank: int, dtype: torch.dtype) -> str:
         return "; ".join(supports.turned_reasons(meta(2, 64, rank, dtype=dtype)))

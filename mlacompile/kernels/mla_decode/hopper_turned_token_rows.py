@@ -185,8 +185,10 @@ def _tell(x, bar, exponents, before, total, b, begins, unsure, SIDE: gl.constexp
         x.alpha.index(buffer).store(alpha)
         x.m.index(buffer).store(m + rise)
         x.rise.index(SIDE).store(rise)
+        mbarrier.arrive(bar.m.index(buffer), count=1)  # others wait for it
         exponents = _minus(exponents, x.rise.index(SIDE))
-    mbarrier.arrive(bar.m.index(buffer), count=1)
+    else:
+        mbarrier.arrive(bar.m.index(buffer), count=1)
     both = gl.convert_layout(alpha_before * alpha, gl.SliceLayout(0, _sums_of_warps()))[None, :]
     total = gl.where(begins, 0.0, total * both)  # of what an earlier item has left nothing is known
     return exponents, total

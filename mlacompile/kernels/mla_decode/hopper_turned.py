@@ -10,7 +10,8 @@ through registers:
 
 More than 32 rows are cut into tiles of 32, which begin and end soon, where there are few blocks for each program, and
 into tiles of 64 where there are many. With 64 rows scores take longer than all else: two groups of four warps take
-blocks by turns, and each fetches its own (``hopper_turned_by_turns.py``).
+blocks by turns, and each fetches its own (``hopper_turned_by_turns.py``). Where a program has many blocks of long rows,
+keys are their left operand (``hopper_turned_by_tokens.py``).
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
 Both are multiplied with the same keys and add to one sum; up to 32 rows are STACKED, both parts in one tile, at the
@@ -61,7 +62,7 @@ def _mla_decode_hopper_turned_kernel(
 
     p_out and p_part point to words of two values. COLS: rows of a tile that there can be, 16, 32 or 64.
     STACKED: both parts of the queries are rows of one tile; there are 32 rows at most. If not, P of batch rows that
-    see coarse_from tokens or more is e4m3.
+    see coarse_from tokens or more is e4m3. APART: both parts have scores of their own.
     """
     x, bar = _turned_setup(p_q.dtype.element_ty, STACKED, APART, WIDTH, BLOCK_P, STAGES, GROUPS)
     i_tile = gl.program_id(0)

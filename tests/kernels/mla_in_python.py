@@ -238,6 +238,10 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
             pairs = pairs.reshape(*pairs.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(pairs.shape)
         halves = (from_e4m3(((pairs >> shift) & 255).astype(np.uint8)).astype(np.float16) for shift in (0, 8))
         return tuple(made(half * times) for half in halves)
+    if "fma.rn.f16x2 $0" in code:  # the same of a group of columns, added to those before
+        return made((args[0] + args[1] * np.float16(1 / 16)) * args[2] + args[3])
+    if "mul.rn.f16x2 x, $2, $3" in code:  # and the sum of groups
+        return made((args[0] * args[1]).astype(np.float32))
     if "fma.rn.f16x2" in code:  # sums of both parts of a query
         return made(((args[0] + args[1] * np.float16(1 / 16)) * args[2]).astype(np.float32))
     if "shfl.sync.bfly" in code:  # a thread keeps one of two words and puts what another has of it to that

@@ -213,6 +213,17 @@ def test_several_factors_a_token(case: LatentCase, page: int) -> None:
     check(said, *turned(stored))
 
 
+@pytest.mark.parametrize(
+    ("case", "page"),
+    [x for x in GROUPED if x[0].heads * x[0].queries > NARROW_ROWS],
+    ids=lambda x: f"page{x}" if isinstance(x, int) else str(x),
+)
+def test_several_factors_a_token_of_both_parts_at_once(case: LatentCase, page: int) -> None:
+    stored, said = stored_as(make_inputs(case, device="cuda"), "block", page)
+    out, lse = turned(stored, apart=True)
+    check(said, out, lse, apart=True)
+
+
 @pytest.mark.parametrize("per", ["token", "block"])
 @pytest.mark.parametrize(
     "case",

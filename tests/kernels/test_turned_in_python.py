@@ -29,6 +29,7 @@ from mlacompile.kernels.mla_decode import (
     hopper_turned_rows,
     hopper_turned_scores,
     hopper_turned_token_rows,
+    hopper_turned_token_scores,
     hopper_turned_values,
     hopper_turned_wide,
     hopper_turned_words,
@@ -54,8 +55,8 @@ from tests.kernels import mla_in_python
 MODULES = [
     hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_by_tokens, hopper_turned_by_turns,
     hopper_turned_chain, hopper_turned_fetch, hopper_turned_groups, hopper_turned_moved, hopper_turned_room,
-    hopper_turned_rows, hopper_turned_scores, hopper_turned_token_rows, hopper_turned_values, hopper_turned_wide,
-    hopper_turned_words, merge,
+    hopper_turned_rows, hopper_turned_scores, hopper_turned_token_rows, hopper_turned_token_scores,
+    hopper_turned_values, hopper_turned_wide, hopper_turned_words, merge,
 ]  # fmt: skip
 
 
@@ -239,21 +240,22 @@ def test_nan_in_a_live_row_reaches_the_output(monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.parametrize(
-    ("case", "page", "parts", "tile_rows"),
+    ("case", "page", "parts", "tile_rows", "apart"),
     [
-        *((*x, 32) for x in GROUPED),
-        *((*x, 64) for x in [*(x for x in GROUPED if x[0].heads * x[0].queries > 16), *WIDE]),
+        *((*x, 32, False) for x in GROUPED),
+        *((*x, 64, False) for x in [*(x for x in GROUPED if x[0].heads * x[0].queries > 16), *WIDE]),
+        *((*x, 64, True) for x in [*(x for x in GROUPED if x[0].heads * x[0].queries > 32), *WIDE]),
     ],
     ids=str,
 )
 def test_several_factors_a_token(
-    monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, tile_rows: int
+    monkeypatch: pytest.MonkeyPatch, case: LatentCase, page: int, parts: int, tile_rows: int, apart: bool
 ) -> None:
     stored, said = quantized(make_inputs(case), per="block", rounded=False)
     want = exact(said)
     stored = in_one_run(paged(stored, page) if page else stored)
-    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True, tile_rows=tile_rows))
-    agree(out, lse, want)
+    out, lse = run(monkeypatch, stored, HopperPlan(parts, turned=True, tile_rows=tile_rows, apart=apart))
+    agree(out, lse, want, apart=apart)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,7 @@ def test_several_factors_a_token(
         (16, "block", 1, False, 64, False),
         (64, "block", 1, False, 64, False),
         (40, "block", 7, False, 64, False),
+        (40, "block", 7, False, 64, True),
         (72, "token", 2, False, 32, False),
     ],
 )

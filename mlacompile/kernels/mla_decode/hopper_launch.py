@@ -247,7 +247,7 @@ def _turned(
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "APART": plan.apart and not stacked and not several,
+        "COLS": columns, "STACKED": stacked, "APART": plan.apart and not stacked,
         "coarse_from": plan.coarse_from, "VALUE_REGS": registers,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows and one factor a token: keys are on the left.
+"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows: keys are on the left.
 
 Shared memory is what bounds such tiles, and a product of 64 by 64 reads as much as it gives. So both parts of the
 queries stand side by side on the right, 128 columns, and each key is read once for both. 64 registers of sums are not
@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -25,10 +24,16 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _limits
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import FP8_ROOM, ROOM, _page_before, _send_first
+from mlacompile.kernels.mla_decode.hopper_turned_chain import _prepare_factors
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
-from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _is_weighed
-from mlacompile.kernels.mla_decode.hopper_turned_rows import REST
+from mlacompile.kernels.mla_decode.hopper_turned_room import (
+    PLACES,
+    _coarse,
+    _fragment,
+    _is_coarse,
+    _is_weighed,
+)
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _report, _unit_of_block
 from mlacompile.kernels.mla_decode.hopper_turned_token_rows import (
     _by_tokens,
@@ -42,21 +47,14 @@ from mlacompile.kernels.mla_decode.hopper_turned_token_rows import (
     _tell,
     _two_rows,
 )
-
-# Scores of either part of two queries, times the power of two of each, to float32. As one instruction: the compiler
-# must not look at sums before they are waited for.
-SUM_OF_PARTS = gl.constexpr(
-    f"{{ .reg .b32 x, rest; .reg .b16 a, b; mov.b32 rest, 0x{(15 - REST << 10) * 0x10001:x}; "
-    "fma.rn.f16x2 x, $3, rest, $2; mul.rn.f16x2 x, x, $4; "
-    "mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+from mlacompile.kernels.mla_decode.hopper_turned_token_scores import (
+    _begin_group,
+    _begin_scores,
+    _end_groups,
+    _end_scores,
 )
+
 TWO_TO_E4M3 = gl.constexpr("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;")
-
-
-@gluon.constexpr_function
-def _both_parts():
-    """The layout of a product of keys and both parts of the queries."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * ROWS, 32])
 
 
 @gluon.constexpr_function
@@ -64,53 +62,6 @@ def _by_pairs():
     """The same of what is made of two tokens, the i-th and the (i + 8)-th of 16, which one thread has."""
     rows, lanes = [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(rows, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS])
-
-
-@gluon.jit
-def _begin_columns(keys, queries, s, FIRST: gl.constexpr, SOME: gl.constexpr):
-    """Begins to add the products of some columns."""
-    right = queries.slice(FIRST, SOME, dim=1).permute((1, 0))
-    return warpgroup_mma(keys.slice(FIRST, SOME, dim=1), right, s, use_acc=FIRST > 0, is_async=True)
-
-
-@gluon.jit
-def _begin_scores(x, bar, b, STAGES: gl.constexpr):
-    """Begins the products of block b, when those of the block before are issued, all but the last columns of them."""
-    WIDTH: gl.constexpr = x.k.shape[2]
-    stage = b % STAGES
-    other = (b + 1) & 1
-    keys = x.k.index(stage)
-    queries = x.q.index(_here(stage) >> 8)  # 0, but addresses are not kept in registers
-    s = gl.zeros((BLOCK, 2 * ROWS), gl.float16, _both_parts())
-    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
-    mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
-    s = _begin_columns(keys, queries, s, 0, WIDTH // 2)
-    s = _begin_columns(keys, queries, s, WIDTH // 2, WIDTH // 4)
-    s = _begin_columns(keys, queries, s, 3 * WIDTH // 4, WIDTH // 8)
-    mbarrier.arrive(bar.turn.index(b & 1), count=1)
-    return s
-
-
-@gluon.jit
-def _end_scores(x, s, row_scale, factors, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
-    """Scores of block b, divided by the tile's power of two; rotary ones are begun."""
-    WIDTH: gl.constexpr = x.k.shape[2]
-    LAST: gl.constexpr = WIDTH // 8
-    layout: gl.constexpr = _by_tokens()
-    stage = b % STAGES
-    keys = x.k.index(stage).slice(WIDTH - LAST, LAST, dim=1)
-    queries = x.q.index(_here(stage) >> 8).slice(WIDTH - LAST, LAST, dim=1)
-    # Not asynchronous: sums of 16 bits would be taken apart before they are waited for.
-    s = warpgroup_mma(keys, queries.permute((1, 0)), s, is_async=False)
-    main, rest = _halves(s)
-    s = gl.inline_asm_elementwise(
-        SUM_OF_PARTS, "=f,=f,r,r,r", [main, rest, row_scale[None, :]], dtype=gl.float32, is_pure=False, pack=2
-    )
-    s = gl.convert_layout(s, layout, assert_trivial=True)
-    s = s * factors[:, None]
-    if BLOCK_P > 0:
-        s = warpgroup_mma(x.pe.index(stage), x.q_pe.permute((1, 0)), s, is_async=True)
-    return s
 
 
 @gluon.jit
@@ -155,7 +106,7 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
                       i_tile, n_tiles, scale_log2, H, S, T, coarse_from, cache, WIDTH: gl.constexpr,
                       BLOCK_P: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
                       ONE_QUERY: gl.constexpr, GROUPS: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
-    """As ``_scores_by_turns``, for one factor a token."""
+    """As ``_scores_by_turns``."""
     layout: gl.constexpr = _by_tokens()
     by_row: gl.constexpr = gl.SliceLayout(0, layout)
     HALF: gl.constexpr = ROWS // 2
@@ -183,14 +134,22 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
             b = g + i
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, GROUPS)
-            s = _begin_scores(x, bar, b, STAGES)
             # While products run: what is left of the block before, and what will be needed at once.
+            if GROUPS > 1:
+                s = _begin_group(x, bar, b, STAGES)
+                _prepare_factors(x, b % PLACES, t, lo, hi, GROUPS)
+            else:
+                s = _begin_scores(x, bar, b, STAGES)
             total += _sums_of_warp(sums) * one
-            unit = _unit_of_block(x.factors.index(b % PLACES), t, lo, hi, ROOM)
+            unit = _unit_of_block(x.largest.index(b % PLACES), t, lo, hi, ROOM)
             unit += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
-            row_scale = x.row_scale.load(by_row)
-            factors = x.factors.index(b % PLACES).load(gl.SliceLayout(1, layout))
-            s = _end_scores(x, s, row_scale, factors, b, BLOCK_P, STAGES)
+            if GROUPS > 1:
+                s = _end_groups(x, s, b, BLOCK_P, STAGES, GROUPS)
+                factors = x.largest.index(_here(b) % PLACES).load(gl.SliceLayout(1, layout))
+            else:
+                row_scale = x.row_scale.load(by_row)
+                factors = x.largest.index(b % PLACES).load(gl.SliceLayout(1, layout))
+                s = _end_scores(x, s, row_scale, factors, b, BLOCK_P, STAGES)
             before = _counted_from(x, bar, b, i == 0)
             m = before.slice(0, HALF, dim=0).load(by_half) - unit
             if BLOCK_P > 0:

@@ -36,20 +36,22 @@ def _launch_later():
     )
 
 
-def _any_code(side: int) -> str:
-    return (
-        f"{{ .reg .pred any; setp.ne.b32 any, $1, 0; barrier.cta.red.or.pred any, {14 + side}, 128, any; "
-        f"selp.b32 any_of_{side}, 1, 0, any; mov.b32 $0, any_of_{side}; }}"
-    )
+ANY = gl.constexpr(
+    "{ .reg .pred any; setp.ne.b32 any, $1, 0; barrier.cta.red.or.pred any, BARRIER, 128, any; "
+    "selp.b32 any_of_side, 1, 0, any; mov.b32 $0, any_of_side; }"
+)
 
 
-ANY_0, ANY_1 = (gl.constexpr(_any_code(side)) for side in (0, 1))
+@gluon.constexpr_function
+def _of_side(code, side):
+    """Code for a partition of that number: its register and its barrier are none of those that Triton uses."""
+    return code.replace("any_of_side", f"any_of_{side}").replace("BARRIER", str(14 + side))
 
 
 @gluon.jit
 def _declare_any(SIDE: gl.constexpr):
     """What ``_any_thread`` of a partition of that number passes its result in. Once, and before it."""
-    CODE: gl.constexpr = ".reg .b32 any_of_1; // $0" if SIDE else ".reg .b32 any_of_0; // $0"
+    CODE: gl.constexpr = _of_side(".reg .b32 any_of_side; // $0", SIDE)
     gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -60,8 +62,7 @@ def _any_thread(x, SIDE: gl.constexpr):
     The barrier itself says so, at no more than what it costs to wait. As a tensor: its result, which is the same in
     all threads, becomes a number by way of a register of its own. Two partitions can do this, as SIDE 0 and 1.
     """
-    gl.inline_asm_elementwise(
-        ANY_1 if SIDE else ANY_0, "=r,r", [gl.where(x, 1, 0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-    CODE: gl.constexpr = "mov.b32 $0, any_of_1;" if SIDE else "mov.b32 $0, any_of_0;"
-    return gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) != 0
+    ASK: gl.constexpr = _of_side(ANY, SIDE)
+    gl.inline_asm_elementwise(ASK, "=r,r", [gl.where(x, 1, 0)], dtype=gl.int32, is_pure=False, pack=1)
+    READ: gl.constexpr = _of_side("mov.b32 $0, any_of_side;", SIDE)
+    return gl.inline_asm_elementwise(READ, "=r", [], dtype=gl.int32, is_pure=False, pack=1) != 0

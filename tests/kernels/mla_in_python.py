@@ -230,7 +230,8 @@ def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, *
     if "mov.b32 $1, $2" in code:  # the word of two neighbours, in place of both
         low, high = (np.asarray(args[0]).astype(np.uint16).astype(np.uint32)[..., i::2] for i in (0, 1))
         return made(np.repeat(low | high << 16, 2, -1).view(np.int32))
-    if ("e4m3x2" in code or "0x6240" in code) and np.asarray(args[0]).dtype == np.int32:  # words in place of both
+    words_in_place_of_both = np.asarray(args[0]).dtype == np.int32
+    if words_in_place_of_both and any(x in code for x in ("e4m3x2", "0x6420", "0x6240")):
         words = np.asarray(args[0]).view(np.uint32)
         pairs = np.where(np.arange(words.shape[-1]) % 2, words >> 16, words & 0xFFFF)
         times = np.asarray(args[1]) if len(args) > 1 else np.float16(1)

@@ -93,51 +93,38 @@ def test_what_the_hopper_kernel_cannot_take_goes_to_the_next_with_the_reason() -
 
 
 @pytest.mark.parametrize(
-    ("tile_rows", "heads", "queries", "batch", "page", "fp8"),
+    ("tile_rows", "heads", "queries", "batch", "tokens", "page", "fp8", "apart"),
     [
-        (32, 16, 1, 1, 0, 1),
-        (32, 16, 2, 64, 64, 1),
-        (64, 128, 1, 16, 64, 1),
-        (32, 128, 1, 1, 64, 1),
-        (32, 16, 4, 1, 0, 1),
-        (32, 16, 1, 1, 0, 4),
-        (32, 16, 1, 64, 64, 4),
-        (32, 16, 2, 128, 64, 4),
-        (32, 128, 1, 1, 64, 4),
-        (64, 33, 1, 64, 64, 4),
-        (64, 16, 4, 64, 0, 4),
-        (64, 128, 1, 128, 64, 4),
-        (0, 16, 1, 64, 64, 0),
+        (32, 16, 1, 1, 8192, 0, 1, False),
+        (32, 16, 2, 64, 8192, 64, 1, False),
+        (64, 128, 1, 16, 8192, 64, 1, False),
+        (32, 128, 1, 1, 8192, 64, 1, False),
+        (64, 128, 1, 1, 32768, 64, 1, False),
+        (64, 128, 1, 64, 8192, 64, 1, True),
+        (64, 64, 1, 128, 8192, 64, 1, True),
+        (64, 128, 1, 128, 4096, 64, 1, False),
+        (32, 16, 4, 1, 8192, 0, 1, False),
+        (32, 16, 1, 1, 8192, 0, 4, False),
+        (32, 16, 1, 64, 8192, 64, 4, False),
+        (32, 16, 2, 128, 8192, 64, 4, False),
+        (32, 128, 1, 1, 8192, 64, 4, False),
+        (64, 33, 1, 64, 8192, 64, 4, False),
+        (64, 16, 4, 64, 8192, 0, 4, False),
+        (64, 128, 1, 128, 8192, 64, 4, False),
+        (0, 16, 1, 64, 8192, 64, 0, False),
     ],
 )
-def test_fp8_products_are_chosen(tile_rows: int, heads: int, queries: int, batch: int, page: int, fp8: int) -> None:
-    """In wide or narrow tiles by what a batch can hold."""
+def test_fp8_products_are_chosen(
+    tile_rows: int, heads: int, queries: int, batch: int, tokens: int, page: int, fp8: int, apart: bool
+) -> None:
+    """In wide or narrow tiles by what a batch can hold, and with keys on the left by what a program can."""
     pytest.importorskip("triton", reason="tiles are described to Triton")
     from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
 
-    plan = choose_hopper_plan(call(heads, batch, 8192, queries=queries, page=page, fp8=fp8), Device())
+    plan = choose_hopper_plan(call(heads, batch, tokens, queries=queries, page=page, fp8=fp8), Device())
     assert (plan.tile_rows if plan.turned else 0) == tile_rows
     assert plan.overhead == (WIDE_OVERHEAD if (tile_rows, fp8) == (64, 1) else OVERHEAD)
-
-
-@pytest.mark.parametrize(
-    ("heads", "batch", "tokens", "fp8", "apart"),
-    [
-        (128, 64, 8192, 1, True),
-        (64, 128, 8192, 1, True),
-        (128, 16, 8192, 1, False),
-        (128, 1, 32768, 1, False),
-        (16, 128, 8192, 1, False),
-        (128, 64, 8192, 4, False),
-    ],
-)
-def test_keys_are_on_the_left_where_programs_have_many_blocks(
-    heads: int, batch: int, tokens: int, fp8: int, apart: bool
-) -> None:
-    pytest.importorskip("triton", reason="tiles are described to Triton")
-    from mlacompile.kernels.mla_decode.hopper_launch import choose_hopper_plan
-
-    assert choose_hopper_plan(call(heads, batch, tokens, page=64, fp8=fp8), Device()).apart is apart
+    assert plan.apart is apart
 
 
 def test_fp8_products_take_pairs_of_columns_in_e4m3() -> None:

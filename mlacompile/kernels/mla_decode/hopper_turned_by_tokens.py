@@ -59,7 +59,7 @@ TWO_TO_E4M3 = gl.constexpr("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;")
 
 @gluon.constexpr_function
 def _by_pairs():
-    """The same of what is made of two tokens, the i-th and the (i + 8)-th of 16, which one thread has."""
+    """The layout of what is made of two tokens, the i-th and the (i + 8)-th of 16, which one thread has."""
     rows, lanes = [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(rows, lanes, [[8, 0], [16, 0]], [], [BLOCK // 2, ROWS])
 
@@ -123,10 +123,8 @@ def _scores_by_tokens(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, par
         total = gl.zeros((4, ROWS), gl.float32, _sums_of_warps())
         sums = gl.zeros((BLOCK // 2, ROWS // 2), gl.int32, _by_words())
         one = 1.0
-        first = (g + SIDE) & 1
-        t += (n - 1 - first) * BLOCK  # the last block is taken first
         p_pages = _pages_of(cache, row, PAGE)
-        unit_of_page = _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+        first, t, unit_of_page = _send_first(x, bar, cache, g, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, SIDE)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         scale = gl.max(x.tile_scale.load(_one()), 0) * scale_log2
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block

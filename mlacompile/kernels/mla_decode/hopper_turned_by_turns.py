@@ -46,7 +46,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_scores import (
     _report,
     _unit_of_block,
 )
-from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_products
+from mlacompile.kernels.mla_decode.hopper_turned_words import _in_order_of_words
 
 SLACK = gl.constexpr(3.75)  # powers of two, as all of these
 SPARE = gl.constexpr(2.0)  # what a row that moves leaves for larger scores to come
@@ -119,7 +119,7 @@ def _half_of_p(x, to, s, m, row_scale, b, i: gl.constexpr, t, lo, hi, coarse):
     p0 = _weighed(x, e0, b, 2 * i, t, lo, hi)
     p1 = _weighed(x, e1, b, 2 * i + 1, t, lo, hi)
     if coarse:
-        _coarse_half(to, b & 1).store(_in_order_of_products(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
+        _coarse_half(to, b & 1).store(_in_order_of_words(_joined(p0.to(gl.float8e4nv), p1.to(gl.float8e4nv))))
     else:
         to.index(b & 1).store(_joined(p0.to(gl.float16), p1.to(gl.float16)))
     return e0 + e1
@@ -133,12 +133,15 @@ def _counted(total, m_before, m):
 
 
 @gluon.jit
-def _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
-                PAGE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Sends for those of the first three blocks of an item that are the group's own, and returns the unit of the last.
+def _send_first(x, bar, cache, g, n, row, p_pages, t, WIDTH: gl.constexpr, BLOCK_P: gl.constexpr,
+                PAGE: gl.constexpr, STAGES: gl.constexpr, SIDE: gl.constexpr):  # fmt: skip
+    """Sends for those of the first three blocks of an item that are the group's own.
 
-    g: the number of the first block; g + first is the group's, from token t on.
+    g: the number of the first block; t: where the tokens begin, the last of which are taken first. Returns which block
+    is the group's first, where its tokens begin, and the unit of what was sent for last.
     """
+    first = (g + SIDE) & 1
+    t += (n - 1 - first) * BLOCK
     n_pages, n_columns = cache[8], cache[9]
     SUB: gl.constexpr = BLOCK // _tokens(cache[0].block_type.shape)
     unit = row
@@ -150,7 +153,7 @@ def _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH: gl.constexpr
         if SUB == 1:
             unit = _unit(p_pages, row, t - 2 * BLOCK, n_pages, n_columns, PAGE)
         _fetch_block(x, bar, cache, g + 2, unit, p_pages, t - 2 * BLOCK, WIDTH, BLOCK_P, PAGE, STAGES)
-    return unit
+    return first, t, unit
 
 
 @gluon.jit
@@ -185,10 +188,8 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
         m = gl.full((ROWS,), LOWEST, gl.float32, by_row)
         total = gl.zeros((ROWS, 4), gl.float32, _by_thread(ROWS))
 
-        first = (g + SIDE) & 1
-        t += (n - 1 - first) * BLOCK  # the last block is taken first
         p_pages = _pages_of(cache, row, PAGE)
-        unit = _send_first(x, bar, cache, g, first, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES)
+        first, t, unit = _send_first(x, bar, cache, g, n, row, p_pages, t, WIDTH, BLOCK_P, PAGE, STAGES, SIDE)
         mbarrier.wait(bar.queries.index(item & 1), (item >> 1) & 1)
         row_scale = x.row_scale.load(by_row) * scale_log2
         all_warps()  # here once, or the compiler has warps wait for each other before each wait of a block

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from mlacompile.kernels.hopper import _here
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLACES
+from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLACES, _parts_apart
 from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR, _add_rope, _fp8_products, _products
 from mlacompile.kernels.mla_decode.hopper_turned_words import STEP
 
@@ -49,6 +49,21 @@ def _reciprocal(x):
 
 
 @gluon.jit
+def _store_chain(x, place, f, GROUPS: gl.constexpr):
+    """What stands in the chain behind the scores of each group: a factor over the next one's, the last one itself."""
+    first, second, third, fourth = _columns_of_four(f)
+    after_first = first * SMALLER * _reciprocal(second * SMALLER)
+    after_second, after_third = second, third
+    if GROUPS > 2:
+        after_second = second * SMALLER * _reciprocal(third * SMALLER)
+    if GROUPS > 3:
+        after_third = third * SMALLER * _reciprocal(fourth * SMALLER)
+    lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    chain = x.chain._reinterpret(gl.float32, [PLACES, FACTORS, BLOCK], lines).index(place)
+    chain.permute((1, 0)).store(_four_columns(after_first, after_second, after_third, fourth))
+
+
+@gluon.jit
 def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     """From a block's factors, [tokens, 4], what its scores, its P and its values are multiplied with.
 
@@ -58,19 +73,14 @@ def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     f = gl.where(((o_t >= lo) & (o_t < hi))[:, None], x.factors.index(place).load(layout), 1.0)
     f = gl.where(gl.abs(f) < LEAST_FACTOR, LEAST_FACTOR, f)
+    if not _parts_apart(x.q.shape):
+        _store_chain(x, place, f, GROUPS)
     first, second, third, fourth = _columns_of_four(f)
     largest = gl.maximum(gl.abs(first), gl.abs(second))
-    after_first = first * SMALLER * _reciprocal(second * SMALLER)  # what stands in the chain behind them
-    after_second, after_third = second, third
     if GROUPS > 2:
         largest = gl.maximum(largest, gl.abs(third))
-        after_second = second * SMALLER * _reciprocal(third * SMALLER)
     if GROUPS > 3:
         largest = gl.maximum(largest, gl.abs(fourth))
-        after_third = third * SMALLER * _reciprocal(fourth * SMALLER)
-    lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    chain = x.chain._reinterpret(gl.float32, [PLACES, FACTORS, BLOCK], lines).index(place)
-    chain.permute((1, 0)).store(_four_columns(after_first, after_second, after_third, fourth))
     largest = largest * (1 / LARGEST_SHARE)
     unit = _reciprocal(largest * SMALLER)
     shares = f * SMALLER * gl.convert_layout(unit, gl.SliceLayout(1, layout))[:, None]

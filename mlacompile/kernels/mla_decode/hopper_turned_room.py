@@ -185,9 +185,9 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexp
     if not STACKED:
         if not APART:
             p_last = _room_of_p(q, GROUPS, STACKED, APART)
-        m = gl.allocate_shared_memory(gl.float32, [3, ROWS], plain)
-        m.index(2).store(gl.zeros((ROWS,), gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
+        m = gl.allocate_shared_memory(gl.float32, [3 if APART else 2, ROWS], plain)
         if APART:
+            m.index(2).store(gl.zeros((ROWS,), gl.float32, gl.BlockedLayout([1], [32], [4], [0])))
             rise = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
             most = gl.allocate_shared_memory(gl.int32, [2, 4, ROWS // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
@@ -195,11 +195,14 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexp
     largest, chain, shares = factors, factors, factors
     KIND: gl.constexpr = gl.float16 if APART else gl.float32
     row_scale = gl.allocate_shared_memory(KIND, [ROWS], plain)
-    tile_scale = gl.allocate_shared_memory(gl.float32, [1], plain)
+    tile_scale = row_scale
+    if APART:
+        tile_scale = gl.allocate_shared_memory(gl.float32, [1], plain)
     if not STACKED and GROUPS > 1:
         largest = gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK], plain)
         lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        chain = gl.allocate_shared_memory(gl.float32, [PLACES * FACTORS, BLOCK], plain)
+        if not APART:
+            chain = gl.allocate_shared_memory(gl.float32, [PLACES * FACTORS, BLOCK], plain)
         shares = gl.allocate_shared_memory(gl.float16, [PLACES, FACTORS, BLOCK], lines)
     x = TurnedTiles(
         q,

@@ -96,9 +96,9 @@ def _stacked(high, rest):
 def _store_queries(x, q, pe, FIRST: gl.constexpr, STACKED: gl.constexpr, BLOCK_P: gl.constexpr):
     """Queries in two FP8 parts, and the powers of two that their rows were divided by.
 
-    STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none. With
-    one factor a token, and not STACKED, all rows of the one and then all of the other are one tile; rotary parts are
-    all divided by the largest power of the tile, and of the others only what they are to that is told.
+    STACKED: both parts in one tile, eight rows rounded, then what that leaves of them, whose rotary part is none.
+    Where parts are apart, all rows of the one and then all of the other are one tile; rotary parts are all divided by
+    the largest power of the tile, and of the others only what they are to that is told.
     """
     N: gl.constexpr = q.shape[0]
     APART: gl.constexpr = _parts_apart(x.q.shape)

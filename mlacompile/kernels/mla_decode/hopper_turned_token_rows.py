@@ -22,7 +22,8 @@ QUARTER = gl.constexpr(16)  # rows whose numbers a thread loads at once
 FRESH = gl.constexpr(2.0)  # alpha of rows that have not seen a token
 
 
-def _fold(bit: int, combine: str) -> str:
+@gluon.constexpr_function
+def _fold(bit, combine):
     """Two words of two rows, one of which a thread keeps and gives the other away for what another has of its."""
     return (
         "{ .reg .pred high; .reg .b32 kept, given; setp.ne.b32 high, $3, 0; selp.b32 kept, $2, $1, high; "
@@ -31,8 +32,6 @@ def _fold(bit: int, combine: str) -> str:
     )
 
 
-ADD_4, ADD_2, ADD_1 = (gl.constexpr(_fold(bit, "add.rn.f16x2")) for bit in (4, 2, 1))
-MAX_4, MAX_2, MAX_1 = (gl.constexpr(_fold(bit, "max.bf16x2")) for bit in (4, 2, 1))
 TWO_TO_FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 TWO_FROM_FLOAT16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
 TWO_TO_BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
@@ -85,13 +84,20 @@ def _words_of_thread(even_and_odd, CODE: gl.constexpr):
 
 
 @gluon.jit
-def _folded(words, CODE: gl.constexpr, BIT: gl.constexpr):
+def _folded(words, COMBINE: gl.constexpr, BIT: gl.constexpr):
     """What threads have whose tokens differ in that bit, put together: of half of the rows each."""
+    CODE: gl.constexpr = _fold(BIT, COMBINE)
     N: gl.constexpr = words.shape[1] // 2
     first, second = gl.split(words.reshape([BLOCK // 2, 2, N]).permute((0, 2, 1)))
     high = (gl.arange(0, BLOCK // 2, gl.SliceLayout(1, first.type.layout)) & BIT)[:, None]
     high, first = gl.broadcast(high, first)
     return gl.inline_asm_elementwise(CODE, "=r,r,r,r", [first, second, high], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _folded_to_two_rows(words, COMBINE: gl.constexpr):
+    """What a warp's threads have, put together: a word of two rows each."""
+    return _folded(_folded(_folded(words, COMBINE, 4), COMBINE, 2), COMBINE, 1)
 
 
 @gluon.jit
@@ -103,7 +109,7 @@ def _sums_of_thread(e):
 @gluon.jit
 def _sums_of_warp(words):
     """Sums of each warp's tokens."""
-    words = _folded(_folded(_folded(words, ADD_4, 4), ADD_2, 2), ADD_1, 1)
+    words = _folded_to_two_rows(words, "add.rn.f16x2")
     even, odd = gl.inline_asm_elementwise(
         TWO_FROM_FLOAT16, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
     )
@@ -114,7 +120,7 @@ def _sums_of_warp(words):
 def _largest_of_rows(x, exponents, SIDE: gl.constexpr):
     """The largest of each row, to the eight bits of bfloat16: where rows move it need not be more."""
     words = _words_of_thread(gl.max(_pairs_of_tokens(exponents), 1), TWO_TO_BFLOAT16)
-    words = _folded(_folded(_folded(words, MAX_4, 4), MAX_2, 2), MAX_1, 1)
+    words = _folded_to_two_rows(words, "max.bf16x2")
     of_warps = x.most.index(SIDE)
     of_warps.store(words.reshape([4, ROWS // 2]))
     words = of_warps.load(gl.BlockedLayout([4, 1], [1, 32], [4, 1], [0, 1]))

@@ -33,7 +33,6 @@ SUM_OF_GROUP = gl.constexpr(
 SUM_OF_GROUPS = gl.constexpr(
     "{ .reg .b32 x; .reg .b16 a, b; mul.rn.f16x2 x, $2, $3; mov.b32 {a, b}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
 )
-SHARE_OF_LARGEST = gl.constexpr(2.0**-7)  # 1 / LARGEST_SHARE
 
 
 @gluon.constexpr_function
@@ -43,9 +42,9 @@ def _both_parts():
 
 
 @gluon.jit
-def _queries_of_tile(x, b):
+def _queries_of_tile(x, stage):
     """Both parts of the queries: the only tile, which the compiler must not know, or it would keep addresses."""
-    return x.q.index(_here(b) >> 31)
+    return x.q.index(_here(stage) >> 8)
 
 
 @gluon.jit
@@ -69,7 +68,7 @@ def _begin_scores(x, bar, b, STAGES: gl.constexpr):
     stage = b % STAGES
     other = (b + 1) & 1
     keys = x.k.index(stage)
-    queries = _queries_of_tile(x, b)
+    queries = _queries_of_tile(x, stage)
     s = gl.zeros((BLOCK, 2 * ROWS), gl.float16, _both_parts())
     mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
     mbarrier.wait(bar.turn.index(other), (((b + 1) >> 1) & 1) ^ 1)
@@ -86,7 +85,7 @@ def _end_scores(x, s, row_scale, factors, b, BLOCK_P: gl.constexpr, STAGES: gl.c
     WIDTH: gl.constexpr = x.k.shape[2]
     layout: gl.constexpr = _by_tokens()
     stage = b % STAGES
-    s = _end_columns(x.k.index(stage), _queries_of_tile(x, b), s, 7 * WIDTH // 8, WIDTH // 8, True)
+    s = _end_columns(x.k.index(stage), _queries_of_tile(x, stage), s, 7 * WIDTH // 8, WIDTH // 8, True)
     main, rest = _halves(s)
     s = gl.inline_asm_elementwise(
         SUM_OF_PARTS, "=f,=f,r,r,r", [main, rest, row_scale[None, :]], dtype=gl.float32, is_pure=False, pack=2
@@ -103,7 +102,7 @@ def _begin_group(x, bar, b, STAGES: gl.constexpr):
     """Begins the products of the first group of columns of block b, all but the last columns of them."""
     stage = b % STAGES
     keys = x.k.index(stage)
-    queries = _queries_of_tile(x, b)
+    queries = _queries_of_tile(x, stage)
     s = gl.zeros((BLOCK, 2 * ROWS), gl.float16, _both_parts())
     mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
     s = _begin_columns(keys, queries, s, 0, GROUP // 2)
@@ -118,7 +117,7 @@ def _end_groups(x, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl
     stage = b % STAGES
     place = b % PLACES
     keys = x.k.index(stage)
-    queries = _queries_of_tile(x, b)
+    queries = _queries_of_tile(x, stage)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shares = x.shares._reinterpret(gl.float16, [PLACES * FACTORS, BLOCK], line)
     added = gl.zeros((BLOCK, ROWS), gl.float16, layout)
@@ -129,7 +128,7 @@ def _end_groups(x, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl
             s = _end_columns(keys, queries, s, k * GROUP, GROUP, False)
         main, rest = _halves(s)
         # The place is asked for here, or all shares would be loaded, and spilled, before the first products are done.
-        share = shares.index(FACTORS * _here(place) + k).load(by_token) * SHARE_OF_LARGEST
+        share = shares.index(FACTORS * _here(place) + k).load(by_token) * (1 / LARGEST_SHARE)
         main = gl.convert_layout(main, layout, assert_trivial=True)
         rest = gl.convert_layout(rest, layout, assert_trivial=True)
         added = gl.inline_asm_elementwise(

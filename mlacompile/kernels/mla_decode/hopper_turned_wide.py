@@ -22,6 +22,8 @@ from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
 from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _coarse_half, _fragment, _parts_apart
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
+    IN_ORDER,
+    IN_PAIRS,
     STEP,
     _add_products,
     _both_of_words,
@@ -59,7 +61,7 @@ def _clear_dead_block(words, first, t, lo, hi, TILES: gl.constexpr):
 def _columns(x, words, g, i: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
     """Even and odd columns of step i of block g, as left operands: as they are if COARSE, or in float16."""
     if COARSE:
-        return _fp8_columns_of(words, layout)
+        return _fp8_columns_of(words, IN_PAIRS if _parts_apart(x.q.shape) else IN_ORDER, layout)
     else:
         STEPS: gl.constexpr = BLOCK // STEP
         both = _both_of_words(words, gl.DotOperandLayout(0, layout, 2))

@@ -16,8 +16,10 @@ SPLIT = gl.constexpr(
     "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
     "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
 )
-# The same and two tokens eight further on, as they are: even of all four, odd of all four, each with the one eight on.
-APART = gl.constexpr("prmt.b32 $0, $2, $4, 0x6240; prmt.b32 $1, $2, $4, 0x7351;")
+# The same and two tokens eight further on, as they are: even of all four, odd of all four, in that order, or each token
+# beside the one eight further on.
+IN_ORDER = gl.constexpr("prmt.b32 $0, $2, $4, 0x6420; prmt.b32 $1, $2, $4, 0x7531;")
+IN_PAIRS = gl.constexpr("prmt.b32 $0, $2, $4, 0x6240; prmt.b32 $1, $2, $4, 0x7351;")
 
 
 @gluon.jit
@@ -77,19 +79,11 @@ def _in_order_of_words(x):
 
 
 @gluon.jit
-def _in_order_of_products(x):
-    """Columns in the order of ``_fp8_columns_of``: the i-th and the (i + 8)-th of 16 side by side."""
-    rows: gl.constexpr = x.shape[0]
-    columns: gl.constexpr = x.shape[1]
-    return x.reshape([rows, columns // 16, 2, 8]).permute((0, 1, 3, 2)).reshape([rows, columns])
-
-
-@gluon.jit
 def _fp8_words_of(tile, i, layout: gl.constexpr):
     """Words of pairs of columns, of the tokens of FP8_STEP: [pairs, FP8_STEP / 2].
 
-    A thread has tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16. As left operands, and in P, they are 2t, 2t + 8, 2t + 1 and
-    2t + 9, and count as 4t to 4t + 3.
+    A thread has tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, and calls them 4t to 4t + 3, as it does those of P, in that
+    order or IN_PAIRS.
     """
     as_16_bits: gl.constexpr = gl.DotOperandLayout(0, _fragment(layout.instr_shape[1], gl.num_warps()), 2)
     pairs = tile.slice(i * FP8_STEP, FP8_STEP, dim=0).permute((1, 0)).load(as_16_bits)
@@ -97,12 +91,12 @@ def _fp8_words_of(tile, i, layout: gl.constexpr):
 
 
 @gluon.jit
-def _fp8_columns_of(words, layout: gl.constexpr):
-    """Even columns and odd columns in FP8, as left operands."""
+def _fp8_columns_of(words, ORDER: gl.constexpr, layout: gl.constexpr):
+    """Even columns and odd columns in FP8, as left operands, tokens in the order of P."""
     both = gl.join(words, words).reshape([words.shape[0], FP8_STEP])
     both = gl.convert_layout(both, gl.DotOperandLayout(0, layout, 4), assert_trivial=True)
     return gl.inline_asm_elementwise(
-        APART, "=r,=r,r,r,r,r", [both], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True, pack=4
+        ORDER, "=r,=r,r,r,r,r", [both], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=True, pack=4
     )
 
 

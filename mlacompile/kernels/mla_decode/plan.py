@@ -155,7 +155,7 @@ WIDE_OVERHEAD = 8
 
 #: Blocks that a program can have from which keys of wide tiles are the left operand: each takes less time then, and a
 #: row more to begin. Where all weights are float16 it makes no difference (docs/kernels.md).
-APART_FROM = 48
+APART_FROM = 96
 
 
 @dataclass(frozen=True)

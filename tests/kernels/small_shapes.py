@@ -49,9 +49,11 @@ def main() -> None:
         from mlacompile.kernels.mla_decode.hopper_launch import mla_decode_hopper
         from mlacompile.kernels.mla_decode.plan import HopperPlan
 
-        for apart in (False, True):
+        several, _ = quantized(make_inputs(replace(CASE, heads=40), device="cuda"), per="block")
+        wide = [(paged(forty, 64), False), (paged(forty, 64), True), (in_one_run(paged(several, 64)), True)]
+        for inputs, apart in wide:
             plan = HopperPlan(2, turned=True, apart=apart)
-            mla_decode_hopper(*paged(forty, 64).tensors, **forty.keywords, plan=plan)  # type: ignore[arg-type]
+            mla_decode_hopper(*inputs.tensors, **inputs.keywords, plan=plan)  # type: ignore[arg-type]
             torch.cuda.synchronize()
             print("FP8 products of 40 rows in one tile ran", flush=True)
         for m in (50, 100):

@@ -291,24 +291,6 @@ def test_fp8_products(variant: tuple[int, int, int, int, int, torch.dtype], reco
     assert main.smem <= SMEM
 
 
-@pytest.mark.parametrize("variant", [(128, 1, 512, 64, 64, torch.bfloat16), (16, 4, 384, 0, 0, torch.float16)], ids=str)
-def test_fp8_products_with_several_factors_in_wide_tiles(
-    variant: tuple[int, int, int, int, int, torch.dtype], record_property: Record
-) -> None:
-    (main,) = build_hopper(*variant, cached="per block", merge=False, turned=True)
-    record_property("compiled", table([main]))
-    _, _, rank, rope, page, _ = variant
-    groups = -(-rank // 128)
-    assert main.counts["UTMALDG"] == 6 * copies(rank, rope, page)
-    assert main.counts["QGMMA"] == 2 * 2 * groups * 128 // 32, "both parts of queries by every group's keys, twice"
-    assert main.counts["HGMMA"] == 2 * rope // 16 + 2 * 2 * 64 // 16, "values of 256 columns at a time, even and odd"
-    assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
-    assert main.serialized == main.unordered == 0
-    assert main.local_in_loops[0] <= few(13)
-    assert main.local_in_loops[1] == 0
-    assert main.smem <= SMEM
-
-
 @pytest.mark.parametrize(
     ("variant", "cached"),
     [
@@ -316,6 +298,7 @@ def test_fp8_products_with_several_factors_in_wide_tiles(
         ((16, 4, 512, 64, 0, torch.float16), "per token"),
         *([((40, 1, 256, 0, 32, torch.bfloat16), "per token")] if FULL else []),
         ((128, 1, 512, 64, 64, torch.bfloat16), "per block"),
+        ((16, 4, 384, 0, 0, torch.float16), "per block"),
     ],
     ids=str,
 )
@@ -329,13 +312,14 @@ def test_fp8_products_of_both_parts_at_once(
     width = 256 if rank <= 256 else 512
     several = cached == "per block"
     assert main.counts["UTMALDG"] == 6 * copies(rank, rope, page)
-    coarse = 0 if several else width // 64
-    assert main.counts["QGMMA"] == 2 * width // 32 + coarse, "one product for both parts, in two groups of warps"
+    columns, coarse = (-(-rank // 128) * 128, 0) if several else (width, width // 64)
+    assert main.counts["QGMMA"] == 2 * columns // 32 + coarse, "one product for both parts, in two groups of warps"
     assert main.counts["HGMMA"] == 2 * rope // 16 + 4 * width // 128
     assert main.counts["HMMA"] == main.counts["LDGSTS"] == 0
     assert main.serialized == 0, "ptxas found a wgmma whose operands are still in use, and waits for it"
     assert main.unordered == 0, "a thread arrives for warps that may not have come so far"
-    assert main.local_in_loops[0] <= few(37 if several else 6)
+    # Several factors need registers that there are not; in causal order limits of rows spill, too.
+    assert main.local_in_loops[0] <= few((37 if variant[1] == 1 else 44) if several else 6)
     assert main.registers <= 128, "16 warps share the registers until the partitions take theirs"
     assert main.smem <= SMEM
 

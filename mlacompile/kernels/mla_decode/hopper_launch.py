@@ -111,8 +111,9 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
         tile_rows = turned_tile_rows(shape)
         if not turned_reasons(c_kv):
             plan = replace(hopper_plan(shape, device, tile_rows), turned=True)
-            if tile_rows == TILE_ROWS and descale.shape[2] == 1:
-                plan = replace(plan, overhead=WIDE_OVERHEAD, apart=parts_apart(shape, plan))
+            if tile_rows == TILE_ROWS:
+                apart = descale.shape[2] > 1 or parts_apart(shape, plan)
+                plan = replace(plan, overhead=WIDE_OVERHEAD, apart=apart)
             return plan
     return hopper_plan(shape, device)
 
@@ -247,7 +248,7 @@ def _turned(
         "d_c": d_c, "d_pe": d_pe, "d_scale": d_scale, "apart_c": apart_c, "apart_pe": apart_pe,
         "apart_scale": apart_scale, "GROUPS": descale.shape[2],
         "WIDTH": width, "STAGES": 4 if stacked else 3, "CODE": PACK[dtype],
-        "COLS": columns, "STACKED": stacked, "APART": plan.apart and not stacked,
+        "COLS": columns, "STACKED": stacked, "APART": (plan.apart or several) and not stacked,
         "coarse_from": plan.coarse_from, "VALUE_REGS": registers,
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ through registers:
 More than 32 rows are cut into tiles of 32, which begin and end soon, where there are few blocks for each program, and
 into tiles of 64 where there are many. With 64 rows scores take longer than all else: two groups of four warps take
 blocks by turns, and each fetches its own (``hopper_turned_by_turns.py``). Where a program has many blocks of long rows,
-keys are their left operand (``hopper_turned_by_tokens.py``).
+or a token several factors, keys are their left operand (``hopper_turned_by_tokens.py``).
 
 A query is the sum of two FP8 values, its rounding and what that leaves: with eight bits of mantissa as good as bf16.
 Both are multiplied with the same keys and add to one sum; up to 32 rows are STACKED, both parts in one tile, at the
@@ -26,7 +26,8 @@ of long contexts are not even converted: P is then e4m3 as well (``hopper_turned
 
 With several factors a token, one for each group of 128 columns, each group has scores and a P of its own in tiles of 32
 (``hopper_turned_groups.py``), and ``_values`` are two partitions of four warps, because eight would share one P. In
-tiles of 64 scores of groups are a chain, and values are multiplied instead of P (``hopper_turned_chain.py``).
+tiles of 64 scores of groups are added up as they come, and values are multiplied instead of P
+(``hopper_turned_shares.py``).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

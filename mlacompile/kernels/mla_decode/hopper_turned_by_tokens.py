@@ -24,7 +24,6 @@ from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _limits
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import FP8_ROOM, ROOM, _page_before, _send_first
-from mlacompile.kernels.mla_decode.hopper_turned_chain import _prepare_factors
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
 from mlacompile.kernels.mla_decode.hopper_turned_room import (
@@ -35,6 +34,7 @@ from mlacompile.kernels.mla_decode.hopper_turned_room import (
     _is_weighed,
 )
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _report, _unit_of_block
+from mlacompile.kernels.mla_decode.hopper_turned_shares import _prepare_factors
 from mlacompile.kernels.mla_decode.hopper_turned_token_rows import (
     _by_tokens,
     _by_words,

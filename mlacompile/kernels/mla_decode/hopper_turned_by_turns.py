@@ -27,7 +27,6 @@ from mlacompile.kernels.mla_decode.hopper_fetch import _page, _tokens, _unit
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
 from mlacompile.kernels.mla_decode.hopper_rows import _limits, _seen
-from mlacompile.kernels.mla_decode.hopper_turned_chain import _scores_in_chain
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
 from mlacompile.kernels.mla_decode.hopper_turned_room import (
@@ -197,10 +196,7 @@ def _scores_by_turns(x, bar, p_start, p_length, p_lse, p_part_lse, p_parts, part
             b = g + i
             # Reckoned here, or it would be kept in a register.
             coarse = _is_coarse(_here(lo), hi, n, coarse_from, GROUPS)
-            if GROUPS > 1:
-                s = _scores_in_chain(x, bar, s0, b, t, lo, hi, BLOCK_P, STAGES, GROUPS)
-            else:
-                s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
+            s = _scores_of_block(x, bar, s0, b, BLOCK_P, STAGES)
             unit_of_p = _unit_of_block(x.largest.index(b % PLACES), t, lo, hi, ROOM)
             unit_of_p += gl.where(coarse, float(ROOM - FP8_ROOM), 0.0)
             if BLOCK_P > 0:

@@ -34,7 +34,6 @@ class TurnedTiles:
     others: gl.shared_memory_descriptor  # [2, 64], denominators of the other group, and what they count from
     p_last: gl.shared_memory_descriptor  # [2, 64, 32], the second half of P where that has only 32 columns
     largest: gl.shared_memory_descriptor  # [PLACES, 64], what P is multiplied with, a factor or the largest
-    chain: gl.shared_memory_descriptor  # [PLACES * FACTORS, 64], see hopper_turned_chain.py
     rise: gl.shared_memory_descriptor  # [2, 64], by how much rows of a group's block count from more than before
     most: gl.shared_memory_descriptor  # [2, 4, 32], the largest of rows, of warps of both groups, in words of two
     shares: gl.shared_memory_descriptor  # [PLACES, FACTORS, 64] float16, what groups of columns have of that
@@ -56,7 +55,6 @@ class TurnedTiles:
         others,
         p_last,
         largest,
-        chain,
         rise,
         most,
         shares,
@@ -64,7 +62,7 @@ class TurnedTiles:
         self.q, self.q_pe, self.k, self.pe, self.factors = q, q_pe, k, pe, factors
         self.p, self.alpha, self.row_scale, self.tile_scale, self.share = p, alpha, row_scale, tile_scale, share
         self.m, self.others, self.p_last = m, others, p_last
-        self.largest, self.chain, self.rise, self.most, self.shares = largest, chain, rise, most, shares
+        self.largest, self.rise, self.most, self.shares = largest, rise, most, shares
 
 
 @aggregate
@@ -192,7 +190,7 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexp
             most = gl.allocate_shared_memory(gl.int32, [2, 4, ROWS // 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         others = gl.allocate_shared_memory(gl.float32, [2, ROWS], plain)
     factors = _room_of_factors(GROUPS)
-    largest, chain, shares = factors, factors, factors
+    largest, shares = factors, factors
     KIND: gl.constexpr = gl.float16 if APART else gl.float32
     row_scale = gl.allocate_shared_memory(KIND, [ROWS], plain)
     tile_scale = row_scale
@@ -201,8 +199,6 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexp
     if not STACKED and GROUPS > 1:
         largest = gl.allocate_shared_memory(gl.float32, [PLACES, BLOCK], plain)
         lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        if not APART:
-            chain = gl.allocate_shared_memory(gl.float32, [PLACES * FACTORS, BLOCK], plain)
         shares = gl.allocate_shared_memory(gl.float16, [PLACES, FACTORS, BLOCK], lines)
     x = TurnedTiles(
         q,
@@ -219,7 +215,6 @@ def _turned_setup(dtype: gl.constexpr, STACKED: gl.constexpr, APART: gl.constexp
         others,
         p_last,
         largest,
-        chain,
         rise,
         most,
         shares,

@@ -12,10 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from mlacompile.kernels.hopper import _here
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_room import ROWS
-from mlacompile.kernels.mla_decode.hopper_turned_chain import LARGEST_SHARE
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves
 from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLACES
 from mlacompile.kernels.mla_decode.hopper_turned_rows import REST
+from mlacompile.kernels.mla_decode.hopper_turned_shares import LARGEST_SHARE
 from mlacompile.kernels.mla_decode.hopper_turned_token_rows import _by_tokens
 
 # Scores of either part of two queries, times the power of two of each, to float32. As one instruction: the compiler

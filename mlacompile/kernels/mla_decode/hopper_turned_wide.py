@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from mlacompile.kernels.hopper import all_warps
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
 from mlacompile.kernels.mla_decode.hopper_rows import _moved
-from mlacompile.kernels.mla_decode.hopper_turned_chain import _columns_times_shares
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _shrunk
 from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _coarse_half, _fragment, _parts_apart
+from mlacompile.kernels.mla_decode.hopper_turned_shares import _columns_times_shares
 from mlacompile.kernels.mla_decode.hopper_turned_words import (
     FP8_STEP,
     IN_ORDER,

@@ -147,14 +147,14 @@ MEASURED_ROWS = 128  # at most; twice as many are as much work as twice the toke
 #: random data, and less with more. Of fewer they are float16.
 COARSE_FROM = 6144
 
-#: What beginning another row costs a program, in blocks: those of wide tiles with one factor a token are soon done.
-#: Measured on a ragged batch (docs/kernels.md).
+#: What beginning another row costs a program, in blocks: those of wide tiles are soon done. Measured on ragged batches
+#: (docs/kernels.md).
 OVERHEAD = 4
 WIDE_OVERHEAD = 8
 
 
-#: Blocks that a program can have from which keys of wide tiles are the left operand: each takes less time then, and a
-#: row more to begin. Where all weights are float16 it makes no difference (docs/kernels.md).
+#: Blocks that a program can have from which keys of wide tiles with one factor a token are the left operand: each takes
+#: less time then, and a row more to begin. Where all weights are float16 it makes no difference (docs/kernels.md).
 APART_FROM = 96
 
 
@@ -166,7 +166,7 @@ class HopperPlan:
     costs a program, in blocks. turned: an FP8 cache is multiplied as it is, by ``hopper_turned.py``. tile_rows: at
     most so many rows (query, head) are a tile, 64, or 32 of those products. coarse_from: of how many tokens on the
     weights of the softmax are FP8 values, too, in tiles of 64. apart: both parts of the queries of such tiles have
-    scores of their own, in float16.
+    scores of their own, in float16, as they always have with several factors a token.
     """
 
     parts: int

@@ -1,20 +1,17 @@
 """Several factors a token, one for each group of 128 columns, where a tile of ``hopper_turned.py`` has 64 rows.
 
-Scores of the groups are one chain: what has been added up of a group is multiplied with its factor over the next one's,
-in the registers of the sum, and the next group's products add to it; behind the last stands its factor itself. P is
-multiplied with the largest factor of each token, and values with what each group has of that while they are converted
-to float16: P is one, and ``_values`` have one product for all columns, as with one factor a token.
+P is multiplied with the largest factor of each token, and values with what each group has of that, its share, while
+they are converted to float16: P is one, and ``_values`` have one product for all columns, as with one factor a token.
+Scores of a group are multiplied with its share, too, before they are added to those of other groups.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from mlacompile.kernels.hopper import _here
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK
-from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS, GROUP, PLACES, _parts_apart
-from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR, _add_rope, _fp8_products, _products
+from mlacompile.kernels.mla_decode.hopper_turned_room import FACTORS
+from mlacompile.kernels.mla_decode.hopper_turned_scores import LEAST_FACTOR
 from mlacompile.kernels.mla_decode.hopper_turned_words import STEP
 
 SMALLER = gl.constexpr(2.0**-3)  # of factors, or the reciprocal of a very large one would not be a normal number
@@ -36,31 +33,9 @@ def _columns_of_four(x):
 
 
 @gluon.jit
-def _four_columns(first, second, third, fourth):
-    """The opposite of ``_columns_of_four``."""
-    both = gl.join(gl.join(first, third), gl.join(second, fourth))
-    return both.reshape([first.shape[0], 4])
-
-
-@gluon.jit
 def _reciprocal(x):
     """1 / x, at most a unit in the last place off, of what is between 2^-126 and 2^126."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _store_chain(x, place, f, GROUPS: gl.constexpr):
-    """What stands in the chain behind the scores of each group: a factor over the next one's, the last one itself."""
-    first, second, third, fourth = _columns_of_four(f)
-    after_first = first * SMALLER * _reciprocal(second * SMALLER)
-    after_second, after_third = second, third
-    if GROUPS > 2:
-        after_second = second * SMALLER * _reciprocal(third * SMALLER)
-    if GROUPS > 3:
-        after_third = third * SMALLER * _reciprocal(fourth * SMALLER)
-    lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    chain = x.chain._reinterpret(gl.float32, [PLACES, FACTORS, BLOCK], lines).index(place)
-    chain.permute((1, 0)).store(_four_columns(after_first, after_second, after_third, fourth))
 
 
 @gluon.jit
@@ -73,8 +48,6 @@ def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     o_t = t + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     f = gl.where(((o_t >= lo) & (o_t < hi))[:, None], x.factors.index(place).load(layout), 1.0)
     f = gl.where(gl.abs(f) < LEAST_FACTOR, LEAST_FACTOR, f)
-    if not _parts_apart(x.q.shape):
-        _store_chain(x, place, f, GROUPS)
     first, second, third, fourth = _columns_of_four(f)
     largest = gl.maximum(gl.abs(first), gl.abs(second))
     if GROUPS > 2:
@@ -86,35 +59,6 @@ def _prepare_factors(x, place, t, lo, hi, GROUPS: gl.constexpr):
     shares = f * SMALLER * gl.convert_layout(unit, gl.SliceLayout(1, layout))[:, None]
     x.shares.index(place).permute((1, 0)).store(shares.to(gl.float16))
     x.largest.index(place).store(largest)
-
-
-@gluon.jit
-def _begin_group(x, s, stage, k: gl.constexpr):
-    """Begins to add the products of a group of columns to s. The small part of the queries goes first."""
-    zero = _here(stage) >> 8  # or the addresses of both parts of the queries would be kept in registers
-    keys = x.k.index(stage).slice(k * GROUP, GROUP, dim=1).permute((1, 0))
-    s = warpgroup_mma(x.q.index(zero + 1).slice(k * GROUP, GROUP, dim=1), keys, s, use_acc=k > 0, is_async=True)
-    return warpgroup_mma(x.q.index(zero).slice(k * GROUP, GROUP, dim=1), keys, s, is_async=True)
-
-
-@gluon.jit
-def _scores_in_chain(x, bar, s, b, t, lo, hi, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
-                     GROUPS: gl.constexpr):  # fmt: skip
-    """Scores of block b, group by group; rotary ones are begun. Factors are looked at while the first group's products
-    run."""
-    stage = b % STAGES
-    place = b % PLACES
-    mbarrier.wait(bar.full.index(stage), (b // STAGES) & 1)
-    s = _begin_group(x, s, stage, 0)
-    _prepare_factors(x, place, t, lo, hi, GROUPS)
-    for k in gl.static_range(GROUPS):
-        if k > 0:
-            s = _begin_group(x, s, stage, k)
-        factors = x.chain.index(FACTORS * place + k).load(gl.SliceLayout(0, _fp8_products()))
-        s = warpgroup_mma_wait(0, deps=(s,))
-        if k + 1 < GROUPS:
-            s = s * factors[None, :]
-    return _add_rope(x, x.q_pe, s, factors, stage, BLOCK_P, _products())
 
 
 @gluon.jit

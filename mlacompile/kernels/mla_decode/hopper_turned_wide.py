@@ -6,7 +6,9 @@ in it. Of short rows P is float16, and so are values on their way through regist
 
 All words of a block are loaded as soon as its scores are computed: then its stage is sent for again while its P is
 still reckoned. What its exponents count from is known by then, too: for most blocks it is what they counted from
-before, and nothing of the output has to be multiplied.
+before, and nothing of the output has to be multiplied. With several factors a token words are loaded while scores are
+still reckoned: these take longer then. With one that would keep shared memory from the products of scores, which is
+6 % slower (docs/kernels.md).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -87,6 +89,27 @@ def _weights(x, buffer, i: gl.constexpr, STEPS: gl.constexpr, COARSE: gl.constex
 
 
 @gluon.jit
+def _words_of_block(words, first, t, lo, hi, TILES: gl.constexpr, COARSE: gl.constexpr, layout: gl.constexpr):
+    """All words of a block whose first tile that is, zeros in place of what nobody sees."""
+    STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
+    _clear_dead_block(words, first, t, lo, hi, TILES)
+    parts = ()
+    for i in gl.static_range(TILES * STEPS):
+        parts = parts + (_words(words, first, i, COARSE, layout),)  # type: ignore[assignment]
+    return parts
+
+
+@gluon.jit
+def _counted_anew(x, buffer, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr):
+    """Output of earlier blocks, if there are any, in units of what exponents of this one count from."""
+    alpha = x.alpha.index(buffer)
+    moved = _moved(alpha)
+    if (moved != 0) & earlier:
+        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, moved, TILES)
+    return even0, odd0, even1, odd1
+
+
+@gluon.jit
 def _add_wide_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, odd1, TILES: gl.constexpr,
                     STAGES: gl.constexpr, COARSE: gl.constexpr, GROUPS: gl.constexpr,
                     layout: gl.constexpr):  # fmt: skip
@@ -97,16 +120,17 @@ def _add_wide_block(x, bar, words, g, t, lo, hi, earlier, even0, odd0, even1, od
     STEPS: gl.constexpr = BLOCK // (FP8_STEP if COARSE else STEP)
     stage = g % STAGES
     buffer = g & 1
-    mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)  # the block's scores are computed: it has arrived
-    alpha = x.alpha.index(buffer)
-    moved = _moved(alpha)
-    if (moved != 0) & earlier:
-        even0, odd0, even1, odd1 = _shrunk(even0, odd0, even1, odd1, alpha, moved, TILES)
-    _clear_dead_block(words, stage * TILES, t, lo, hi, TILES)
-    parts = ()
-    for i in gl.static_range(TILES * STEPS):
-        parts = parts + (_words(words, stage * TILES, i, COARSE, layout),)  # type: ignore[assignment]
-    mbarrier.arrive(bar.empty.index(stage), count=1)
+    if GROUPS > 1:
+        mbarrier.wait(bar.full.index(stage), (g // STAGES) & 1)
+        parts = _words_of_block(words, stage * TILES, t, lo, hi, TILES, COARSE, layout)
+        mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)  # the block's scores are computed: keys are not needed either
+        mbarrier.arrive(bar.empty.index(stage), count=1)
+        even0, odd0, even1, odd1 = _counted_anew(x, buffer, earlier, even0, odd0, even1, odd1, TILES)
+    else:
+        mbarrier.wait(bar.m.index(buffer), (g >> 1) & 1)  # the block's scores are computed: it has arrived
+        even0, odd0, even1, odd1 = _counted_anew(x, buffer, earlier, even0, odd0, even1, odd1, TILES)
+        parts = _words_of_block(words, stage * TILES, t, lo, hi, TILES, COARSE, layout)
+        mbarrier.arrive(bar.empty.index(stage), count=1)
     mbarrier.wait(bar.p_full.index(buffer), (g >> 1) & 1)
     for i in gl.static_range(TILES * STEPS):
         even, odd = _columns(x, parts[i], g, i, COARSE, GROUPS, layout)

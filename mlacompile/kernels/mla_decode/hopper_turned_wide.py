@@ -6,9 +6,9 @@ in it. Of short rows P is float16, and so are values on their way through regist
 
 All words of a block are loaded as soon as its scores are computed: then its stage is sent for again while its P is
 still reckoned. What its exponents count from is known by then, too: for most blocks it is what they counted from
-before, and nothing of the output has to be multiplied. With several factors a token words are loaded while scores are
-still reckoned: these take longer then. With one that would keep shared memory from the products of scores, which is
-6 % slower (docs/kernels.md).
+before, and nothing of the output has to be multiplied. With several factors a token, whose scores take longer, words
+are loaded while those are still reckoned. With one, products of scores would wait for shared memory then, and all of it
+is 6 % slower (docs/kernels.md). What nobody sees is zeroed under the products of its scores, which are not used.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

@@ -112,7 +112,7 @@ def choose_hopper_plan(tensors: tuple[Tensor | None, ...], device: Device) -> Ho
         if not turned_reasons(c_kv):
             plan = replace(hopper_plan(shape, device, tile_rows), turned=True)
             if tile_rows == TILE_ROWS:
-                apart = descale.shape[2] > 1 or parts_apart(shape, plan)
+                apart = parts_apart(shape, plan, descale.shape[2])
                 plan = replace(plan, overhead=WIDE_OVERHEAD, apart=apart)
             return plan
     return hopper_plan(shape, device)

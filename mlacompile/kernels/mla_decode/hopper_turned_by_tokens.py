@@ -13,11 +13,7 @@ it, but only where there is one do they look for the largest. Two groups of four
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from mlacompile.kernels.hopper import _declare_any, _here, _launch_later, all_warps
 from mlacompile.kernels.mla_decode.hopper_plan import BLOCK, _item
@@ -26,13 +22,7 @@ from mlacompile.kernels.mla_decode.hopper_rows import _limits
 from mlacompile.kernels.mla_decode.hopper_turned_by_turns import FP8_ROOM, ROOM, _page_before, _send_first
 from mlacompile.kernels.mla_decode.hopper_turned_fetch import _fetch_block, _pages_of
 from mlacompile.kernels.mla_decode.hopper_turned_moved import _halves, _joined
-from mlacompile.kernels.mla_decode.hopper_turned_room import (
-    PLACES,
-    _coarse,
-    _fragment,
-    _is_coarse,
-    _is_weighed,
-)
+from mlacompile.kernels.mla_decode.hopper_turned_room import PLACES, _coarse, _fragment, _is_coarse, _is_weighed
 from mlacompile.kernels.mla_decode.hopper_turned_scores import _report, _unit_of_block
 from mlacompile.kernels.mla_decode.hopper_turned_shares import _prepare_factors
 from mlacompile.kernels.mla_decode.hopper_turned_token_rows import (

@@ -1,4 +1,4 @@
-"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows: two groups of warps take blocks by turns.
+"""Scores and softmax of ``hopper_turned.py`` with more than 32 rows and one factor a token: two groups take turns.
 
 What a block takes is the instructions of its scores, in order: their products, the softmax, P. Two groups, each with
 every other block, have twice the time, and one multiplies while the other works on exponents: a group begins its

@@ -80,6 +80,14 @@ def _begin_scores(x, bar, b, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _add_rotary(x, s, stage, BLOCK_P: gl.constexpr):
+    """Begins to add rotary scores, if there are any; they are divided by the tile's power of two as well."""
+    if BLOCK_P > 0:
+        s = warpgroup_mma(x.pe.index(stage), x.q_pe.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
 def _end_scores(x, s, row_scale, factors, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr):
     """Scores of block b, divided by the tile's power of two; rotary ones are begun."""
     WIDTH: gl.constexpr = x.k.shape[2]
@@ -91,10 +99,7 @@ def _end_scores(x, s, row_scale, factors, b, BLOCK_P: gl.constexpr, STAGES: gl.c
         SUM_OF_PARTS, "=f,=f,r,r,r", [main, rest, row_scale[None, :]], dtype=gl.float32, is_pure=False, pack=2
     )
     s = gl.convert_layout(s, layout, assert_trivial=True)
-    s = s * factors[:, None]
-    if BLOCK_P > 0:
-        s = warpgroup_mma(x.pe.index(stage), x.q_pe.permute((1, 0)), s, is_async=True)
-    return s
+    return _add_rotary(x, s * factors[:, None], stage, BLOCK_P)
 
 
 @gluon.jit
@@ -139,6 +144,4 @@ def _end_groups(x, s, b, BLOCK_P: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl
         SUM_OF_GROUPS, "=f,=f,r,r", [added, row_scale[None, :]], dtype=gl.float32, is_pure=False, pack=2
     )
     s = s * (x.largest.index(_here(place)).load(by_token) * LARGEST_SHARE)[:, None]
-    if BLOCK_P > 0:
-        s = warpgroup_mma(x.pe.index(stage), x.q_pe.permute((1, 0)), s, is_async=True)
-    return s
+    return _add_rotary(x, s, stage, BLOCK_P)

@@ -188,10 +188,10 @@ def turned_tile_rows(shape: Shape) -> int:
     return 64 if wide and shape.rows > NARROW_ROWS else NARROW_ROWS
 
 
-def parts_apart(shape: Shape, plan: HopperPlan) -> bool:
-    """Whether both parts of the queries should have scores of their own, in wide tiles with one factor a token."""
+def parts_apart(shape: Shape, plan: HopperPlan, factors: int) -> bool:
+    """Whether both parts of the queries should have scores of their own, in wide tiles with so many factors a token."""
     blocks = shape.batch * -(-shape.tokens // 64)
-    return shape.tokens >= plan.coarse_from and blocks >= APART_FROM * plan.parts
+    return factors > 1 or (shape.tokens >= plan.coarse_from and blocks >= APART_FROM * plan.parts)
 
 
 def hopper_plan(shape: Shape, device: Device, tile_rows: int = 64) -> HopperPlan:

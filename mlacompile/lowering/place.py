@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
+from mlacompile.lowering.drop_spent import drop_spent
 from mlacompile.lowering.experts import place_experts
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.norm_behind import norms_behind_products
@@ -56,6 +57,10 @@ def place(
         if placed := norms_behind_products(gm):
             notes.append(f"the root of a norm is a factor behind the FP8 product of its rows, at {placed} places")
     gm.graph.eliminate_dead_code()
+    if placed := drop_spent(gm):
+        notes.append(
+            f"what is handed from kernel to kernel is dropped from L2 when it has been read, at {placed} places"
+        )
     store_before_spreading(gm)
     read_early(gm)
     gm.graph.lint()

@@ -10,6 +10,9 @@ Each of these reads rows that the one before has just written; y itself is wante
 The root of a norm is one factor of a whole row, and FP8 values do not depend on it, only their scales do. So it may be
 left to the product (``fp8_normed``), which then needs the squares of the row, as sums of STRETCH of them each, and no
 program has to see all of a row.
+
+What was only made to be read here is written to memory all the same, when it leaves L2. So a call can be told of what
+nobody reads again, and drops it (``lowering/drop_spent.py``).
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_rows_reference(
-    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
-    parts: bool = False, squares: bool = False,
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, done: Tensor | None = None, *,
+    eps: float, gate: str, parts: bool = False, squares: bool = False, spent: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """The definition, in float32 between the sum and the quantization."""
+    """The definition, in float32 between the sum and the quantization. Nothing is dropped."""
     if parts and added is not None:
         x = sum(x[1:], x[0]).to(added.dtype)
     total = x.flatten(1) if added is None else x.flatten(1) + added
@@ -55,11 +58,13 @@ def quantize_rows(
     added: Tensor | None = None,
     norm: Tensor | None = None,
     gated: Tensor | None = None,
+    done: Tensor | None = None,
     *,
     eps: float = 0.0,
     gate: str = "",
     parts: bool = False,
     squares: bool = False,
+    spent: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     """Rows in e4m3 with a scale for every 128 values, as ``fp8_linear`` takes them.
@@ -72,6 +77,8 @@ def quantize_rows(
         norm: ``[K]``, the weight of an RMS norm with ``eps``.
         squares: rows are not divided by the root of their mean square; the sums it is made of are a result.
         gated: ``[M, K]``, what ``gate``, one of ``ACTIVATIONS``, of x is multiplied with; not together with a norm.
+        spent: nobody reads x and ``gated`` again: what they hold afterwards is not defined. done: the same of a tensor
+            that has been read by what made x, contiguous. Only the lowering can know that, and no schema says it.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
         q e4m3 ``[M, K]``, descale float32 ``[M, ⌈K / 128⌉]``, with ``added`` the sum ``[M, K]``, and with ``squares``
@@ -79,9 +86,9 @@ def quantize_rows(
     Raises:
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
-    _check(x, added, norm, gated, gate, parts, squares)
-    arguments: Any = (x, added, norm, gated)
-    settings: Any = {"eps": eps, "gate": gate, "parts": parts, "squares": squares}
+    _check(x, added, norm, gated, gate, parts, squares, done)
+    arguments: Any = (x, added, norm, gated, done)
+    settings: Any = {"eps": eps, "gate": gate, "parts": parts, "squares": squares, "spent": spent}
     kernel = registry.chosen("quantize_rows", impl, *arguments, **settings)
     if kernel is None:
         return quantize_rows_reference(*arguments, **settings)
@@ -94,11 +101,13 @@ def _(
     added: Tensor | None = None,
     norm: Tensor | None = None,
     gated: Tensor | None = None,
+    done: Tensor | None = None,
     *,
     eps: float = 0.0,
     gate: str = "",
     parts: bool = False,
     squares: bool = False,
+    spent: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     return empty_results(x, added, parts=parts, squares=squares)
@@ -121,8 +130,13 @@ def _sizes(x: Tensor, parts: bool) -> tuple[int, int]:
 
 
 def _check(
-    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str, parts: bool, squares: bool
-) -> None:
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, gate: str, parts: bool, squares: bool,
+    done: Tensor | None,
+) -> None:  # fmt: skip
+    if done is not None and not done.is_contiguous():
+        raise UnsupportedInputError(
+            f"quantize_rows: got done {list(done.shape)} with strides {list(done.stride())}; expected it contiguous"
+        )
     if squares and norm is None:
         raise UnsupportedInputError(
             "quantize_rows: got squares=True and no norm; expected one, whose root they are for"

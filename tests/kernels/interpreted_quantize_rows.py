@@ -6,10 +6,12 @@ import interpreted  # noqa: F401  (sets the mode)
 import interpreted_write  # noqa: F401  (casts to FP8 as a GPU does)
 import torch
 
+from mlacompile.kernels.quantize_rows import launch, portable
 from mlacompile.kernels.quantize_rows.launch import quantize_rows_triton
 from mlacompile.kernels.quantize_rows.supports import triton_reasons
 from mlacompile.ops.quantize_rows import quantize_rows_reference
 from mlacompile.testing.quantized_rows import FORMS, make_rows, worst_rows
+from tests.kernels.spoilt import spoil
 
 
 def main() -> None:
@@ -36,6 +38,31 @@ def not_finite() -> None:
             print(f"{value}: {descale}")
 
 
+def drops_what_it_is_told() -> None:
+    """All of what is spent, nothing beside it, and not before it has been read."""
+    portable._drop = spoil
+    launch.in_whole_lines = lambda t: True
+    for form in FORMS:
+        for m, k in ((3, 256), (2, 2176)):
+            rows = make_rows(m, k, form, dtype=torch.float32)
+            before = make_rows(m, k, form, dtype=torch.float32)
+            done = torch.zeros(5, 96)
+            results = quantize_rows_triton(*rows.tensors, done, **rows.settings, spent=True)
+            if wrong := worst_rows(before, results):
+                print(f"{form} {m} {k}: {wrong}")
+            for name, now, was in zip(("x", "added", "norm", "gated"), rows.tensors, before.tensors, strict=True):
+                if now is None or was is None:
+                    continue
+                spoilt, beside = int(now.isnan().sum()), now._base if now._base is not None else now
+                left = was._base if was._base is not None else was
+                kept = int((beside.isnan() ^ left.isnan()).sum()) - spoilt
+                if kept or spoilt != (now.numel() if name in ("x", "gated") else 0):
+                    print(f"{form} {m} {k}: of {name} {spoilt} of {now.numel()} values dropped, {kept} beside it")
+            if not done.isnan().all():
+                print(f"{form} {m} {k}: {int((~done.isnan()).sum())} values of what is done are left")
+
+
 if __name__ == "__main__":
     main()
     not_finite()
+    drops_what_it_is_told()

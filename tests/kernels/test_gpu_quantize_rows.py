@@ -53,3 +53,35 @@ def test_scales_are_the_reference_to_the_bit() -> None:
         x = rows.tensors[0].double()
         off = ((one - x).abs() - (other - x).abs()).abs()
         assert (off <= x.abs() * 2.0**-21).all(), "equally far"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_spent_is_dropped_and_nothing_else(form: str) -> None:
+    """What was dropped is not in memory: there is what was written there before, unless L2 had been written out."""
+    m, k = 64, 7168
+    rows = make_rows(m, k, form, device="cuda")
+    want = quantize_rows(*rows.tensors, **rows.settings, impl="triton")
+    x, added, norm, gated = rows.tensors
+    done = torch.randn(m, 640, device="cuda")
+    spent = [x, done] if gated is None else [x, done, gated]
+    around = [t if t._base is None else t._base for t in (*spent, *(t for t in (added, norm) if t is not None))]
+    written = [whole.clone() for whole in around]
+    through_l2 = torch.ones(128 << 20, device="cuda")  # several times its size
+    lost = torch.zeros(len(spent))
+    for _ in range(10):  # the first one compiles, and other processes may come between
+        for whole in around:
+            whole.fill_(1.0)
+        through_l2.add_(1)
+        for whole, values in zip(around, written, strict=True):
+            whole.copy_(values)
+        got = quantize_rows(x, added, norm, gated, done, **rows.settings, spent=True, impl="triton")
+        through_l2.add_(1)
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        lost = lost.maximum(torch.tensor([(part == 1.0).float().mean() for part in spent]))
+        for part in spent:
+            part.fill_(2.0)
+        for whole, values in zip(around, written, strict=True):
+            kept = (whole == values) | (whole.isnan() & values.isnan()) | (whole == 2.0)
+            assert kept.all(), "lost, and not spent"
+    assert (lost > 0.5).all(), f"of x and what is done {lost.tolist()} was not written to memory"

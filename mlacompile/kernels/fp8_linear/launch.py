@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mlacompile.geometry import SCALE_GROUP
 from mlacompile.kernels.device import chains, sms_of
+from mlacompile.kernels.drop import in_whole_lines
 from mlacompile.kernels.launch import Launch, chained
 
 SUM_BLOCK = 1024
@@ -191,12 +192,13 @@ def tiles_launches(
 
 
 def sum_launch(partial: Tensor, out: Tensor) -> Launch:
-    """The launch that adds parts ``[parts, m, n]`` in float32 up to out."""
+    """The launch that adds parts ``[parts, m, n]`` in float32, which nobody else reads, up to out."""
     from mlacompile.kernels.fp8_linear.tiles import _fp8_sum_kernel
 
+    flat = partial.flatten(1)
     arguments = {
         "p_part": partial, "p_out": out, "SIZE": out.numel(), "PARTS": partial.shape[0], "BLOCK": SUM_BLOCK,
-        "PDL": chains(out.device),
+        "PDL": chains(out.device), "DROP": in_whole_lines(flat), "THREADS": 128,
     }  # fmt: skip
     options = {"num_warps": 4, **chained(out.device)}
     return Launch(_fp8_sum_kernel, (-(-out.numel() // SUM_BLOCK),), arguments, options)

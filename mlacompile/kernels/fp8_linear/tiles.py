@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mlacompile.kernels.drop import _drop
+
 
 @triton.jit
 def _widened(b, dtype: tl.constexpr):
@@ -89,8 +91,9 @@ def _fp8_tiles_kernel(
 
 
 @triton.jit
-def _fp8_sum_kernel(p_part, p_out, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Adds PARTS float32 parts of SIZE elements each, in order."""
+def _fp8_sum_kernel(p_part, p_out, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+                    DROP: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Adds PARTS float32 parts of SIZE elements each, in order. DROP: and drops them, which are whole lines then."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         gdc_launch_dependents()
@@ -99,3 +102,10 @@ def _fp8_sum_kernel(p_part, p_out, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexp
     for i in tl.static_range(PARTS):
         acc += tl.load(p_part + i * SIZE + o, mask=o < SIZE, other=0.0)
     tl.store(p_out + o, acc.to(p_out.dtype.element_ty), mask=o < SIZE)
+    if DROP:
+        tl.debug_barrier()  # all warps have what they loaded
+        LINES: tl.constexpr = BLOCK // 32
+        for first in tl.static_range(0, PARTS * LINES, THREADS):
+            i = first + tl.arange(0, THREADS)
+            element = tl.program_id(0) * BLOCK + i % LINES * 32
+            _drop(p_part + i // LINES * SIZE + element, (i < PARTS * LINES) & (element < SIZE))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mlacompile.kernels.drop import _drop
 from mlacompile.kernels.row_product.portable import _activated
 
 _SMALLEST = tl.constexpr(2.0**-126)
@@ -27,11 +28,11 @@ _LARGEST = tl.constexpr(448.0)
 def _quantize_rows_kernel(
     p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, p_squares, K, eps, stride_xp,
     stride_xm, stride_xg, stride_am, stride_gm, PARTS: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, p_done, done_lines, SPENT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, ⌈groups of a row / GROUPS⌉). stride_xg: from one group of x to the next. Where there is a norm and
     no p_squares, one program has all groups of a row. PARTS: in float32 that x is the sum of, stride_xp apart, if there
-    is more than one.
+    is more than one. SPENT, p_done: what is dropped, with K a multiple of 128 then.
     """
     if PDL:
         gdc_launch_dependents()
@@ -41,7 +42,8 @@ def _quantize_rows_kernel(
     o_c = tl.arange(0, 128)
     o = o_g[:, None] * 128 + o_c[None, :]
     mask = o < K
-    p_x += row * stride_xm + o_g[:, None] * stride_xg + o_c[None, :]
+    p_row = p_x + row * stride_xm
+    p_x = p_row + o_g[:, None] * stride_xg + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0)
     if p_norm is not None:  # here, so that nothing is waited for behind the sum over a row
         norm = tl.load(p_norm + o, mask=mask, other=0.0)
@@ -71,3 +73,32 @@ def _quantize_rows_kernel(
     tl.store(p_q + row * K + o, q.to(p_q.dtype.element_ty), mask=mask)
     groups = tl.cdiv(K, 128)
     tl.store(p_descale + row * groups + o_g, descale, mask=o_g < groups)
+    if SPENT:
+        tl.debug_barrier()  # all warps have what they loaded
+        _drop_groups(p_row, stride_xp, stride_xg, groups, PARTS, GROUPS, THREADS)
+        if p_gated is not None:
+            _drop_groups(p_gated + row * stride_gm, 0, 128, groups, 1, GROUPS, THREADS)
+    if p_done is not None:
+        _drop_share(p_done, done_lines, THREADS)
+
+
+@triton.jit
+def _drop_groups(p_row, stride_p, stride_g, groups, PARTS: tl.constexpr, GROUPS: tl.constexpr, THREADS: tl.constexpr):
+    """Drop the program's groups of 128 values of a row, of each part, a line a thread."""
+    LINES: tl.constexpr = p_row.dtype.element_ty.primitive_bitwidth // 8  # of a group
+    for first in tl.static_range(0, PARTS * GROUPS * LINES, THREADS):
+        i = first + tl.arange(0, THREADS)
+        part, group = i // (GROUPS * LINES), tl.program_id(1) * GROUPS + i // LINES % GROUPS
+        p = p_row + part.to(tl.int64) * stride_p + group * stride_g + i % LINES * (128 // LINES)
+        _drop(p, (part < PARTS) & (group < groups))
+
+
+@triton.jit
+def _drop_share(p_done, lines, THREADS: tl.constexpr):
+    """Drop the program's share of so many lines."""
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    VALUES: tl.constexpr = 1024 // p_done.dtype.element_ty.primitive_bitwidth  # of a line
+    for first in tl.range(program * THREADS, lines, programs * THREADS):
+        line = first + tl.arange(0, THREADS)
+        _drop(p_done + line.to(tl.int64) * VALUES, line < lines)

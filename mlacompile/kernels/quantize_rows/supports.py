@@ -12,17 +12,17 @@ MAX_ROW = 16384
 
 
 def triton_reasons(
-    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, *, eps: float, gate: str,
-    parts: bool = False, squares: bool = False,
+    x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, done: Tensor | None = None, *,
+    eps: float, gate: str, parts: bool = False, squares: bool = False, spent: bool = False,
 ) -> list[str]:  # fmt: skip
     """Why the kernel cannot run on these inputs; empty when it can. Called like ``quantize_rows``."""
     reasons = device_reasons(x.device)
     if not reasons and x.device.type == "cuda" and capability_of(x.device) < (8, 9):
         reasons.append("the GPU has no conversions to FP8 (compute capability 8.9 or newer)")
-    beside = [t for t in (added, norm, gated) if t is not None]
-    if any(t.stride(-1) != 1 for t in (x, *beside)):
+    rows = [t for t in (added, norm, gated) if t is not None]
+    if any(t.stride(-1) != 1 for t in (x, *rows)):
         reasons.append("elements of a row are not next to each other")
-    if any(t.device != x.device for t in beside):
+    if any(t is not None and t.device != x.device for t in (*rows, done)):
         reasons.append("inputs lie on several devices")
     if norm is not None and norm.numel() > MAX_ROW and not squares:
         reasons.append(f"rows of {norm.numel()} values, the kernel normalizes up to {MAX_ROW}")

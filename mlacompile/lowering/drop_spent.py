@@ -1,0 +1,132 @@
+"""What a step hands from kernel to kernel is not written to memory: who reads it last is told so, and drops it from L2.
+
+    latents = mla_decode(…)                  …, 64 rows of 128 heads of 512 values: 8 MB
+    heads = fp8_linear(latents, …)           …, 2 MB
+    quantize_rows(heads)           →         quantize_rows(heads, done=latents, spent=True)
+    fp8_linear(…)                            reads 117 MB of weights, under which L2 would write all that to memory
+
+The calls that quantize rows do this: each stands between two products that read large weights, and what it was made of
+is of no use behind it. Only what our own ops have made is dropped, which no other value shares memory with, and only
+where every reader is the call itself or an op of ours that its rows depend on, whatever order Inductor finds: its own
+kernels read wherever it has fused them to.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+import mlacompile.ops.quantize_rows  # noqa: F401  (registers the op)
+from mlacompile.passes.pull import RESHAPES
+
+aten = torch.ops.aten
+_QUANTIZE_ROWS = torch.ops.mlacompile.quantize_rows.default
+_GATED, _DONE = 3, 4  # arguments of it
+#: Ops whose result is, or may be, the memory of their first argument.
+_VIEWS = RESHAPES | {
+    *(aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.expand.default),
+    *(aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.alias.default, aten.detach.default),
+}
+#: Bytes below which memory is spared less than it takes to drop them.
+SMALLEST = 1 << 20
+
+
+def drop_spent(gm: GraphModule) -> int:
+    """Write what is dropped into the calls of a functional ATen graph; returns how many drop something."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    kept = {node: readers for node in _made_here(gm) if all(map(_is_ours, readers := _readers(node)))}
+    calls = 0
+    for call in gm.graph.find_nodes(op="call_function", target=_QUANTIZE_ROWS):
+        if call.kwargs.get("impl") in (None, "auto", "reference"):
+            continue
+        before = _all_behind(call)
+        rows = [arg for arg in (call.args[0], *call.args[_GATED:_DONE]) if arg is not None]
+        own = {_memory_of(row) for row in rows}  # type: ignore[arg-type]
+        spent = all(n in kept and kept[n] <= before | {call} for n in own) and sum(map(_size, own)) >= SMALLEST
+        over = [n for n, readers in kept.items() if readers and readers <= before and _size(n) >= SMALLEST]
+        done = max((n for n in over if n not in own), key=lambda n: max(map(order.__getitem__, kept[n])), default=None)
+        if spent or done is not None:
+            call.args = (*call.args, *[None] * (_DONE - len(call.args)), done)
+            call.kwargs = {**call.kwargs, "spent": spent}
+            calls += 1
+        for node in over + [n for n in own if spent]:
+            kept.pop(node, None)
+    return calls
+
+
+def _made_here(gm: GraphModule) -> Iterator[Node]:
+    """Tensors that ops of ours have made, each in memory of its own, and no two by equal calls: of those a compiler
+    makes one, with the readers of both."""
+    seen: dict[Any, Node] = {}
+    first: dict[Node, Node] = {}
+    twice: set[Node] = set()
+    for node in gm.graph.nodes:
+        first[node] = node
+        if node.op == "call_function":
+            same = seen.setdefault(_spelled(node, first), node)
+            first[node] = same
+            twice |= {same, node} if same is not node else set()
+    for node in gm.graph.nodes:
+        call: Any = node.args[0] if node.target is operator.getitem else node
+        if isinstance(call, Node) and _is_ours(call) and twice.isdisjoint((call, node)) and _is_whole(node):
+            yield node
+
+
+def _is_ours(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "mlacompile"
+
+
+def _spelled(node: Node, first: dict[Node, Node]) -> str:
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: first[n].name)
+    return f"{node.target} {args} {sorted(kwargs.items())}"
+
+
+def _is_whole(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
+        return False
+    return value.is_contiguous()
+
+
+def _memory_of(node: Node) -> Node:
+    """The node that made what a view of it shows."""
+    while node.op == "call_function" and (node.target in _VIEWS or _is_part(node)):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_part(node: Node) -> bool:
+    """Whether a node takes one view out of several; a part of what an op of ours returns has memory of its own."""
+    return node.target is operator.getitem and node.args[0].target in _VIEWS  # type: ignore[union-attr]
+
+
+def _readers(node: Node) -> set[Node]:
+    """All that reads the memory of a node, through whatever views."""
+    found: set[Node] = set()
+    for user in node.users:
+        is_view = user.op == "call_function" and (user.target in _VIEWS or _is_part(user))
+        found |= _readers(user) if is_view else {user}
+    return found
+
+
+def _all_behind(call: Node) -> set[Node]:
+    """All that a call depends on: what has run when it does."""
+    found: set[Node] = set()
+    stack = [call]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                stack.append(node)
+    return found
+
+
+def _size(node: Node) -> int:
+    value = node.meta["val"]
+    return value.numel() * value.itemsize if isinstance(value, Tensor) else 0

@@ -20,6 +20,7 @@ _FAMILIES = {
     "mla_decode": "mlacompile.kernels.mla_decode",
     "mla_prefill": "mlacompile.kernels.mla_prefill",
     "row_product": "mlacompile.kernels.row_product",
+    "absorb_and_write": "mlacompile.kernels.absorb_and_write",
     "write_latents": "mlacompile.kernels.write_latents",
     "fp8_linear": "mlacompile.kernels.fp8_linear",
     "fp8_linear_parts": "mlacompile.kernels.fp8_linear_parts",

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from torch.fx import GraphModule, Node
 
+from mlacompile.lowering.absorb_and_write import absorb_and_write
 from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.drop_spent import drop_spent
@@ -56,6 +57,8 @@ def place(
             notes.append(f"{placed} pairs of FP8 products of the same rows are one launch each")
         if placed := norms_behind_products(gm):
             notes.append(f"the root of a norm is a factor behind the FP8 product of its rows, at {placed} places")
+        if placed := absorb_and_write(gm):
+            notes.append(f"{placed} layers absorb their queries in the launch that stores what they cache")
     gm.graph.eliminate_dead_code()
     if placed := drop_spent(gm):
         notes.append(

@@ -116,7 +116,7 @@ def write_latents(
     arguments = (latent, k_pe, q_pe, norm, rotation, slots, c_cache, k_cache, descale)
     settings = {"eps": eps, "pairs": pairs, "stored": stored, "rope_stored": rope_stored}
     settings |= {"group": group, "scale_at": scale_at, "rope_at": rope_at}
-    _check(*arguments, pairs=pairs, stored=stored, rope_stored=rope_stored, group=group)
+    check_write(*arguments, pairs=pairs, stored=stored, rope_stored=rope_stored, group=group)
     kernel = registry.chosen("write_latents", impl, *arguments, **settings)
     if kernel is None:
         return write_latents_reference(*arguments, **settings)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def _(
     return latent.new_empty(0) if q_pe is None or rotation is None else q_pe.new_empty(q_pe.shape)
 
 
-def _check(
+def check_write(
     latent: Tensor, k_pe: Tensor | None, q_pe: Tensor | None, norm: Tensor | None, rotation: Tensor | None,
     slots: Tensor, c_cache: Tensor, k_cache: Tensor | None, descale: Tensor | None,
     *, pairs: str, stored: torch.dtype, rope_stored: torch.dtype, group: int,

@@ -31,23 +31,13 @@ def _widened(b, dtype: tl.constexpr):
 
 
 @triton.jit
-def _fp8_tiles_kernel(
-    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out, M, N, N1, K, K_PART,
+def _tile(
+    i_n, i_m, i_z, d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out, M, N, N1, K, K_PART,
     stride_xsb, stride_xsm, stride_xsk, stride_sb, stride_sn, stride_sn2, stride_ob,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    TWO: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
+    TWO: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of weight rows, blocks of rows of x, heads, or parts of K if SPLIT). A part has K_PART columns.
-
-    d_x, d_w: descriptors of [(H,) M, K] and [(H,) N, K]; what lies beyond is read as zeros. TWO: weight rows from N1
-    on, a multiple of BLOCK_N, are those of a second weight. PDL: this kernel may be launched before the one before it
-    has ended, and the next one as soon as all programs run; each waits where it begins to read. EXACT: products are
-    summed in all bits of float32.
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    i_n, i_m, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One tile of the result: block i_n of weight rows, i_m of rows of x, of a head or a part of K, i_z."""
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if SPLIT:
@@ -88,6 +78,30 @@ def _fp8_tiles_kernel(
             acc += tl.dot(_widened(b_w, b_x.dtype), b_x.T) * factor
     p_out += i_z.to(tl.int64) * stride_ob + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
     tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_m < M)[None, :])
+
+
+@triton.jit
+def _fp8_tiles_kernel(
+    d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out, M, N, N1, K, K_PART,
+    stride_xsb, stride_xsm, stride_xsk, stride_sb, stride_sn, stride_sn2, stride_ob,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    TWO: tl.constexpr, PDL: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of weight rows, blocks of rows of x, heads, or parts of K if SPLIT). A part has K_PART columns.
+
+    d_x, d_w: descriptors of [(H,) M, K] and [(H,) N, K]; what lies beyond is read as zeros. TWO: weight rows from N1
+    on, a multiple of BLOCK_N, are those of a second weight. PDL: this kernel may be launched before the one before it
+    has ended, and the next one as soon as all programs run; each waits where it begins to read. EXACT: products are
+    summed in all bits of float32.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    _tile(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), d_x, p_x_descale, d_w, p_descale, d_w2, p_descale2, p_out,
+        M, N, N1, K, K_PART, stride_xsb, stride_xsm, stride_xsk, stride_sb, stride_sn, stride_sn2, stride_ob,
+        BLOCK_M, BLOCK_N, BY_HEAD, SPLIT, STAGES, TWO, EXACT,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -126,18 +126,15 @@ def _value(p, mask):
 
 
 @triton.jit
-def _write_latents_kernel(
-    p_latent, p_norm, p_k, p_q, p_factors, p_slots, p_into, p_scales, p_keys, p_out,
+def _write_step(
+    program, p_latent, p_norm, p_k, p_q, p_factors, p_slots, p_into, p_scales, p_keys, p_out,
     stride_lb, stride_ls, stride_kb, stride_ks, stride_qb, stride_qh, stride_qs,
     stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B, S, T, H, eps,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """p_norm, p_factors: or None. p_scales: None where nothing is quantized. p_k, p_keys: None without rotary keys."""
-    if PDL:  # launched while the kernel before it ends, as the next one is while this one runs
-        gdc_launch_dependents()
-        gdc_wait()
-    program, tokens = tl.program_id(0), B * S
+    """What the program of that number does of B · S · (1 + ⌈H / BLOCK_H⌉)."""
+    tokens = B * S
     if program < tokens:
         _write_token(
             p_latent, p_norm, p_k, p_factors, p_slots, p_into, p_scales, p_keys,
@@ -152,3 +149,23 @@ def _write_latents_kernel(
             p_q, p_factors, p_out, (i // S).to(tl.int64), i % S, i, (program - tokens) % blocks,
             stride_qb, stride_qh, stride_qs, tokens, S, H, P, BLOCK_P, BLOCK_H, PAIRS,
         )  # fmt: skip
+
+
+@triton.jit
+def _write_latents_kernel(
+    p_latent, p_norm, p_k, p_q, p_factors, p_slots, p_into, p_scales, p_keys, p_out,
+    stride_lb, stride_ls, stride_kb, stride_ks, stride_qb, stride_qh, stride_qs,
+    stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B, S, T, H, eps,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """p_norm, p_factors: or None. p_scales: None where nothing is quantized. p_k, p_keys: None without rotary keys."""
+    if PDL:  # launched while the kernel before it ends, as the next one is while this one runs
+        gdc_launch_dependents()
+        gdc_wait()
+    _write_step(
+        tl.program_id(0), p_latent, p_norm, p_k, p_q, p_factors, p_slots, p_into, p_scales, p_keys, p_out,
+        stride_lb, stride_ls, stride_kb, stride_ks, stride_qb, stride_qh, stride_qs,
+        stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B, S, T, H, eps,
+        R, P, BLOCK_R, BLOCK_P, BLOCK_H, GROUP, LARGEST, PAIRS,
+    )  # fmt: skip

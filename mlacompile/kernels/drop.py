@@ -26,11 +26,12 @@ def in_whole_lines(t: Tensor) -> bool:
     return not interpreted() and all(n % LINE == 0 for n in (begins, *apart))
 
 
+#: $1: the address of a line, or zero for none.
+DROP = tl.constexpr("{ .reg .pred any; setp.ne.s64 any, $1, 0; @any discard.global.L2 [$1], 128; mov.u32 $0, 0; }")
+
+
 @triton.jit
 def _drop(p, mask):
     """Drop the lines at p where mask. All of their readers have read: of a program's own there is a barrier before."""
     at = tl.where(mask, p.to(tl.int64, bitcast=True), 0)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred any; setp.ne.s64 any, $1, 0; @any discard.global.L2 [$1], 128; mov.u32 $0, 0; }",
-        "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    tl.inline_asm_elementwise(DROP, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)

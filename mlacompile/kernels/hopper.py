@@ -6,6 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language import core
 
+from mlacompile.kernels.drop import DROP
+
 # Renamed after Triton 3.6.
 aggregate = getattr(core, "aggregate", None) or core._aggregate
 all_warps = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -34,6 +36,13 @@ def _launch_later():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _drop(p, mask):
+    """``_drop`` of ``drop.py`` in Gluon, which cannot call functions of Triton."""
+    at = gl.where(mask, p.to(gl.int64, bitcast=True), 0)
+    gl.inline_asm_elementwise(DROP, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
 ANY = gl.constexpr(

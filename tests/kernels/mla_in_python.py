@@ -25,7 +25,7 @@ import torch
 from triton.experimental.gluon import language as real
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mlacompile.kernels.mla_decode import hopper_rows
+from mlacompile.kernels.mla_decode import hopper_launch, hopper_rows
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import LatentInputs
@@ -213,6 +213,13 @@ def _store(p: Pointer, value: Any, mask: Any = None) -> None:
         p.array[np.broadcast_to(at, shape)[mask]] = np.broadcast_to(value, shape)[mask]
 
 
+def _spoil(p: Pointer, mask: Any) -> None:
+    """In place of dropping lines: who reads them later finds NaN."""
+    at = np.broadcast_to(np.asarray(p.offset), np.shape(mask))[np.asarray(mask)]
+    assert (at * p.array.itemsize % 128 == 0).all(), "a line begins there"
+    p.array[at[:, None] + np.arange(128 // p.array.itemsize)] = np.nan
+
+
 def _assembly(code: str, constraints: str, args: list[Any], dtype: Any = None, **_: Any) -> Any:
     if "{a0, a1}" in code:  # four FP8 values to two words of float16, times a factor
         kind = torch.float8_e5m2 if "e5m2" in code else torch.float8_e4m3fn
@@ -357,7 +364,8 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tu
             arrive=lambda barrier, count: barrier.change(count, 0),
         ),
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to), "_barriers": _barriers,
-        "_here": lambda x: x, "_declare_any": lambda side: None, "_any_thread": lambda x, side: bool(np.any(x)),
+        "_drop": _spoil, "_here": lambda x: x,
+        "_declare_any": lambda side: None, "_any_thread": lambda x, side: bool(np.any(x)),
         **dict.fromkeys(("_launch_later", "_wait_for_earlier", "all_warps"), lambda: None),
     }  # fmt: skip
     for module in modules:
@@ -447,6 +455,8 @@ def decode(
     tensors = (q_latent, q_pe, c_kv, k_pe, start, length, table, descale)
     out = torch.full(q_latent.shape, math.nan, dtype=q_latent.dtype)
     lse = torch.full(q_latent.shape[:3], math.nan)
+    # Memory of a CPU begins anywhere.
+    monkeypatch.setattr(hopper_launch, "in_whole_lines", lambda t: t.stride(0) * t.itemsize % 128 == 0)
     launches = hopper_launches(tensors, out, lse, plan, **inputs.keywords)
     for name in ("p_part", "p_part_lse"):
         launches[0].arguments[name].view(torch.uint8).fill_(255)

@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 
 from mlacompile.ops import mla_decode
+from mlacompile.ops.absorb_and_write import absorb_and_write
 from mlacompile.ops.fp8_stacked import fp8_stacked
 from mlacompile.ops.quantize_rows import quantize_rows
+from mlacompile.testing.absorbed import AbsorbCase, make_absorbed
 from mlacompile.testing.latents import LatentCase, in_one_run, make_inputs, paged, quantized
 from mlacompile.testing.quantized_rows import FORMS, make_rows
 from mlacompile.testing.scaled import make_product
@@ -65,8 +67,14 @@ def main() -> None:
     for form in FORMS:
         rows = make_rows(3, 640, form, device="cuda")
         quantize_rows(*rows.tensors, **rows.settings)
+        quantize_rows(*rows.tensors, torch.zeros(7, 64, device="cuda"), **rows.settings, spent=True)
         torch.cuda.synchronize()
         print("rows quantized,", form, "ran", flush=True)
+    for kind in ("token", "block"):
+        made = make_absorbed(AbsorbCase(3, 5, 208, 192, 24, kind=kind, device="cuda"))
+        absorb_and_write(*made.arguments, **made.settings)
+        torch.cuda.synchronize()
+        print("queries absorbed and a token written ran", flush=True)
 
 
 if __name__ == "__main__":

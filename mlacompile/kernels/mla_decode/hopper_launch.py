@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mlacompile.kernels.drop import LINE, in_whole_lines
 from mlacompile.kernels.launch import Launch
 from mlacompile.kernels.mla_decode.hopper import _mla_decode_hopper_kernel
 from mlacompile.kernels.mla_decode.hopper_in_place import _mla_decode_hopper_in_place_kernel
@@ -280,5 +281,7 @@ def _merge(
         "p_part": partial, "p_part_lse": partial_lse, "p_parts": parts, "p_out": out, "p_lse": lse, "H": shape.heads,
         "S": shape.queries, "n_rows_padded": partial.shape[1], "n_parts": plan.parts, "R": shape.rank, "ROWS": rows,
         "SLOTS": slots, "BLOCK_C": block_c, "WIDE": wide, "ALONE": shape.batch == 1,
+        # Of one batch row they are few: to drop them takes longer than memory is spared (measured, docs/kernels.md).
+        "DROP": shape.batch > 1 and block_c * partial.itemsize % LINE == 0 and in_whole_lines(partial),
     }  # fmt: skip
     return Launch(_mla_merge_kernel, (shape.batch, groups, chunks), arguments, {"num_warps": warps, "launch_pdl": True})

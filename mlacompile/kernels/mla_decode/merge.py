@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mlacompile.kernels.hopper import _here, _launch_later, _wait_for_earlier
+from mlacompile.kernels.hopper import _drop, _here, _launch_later, _wait_for_earlier, all_warps
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -20,14 +20,14 @@ LN2 = gl.constexpr(0.6931471805599453)
 def _mla_merge_kernel(
     p_part, p_part_lse, p_parts, p_out, p_lse, H, S, n_rows_padded, n_parts,
     R: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, BLOCK_C: gl.constexpr, WIDE: gl.constexpr,
-    ALONE: gl.constexpr, num_warps: gl.constexpr,
+    ALONE: gl.constexpr, DROP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: (batch, groups of rows, column chunks). Partials: [slots, n_rows_padded, R], their log-sum-exps in base 2.
 
     Of n parts, beginning with part i, the first lies in slot 2 * i + 1 and each other part j in slot 2 * j. ROWS and
     SLOTS: so many are looked at together. WIDE: warps that divide the columns among them; the others divide rows.
     ALONE: there is one batch row, which begins with part 0. Partials are then sent for before it is known how many of
-    n_parts there are, and what nobody wrote is left out.
+    n_parts there are, and what nobody wrote is left out. DROP: partials are whole lines, and dropped.
     """
     lanes: gl.constexpr = min(BLOCK_C // WIDE // 8, 32)
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // lanes, lanes], [num_warps // WIDE, 1, WIDE], [2, 1, 0])
@@ -89,3 +89,21 @@ def _mla_merge_kernel(
             gl.store(p_to, out.to(p_out.dtype.element_ty), mask=mask)
             if gl.program_id(2) == 0:
                 gl.store(p_lse + o_out, (peak + gl.log2(total)) * LN2, mask=m_row)
+            if DROP:
+                all_warps()  # have what they loaded
+                _drop_partials(p_part, first, count, row, H * S, n_rows_padded, R, ROWS, SLOTS, BLOCK_C, num_warps)
+
+
+@gluon.jit
+def _drop_partials(p_part, first, count, row, n_rows, n_rows_padded, R: gl.constexpr, ROWS: gl.constexpr,
+                   SLOTS: gl.constexpr, BLOCK_C: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Drop what the program has read of rows from that one on: a line a thread."""
+    VALUES: gl.constexpr = 1024 // p_part.dtype.element_ty.primitive_bitwidth  # of a line
+    LINES: gl.constexpr = BLOCK_C // VALUES
+    o = gl.arange(0, ROWS * SLOTS * LINES, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    o_c = gl.program_id(2) * BLOCK_C + o % LINES * VALUES
+    o_row = row + o // (SLOTS * LINES)
+    for i in range(0, count, SLOTS):
+        part = i + o // LINES % SLOTS
+        slot = 2 * (first + part) + gl.where(part == 0, 1, 0)
+        _drop(p_part + ((slot * n_rows_padded + o_row) * R + o_c), (part < count) & (o_row < n_rows) & (o_c < R))

@@ -20,10 +20,11 @@ LINE = 128  # bytes
 
 
 def in_whole_lines(t: Tensor) -> bool:
-    """Whether rows of a tensor, or of a part of one, begin where lines do. Never where lines cannot be dropped."""
+    """Whether rows of a tensor, or of a part of one, begin where lines do, and none twice. Never where lines cannot be
+    dropped."""
     apart = [t.stride(i) * t.itemsize for i in range(t.dim() - 1) if t.shape[i] > 1]
     begins = 0 if t.device.type == "meta" else t.data_ptr()
-    return not interpreted() and all(n % LINE == 0 for n in (begins, *apart))
+    return not interpreted() and begins % LINE == 0 and all(n and n % LINE == 0 for n in apart)
 
 
 #: $1: the address of a line, or zero for none.

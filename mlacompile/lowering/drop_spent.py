@@ -46,9 +46,9 @@ def drop_spent(gm: GraphModule) -> int:
         if call.kwargs.get("impl") in (None, "auto", "reference"):
             continue
         before = _all_behind(call)
-        rows = [arg for arg in (call.args[0], *call.args[_GATED:_DONE]) if arg is not None]
-        own = {_memory_of(row) for row in rows}  # type: ignore[arg-type]
+        own = _memory(call.args[0], *call.args[_GATED:_DONE])
         spent = all(n in kept and kept[n] <= before | {call} for n in own) and sum(map(_size, own)) >= SMALLEST
+        spent = spent and own.isdisjoint(_memory(*call.args[1:_GATED]))  # of which a program may have other rows
         over = [n for n, readers in kept.items() if readers and readers <= before and _size(n) >= SMALLEST]
         done = max((n for n in over if n not in own), key=lambda n: max(map(order.__getitem__, kept[n])), default=None)
         if spent or done is not None:
@@ -94,8 +94,12 @@ def _is_whole(node: Node) -> bool:
     return value.is_contiguous()
 
 
+def _memory(*arguments: Any) -> set[Node]:
+    """The nodes that made what arguments are, or are views of."""
+    return {_memory_of(node) for node in arguments if node is not None}
+
+
 def _memory_of(node: Node) -> Node:
-    """The node that made what a view of it shows."""
     while node.op == "call_function" and (node.target in _VIEWS or _is_part(node)):
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -61,9 +61,7 @@ def place(
             notes.append(f"{placed} layers absorb their queries in the launch that stores what they cache")
     gm.graph.eliminate_dead_code()
     if placed := drop_spent(gm):
-        notes.append(
-            f"what is handed from kernel to kernel is dropped from L2 when it has been read, at {placed} places"
-        )
+        notes.append(f"{placed} kernels drop from L2 what was made for them, when they have read it")
     store_before_spreading(gm)
     read_early(gm)
     gm.graph.lint()

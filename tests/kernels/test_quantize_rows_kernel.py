@@ -48,6 +48,30 @@ def test_what_it_compiles_to(form: str) -> None:
     assert built.counts["LDG.128"] > 0, "eight values of 16 bits at once"
 
 
+def test_what_it_may_drop() -> None:
+    """Whole lines, each of them read by one program."""
+    room = torch.zeros(8192, dtype=torch.bfloat16)
+    begin = -room.data_ptr() % 128 // 2  # memory of a CPU begins anywhere
+
+    def drops(x: torch.Tensor, gated: torch.Tensor | None = None) -> bool:
+        results = empty_results(x, None)
+        _, arguments, _ = launch(x, None, None, gated, results, eps=0.0, gate="silu" if gated is not None else "",
+                                 spent=True)  # fmt: skip
+        return bool(arguments["SPENT"])
+
+    lines = room[begin:]
+    both = lines[: 4 * 512].view(4, 512)
+    assert drops(both)
+    assert drops(both[:, :256], both[:, 256:])
+    assert drops(both[:, :256], both[:, :256])
+    assert not drops(lines[32:][: 4 * 512].view(4, 512)), "begins within a line"
+    assert not drops(lines[: 4 * 672].view(4, 672)[:, :512]), "rows begin within lines"
+    assert not drops(lines[: 4 * 320].view(4, 320)), "the last group is half a one"
+    assert not drops(lines[:512].expand(4, 512)), "rows are one and the same"
+    assert not drops(both[:, :256], both[:, 128:384]), "each is part of the other"
+    assert drops(lines[: 6 * 128 * 4].view(4, 6, 128).transpose(0, 1)), "heads"
+
+
 def test_it_says_why_not() -> None:
     rows = make_rows(2, 256, "normed")
     assert "CUDA device" in "; ".join(triton_reasons(*rows.tensors, **rows.settings))

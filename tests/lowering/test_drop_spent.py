@@ -119,6 +119,16 @@ def test_what_is_read_again_is_kept(again: str) -> None:
     assert not any(spent for spent, _ in dropped(step, *_inputs())), "either of two calls may come last"
 
 
+def test_what_is_added_to_itself_is_kept() -> None:
+    """Of x and what is added a program may have other rows."""
+
+    def step(x: Tensor, w: Tensor, d: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        made = product(rows(x), w, d)
+        return (product(rows(made[:2], made[1:]), w, d),)
+
+    assert not any(spent for spent, _ in dropped(step, *_inputs()))
+
+
 def test_latents_that_are_read_again_are_kept() -> None:
     def step(x: Tensor, w: Tensor, d: Tensor, up: Tensor, up_d: Tensor) -> tuple[Tensor, ...]:
         latents = fp8_linear(x.view(3, 2, 128).transpose(0, 1), None, up, up_d, BF16)

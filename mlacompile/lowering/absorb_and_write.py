@@ -18,15 +18,13 @@ from torch.fx.node import map_arg
 
 import mlacompile.ops.absorb_and_write  # noqa: F401  (registers the op)
 from mlacompile.kernels import registry
+from mlacompile.lowering.region import MOVES
 from mlacompile.lowering.select import decode_nodes
 from mlacompile.passes.emit import Emitter
-from mlacompile.passes.pull import RESHAPES
 
-aten = torch.ops.aten
 _ABSORB_AND_WRITE = torch.ops.mlacompile.absorb_and_write.default
 _FP8_LINEAR = torch.ops.mlacompile.fp8_linear.default
 _WRITE_LATENTS = torch.ops.mlacompile.write_latents.default
-_VIEWS = RESHAPES | {aten.permute.default, aten.transpose.int, aten.expand.default}
 
 
 def absorb_and_write(gm: GraphModule) -> int:
@@ -36,7 +34,7 @@ def absorb_and_write(gm: GraphModule) -> int:
 
 
 def _join(decode: Node, order: dict[Node, int]) -> bool:
-    product, write = (_past_views(query) for query in decode.args[:2])
+    product, write = (_made_by(query) for query in decode.args[:2])
     if product is None or product.target is not _FP8_LINEAR or write is None or write.target is not _WRITE_LATENTS:
         return False
     x, x_descale, weight, descale, dtype = product.args
@@ -61,8 +59,8 @@ def _join(decode: Node, order: dict[Node, int]) -> bool:
     return True
 
 
-def _past_views(node: Any) -> Node | None:
+def _made_by(node: Any) -> Node | None:
     """What made the queries of a call; None for none."""
-    while isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS:
+    while isinstance(node, Node) and node.op == "call_function" and node.target in MOVES:
         node = node.args[0]
     return node if isinstance(node, Node) else None

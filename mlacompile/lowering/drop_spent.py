@@ -23,41 +23,45 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 import mlacompile.ops.quantize_rows  # noqa: F401  (registers the op)
-from mlacompile.passes.pull import RESHAPES
+from mlacompile.lowering.region import MOVES
+from mlacompile.passes.hoist import behind
 
 aten = torch.ops.aten
 _QUANTIZE_ROWS = torch.ops.mlacompile.quantize_rows.default
 _GATED, _DONE = 3, 4  # arguments of it
 #: Ops whose result is, or may be, the memory of their first argument.
-_VIEWS = RESHAPES | {
-    *(aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.expand.default),
-    *(aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int, aten.alias.default, aten.detach.default),
-}
+_VIEWS = MOVES - {aten.clone.default, aten.contiguous.default, operator.getitem}
 #: Bytes below which memory is spared less than it takes to drop them.
 SMALLEST = 1 << 20
 
 
 def drop_spent(gm: GraphModule) -> int:
     """Write what is dropped into the calls of a functional ATen graph; returns how many drop something."""
+    calls = gm.graph.find_nodes(op="call_function", target=_QUANTIZE_ROWS)
+    calls = [call for call in calls if call.kwargs.get("impl") not in (None, "auto", "reference")]
+    if not calls:
+        return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     kept = {node: readers for node in _made_here(gm) if all(map(_is_ours, readers := _readers(node)))}
-    calls = 0
-    for call in gm.graph.find_nodes(op="call_function", target=_QUANTIZE_ROWS):
-        if call.kwargs.get("impl") in (None, "auto", "reference"):
-            continue
-        before = _all_behind(call)
-        own = _memory(call.args[0], *call.args[_GATED:_DONE])
-        spent = all(n in kept and kept[n] <= before | {call} for n in own) and sum(map(_size, own)) >= SMALLEST
-        spent = spent and own.isdisjoint(_memory(*call.args[1:_GATED]))  # of which a program may have other rows
-        over = [n for n, readers in kept.items() if readers and readers <= before and _size(n) >= SMALLEST]
-        done = max((n for n in over if n not in own), key=lambda n: max(map(order.__getitem__, kept[n])), default=None)
-        if spent or done is not None:
-            call.args = (*call.args, *[None] * (_DONE - len(call.args)), done)
-            call.kwargs = {**call.kwargs, "spent": spent}
-            calls += 1
-        for node in over + [n for n in own if spent]:
-            kept.pop(node, None)
-    return calls
+    return sum(_drop(call, kept, order) for call in calls)
+
+
+def _drop(call: Node, kept: dict[Node, set[Node]], order: dict[Node, int]) -> bool:
+    """Let a call drop what has been read by then, and take that from what is kept."""
+    by_then = behind(call)
+    own = _memory(call.args[0], *call.args[_GATED:_DONE])
+    spent = all(n in kept and kept[n] <= by_then for n in own) and sum(map(_size, own)) >= SMALLEST
+    spent = spent and own.isdisjoint(_memory(*call.args[1:_GATED]))  # of which a program may have other rows
+    before = by_then - {call}
+    over = [n for n, readers in kept.items() if readers and readers <= before and _size(n) >= SMALLEST]
+    done = max((n for n in over if n not in own), key=lambda n: max(map(order.__getitem__, kept[n])), default=None)
+    for node in (*over, *(own if spent else ())):
+        kept.pop(node, None)
+    if not spent and done is None:
+        return False
+    call.args = (*call.args, *[None] * (_DONE - len(call.args)), done)
+    call.kwargs = {**call.kwargs, "spent": spent}
+    return True
 
 
 def _made_here(gm: GraphModule) -> Iterator[Node]:
@@ -116,18 +120,6 @@ def _readers(node: Node) -> set[Node]:
     for user in node.users:
         is_view = user.op == "call_function" and (user.target in _VIEWS or _is_part(user))
         found |= _readers(user) if is_view else {user}
-    return found
-
-
-def _all_behind(call: Node) -> set[Node]:
-    """All that a call depends on: what has run when it does."""
-    found: set[Node] = set()
-    stack = [call]
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                stack.append(node)
     return found
 
 

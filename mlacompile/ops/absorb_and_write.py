@@ -14,7 +14,7 @@ from torch import Tensor
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
 from mlacompile.ops.fp8_linear import E4M3, fp8_linear_reference
-from mlacompile.ops.write_latents import check_write, write_latents_reference
+from mlacompile.ops.write_latents import check_write, empty_queries, write_latents_reference
 
 
 def absorb_and_write_reference(
@@ -89,5 +89,9 @@ def _(
     descale: Tensor | None, *, stored: torch.dtype, rope_stored: torch.dtype, eps: float = 0.0, pairs: str = "",
     group: int = 0, scale_at: int = 0, rope_at: int = 0, impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    turned = latent.new_empty(0) if q_pe is None or rotation is None else q_pe.new_empty(q_pe.shape)
-    return x.new_empty((*x.shape[:2], weight.shape[1])), turned
+    return empty_results(x, weight, latent, q_pe)
+
+
+def empty_results(x: Tensor, weight: Tensor, latent: Tensor, q_pe: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for the results."""
+    return x.new_empty((*x.shape[:2], weight.shape[1])), empty_queries(latent, q_pe)

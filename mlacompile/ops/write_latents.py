@@ -130,7 +130,12 @@ def _(
     *, stored: torch.dtype, rope_stored: torch.dtype, eps: float = 0.0, pairs: str = "", group: int = 0,
     scale_at: int = 0, rope_at: int = 0, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    return latent.new_empty(0) if q_pe is None or rotation is None else q_pe.new_empty(q_pe.shape)
+    return empty_queries(latent, q_pe)
+
+
+def empty_queries(latent: Tensor, q_pe: Tensor | None) -> Tensor:
+    """Room for rotated queries, or nothing: there are none without a rotation."""
+    return latent.new_empty(0) if q_pe is None else q_pe.new_empty(q_pe.shape)
 
 
 def check_write(

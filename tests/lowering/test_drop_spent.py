@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-import mlacompile
-from mlacompile import LatentCache
 from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering import drop_spent as module
@@ -19,7 +17,7 @@ from mlacompile.lowering.drop_spent import drop_spent
 from mlacompile.ops.fp8_linear import fp8_linear, fp8_quantize_weight
 from mlacompile.ops.fp8_linear_parts import fp8_linear_parts
 from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
-from mlacompile.testing import models
+from tests.lowering.fp8_step import fp8_model, fp8_step
 from tests.lowering.rewritten import rewritten
 
 ROWS = torch.ops.mlacompile.quantize_rows.default
@@ -156,25 +154,12 @@ def test_what_is_small_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
 def test_a_step_of_a_model_reads_nothing_that_was_dropped(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"kv_lora_rank": 256, "qk_nope_head_dim": 128, "v_head_dim": 128, "hidden_size": 256, "q_lora_rank": 128}
-    sizes["intermediate_size"] = 384
-    model = models.build_model(models.tiny_config(family, **sizes), dtype=torch.float32)
-    tokens = models.random_tokens(model.config, 20, 5)  # rows that are quantized
-
-    def step() -> tuple[Tensor, list[str]]:
-        torch._dynamo.reset()
-        cache = LatentCache(model.config, max_cache_len=32)
-        run = torch.compile(model, backend="mlacompile", options={"fp8": {"*": "all"}, "rest": "eager"})
-        with torch.no_grad():
-            model(input_ids=tokens[:, :4], past_key_values=cache)
-            logits = run(input_ids=tokens[:, 4:], past_key_values=cache).logits
-        return logits, [note for note in mlacompile.last_report().notes if "drop from L2" in note]
-
-    got, dropped_by = step()
+    model = fp8_model(family)
+    got, notes = fp8_step(model, 20)  # rows that are quantized
     monkeypatch.setattr(place, "drop_spent", lambda gm: 0)
-    want, by_none = step()
-    assert torch.equal(got, want)
-    assert not by_none
-    assert int(dropped_by[0].split()[0]) >= 2 * model.config.num_hidden_layers, (
-        "attention's output, at the least, and more"
-    )
+    want, notes_without = fp8_step(model, 20)
+    (said,) = (note for note in notes if "drop from L2" in note)
+    assert int(said.split()[0]) >= 2 * model.config.num_hidden_layers, "attention's output, and more"
+    assert not any("drop from L2" in note for note in notes_without)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)

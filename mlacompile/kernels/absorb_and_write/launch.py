@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlacompile.kernels.absorb_and_write.portable import _absorb_and_write_kernel
@@ -13,15 +12,14 @@ from mlacompile.kernels.device import sms_of
 from mlacompile.kernels.fp8_linear.launch import Tiles, choose_tiles, descriptor
 from mlacompile.kernels.launch import Launch
 from mlacompile.kernels.write_latents.launch import launch as write_launch
+from mlacompile.ops.absorb_and_write import empty_results
 
 
 def absorb_and_write_triton(
     x: Tensor, weight: Tensor, weight_descale: Tensor, *written: Any, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """The op by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
-    latent, q_pe = written[0], written[2]
-    turned = latent.new_empty(0) if q_pe is None else torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
-    absorbed = x.new_empty((*x.shape[:2], weight.shape[1]))
+    absorbed, turned = empty_results(x, weight, written[0], written[2])
     launch(x, weight, weight_descale, written, absorbed, turned, **settings)()
     return absorbed, turned
 

@@ -1,7 +1,9 @@
 """The Triton kernel of ``absorb_and_write``: a program has what one of ``write_latents`` has, or a tile of the product.
 
-programs [0, writes)    tokens that are written, heads whose queries are rotated
-the others              BLOCK_N rows of the weight of a head × BLOCK_M rows of its queries
+    programs [0, writes)    tokens that are written, heads whose queries are rotated
+    the others              BLOCK_N rows of the weight of a head × BLOCK_M rows of its queries
+
+Nothing passes between programs.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

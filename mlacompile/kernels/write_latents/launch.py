@@ -12,6 +12,7 @@ from mlacompile.kernels.device import chains
 from mlacompile.kernels.launch import chained
 from mlacompile.kernels.write_latents.portable import _write_latents_kernel
 from mlacompile.kernels.write_latents.rows import destinations
+from mlacompile.ops.write_latents import empty_queries
 
 #: Values of queries a program rotates: 16 heads of 64, so that 128 heads are eight programs.
 _QUERY_TILE = 1024
@@ -22,7 +23,7 @@ def write_latents_triton(
     slots: Tensor, c_cache: Tensor, k_cache: Tensor | None = None, descale: Tensor | None = None, **settings: Any,
 ) -> Tensor:  # fmt: skip
     """``write_latents`` by the Triton kernel, for inputs that ``triton_reasons`` has nothing against."""
-    out = latent.new_empty(0) if q_pe is None else torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
+    out = empty_queries(latent, q_pe)
     tensors = latent, k_pe, q_pe, norm, rotation, slots, c_cache, k_cache, descale
     grid, arguments, options = launch(*tensors, out, **settings)
     if grid[0]:

@@ -17,6 +17,7 @@ from mlacompile.errors import UnsupportedInputError
 #: op -> the package that holds its kernels
 _FAMILIES = {
     "head_product": "mlacompile.kernels.head_product",
+    "heads_quantized": "mlacompile.kernels.heads_quantized",
     "mla_decode": "mlacompile.kernels.mla_decode",
     "mla_prefill": "mlacompile.kernels.mla_prefill",
     "row_product": "mlacompile.kernels.row_product",

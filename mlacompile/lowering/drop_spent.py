@@ -5,10 +5,10 @@
     quantize_rows(heads)           →         quantize_rows(heads, done=latents, spent=True)
     fp8_linear(…)                            reads 117 MB of weights, under which L2 would write all that to memory
 
-The calls that quantize rows do this: each stands between two products that read large weights, and what it was made of
-is of no use behind it. Only what our own ops have made is dropped, which no other value shares memory with, and only
-where every reader is the call itself or an op of ours that its rows depend on, whatever order Inductor finds: its own
-kernels read wherever it has fused them to.
+The calls that quantize rows do this, and those whose heads leave quantized: each stands before a product that reads a
+large weight, and what it was made of is of no use behind it. Only what our own ops have made is dropped, which no other
+value shares memory with, and only where every reader is the call itself or an op of ours that its rows depend on,
+whatever order Inductor finds: its own kernels read wherever it has fused them to.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-import mlacompile.ops.quantize_rows  # noqa: F401  (registers the op)
+import mlacompile.ops.heads_quantized
+import mlacompile.ops.quantize_rows  # noqa: F401  (both register an op)
 from mlacompile.lowering.region import MOVES
 from mlacompile.passes.hoist import behind
 
 aten = torch.ops.aten
 _QUANTIZE_ROWS = torch.ops.mlacompile.quantize_rows.default
 _GATED, _DONE = 3, 4  # arguments of it
+_DROPS = (_QUANTIZE_ROWS, torch.ops.mlacompile.heads_quantized.default)
 #: Ops whose result is, or may be, the memory of their first argument.
 _VIEWS = MOVES - {aten.clone.default, aten.contiguous.default, operator.getitem}
 #: Bytes below which memory is spared less than it takes to drop them.
@@ -37,11 +39,12 @@ SMALLEST = 1 << 20
 
 def drop_spent(gm: GraphModule) -> int:
     """Write what is dropped into the calls of a functional ATen graph; returns how many drop something."""
-    calls = gm.graph.find_nodes(op="call_function", target=_QUANTIZE_ROWS)
+    calls = [call for op in _DROPS for call in gm.graph.find_nodes(op="call_function", target=op)]
     calls = [call for call in calls if call.kwargs.get("impl") not in (None, "auto", "reference")]
     if not calls:
         return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    calls.sort(key=order.__getitem__)
     kept = {node: readers for node in _made_here(gm) if all(map(_is_ours, readers := _readers(node)))}
     return sum(_drop(call, kept, order) for call in calls)
 
@@ -49,17 +52,19 @@ def drop_spent(gm: GraphModule) -> int:
 def _drop(call: Node, kept: dict[Node, set[Node]], order: dict[Node, int]) -> bool:
     """Let a call drop what has been read by then, and take that from what is kept."""
     by_then = behind(call)
-    own = _memory(call.args[0], *call.args[_GATED:_DONE])
+    rows = call.target is _QUANTIZE_ROWS
+    own = _memory(call.args[0], *(call.args[_GATED:_DONE] if rows else ()))
     spent = all(n in kept and kept[n] <= by_then for n in own) and sum(map(_size, own)) >= SMALLEST
     spent = spent and own.isdisjoint(_memory(*call.args[1:_GATED]))  # of which a program may have other rows
-    before = by_then - {call}
+    before = by_then - {call} if rows else set()
     over = [n for n, readers in kept.items() if readers and readers <= before and _size(n) >= SMALLEST]
     done = max((n for n in over if n not in own), key=lambda n: max(map(order.__getitem__, kept[n])), default=None)
     for node in (*over, *(own if spent else ())):
         kept.pop(node, None)
     if not spent and done is None:
         return False
-    call.args = (*call.args, *[None] * (_DONE - len(call.args)), done)
+    if rows:
+        call.args = (*call.args, *[None] * (_DONE - len(call.args)), done)
     call.kwargs = {**call.kwargs, "spent": spent}
     return True
 

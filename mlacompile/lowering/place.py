@@ -11,6 +11,7 @@ from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.cpu_rows import place_cpu_rows
 from mlacompile.lowering.drop_spent import drop_spent
 from mlacompile.lowering.experts import place_experts
+from mlacompile.lowering.heads_quantized import quantize_heads
 from mlacompile.lowering.inline import inline_references
 from mlacompile.lowering.norm_behind import norms_behind_products
 from mlacompile.lowering.quantized_rows import place_quantized_rows
@@ -59,6 +60,8 @@ def place(
             notes.append(f"the root of a norm is a factor behind the FP8 product of its rows, at {placed} places")
         if placed := absorb_and_write(gm):
             notes.append(f"{placed} layers absorb their queries in the launch that stores what they cache")
+        if placed := quantize_heads(gm):
+            notes.append(f"{placed} absorbed products leave what they make of each head in FP8")
     gm.graph.eliminate_dead_code()
     if placed := drop_spent(gm):
         notes.append(f"{placed} kernels drop from L2 what was made for them, when they have read it")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlacompile.kernels.absorb_and_write.supports import triton_reasons
+from mlacompile.kernels.absorb_and_write.supports import hopper_reasons, hopper_slower, triton_reasons
 from mlacompile.kernels.registry import Kernel
 
 
@@ -16,4 +16,13 @@ def _run(*arguments: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     return absorb_and_write_triton(*arguments, **settings)
 
 
-KERNELS = (Kernel("triton", "absorb_and_write", triton_reasons, _run),)
+def _run_hopper(*arguments: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    from mlacompile.kernels.absorb_and_write.hopper_launch import absorb_and_write_hopper
+
+    return absorb_and_write_hopper(*arguments, **settings)
+
+
+KERNELS = (
+    Kernel("heads", "absorb_and_write", hopper_reasons, _run_hopper, hopper_slower),
+    Kernel("triton", "absorb_and_write", triton_reasons, _run),
+)

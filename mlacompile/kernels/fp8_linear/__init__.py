@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mlacompile.kernels.fp8_linear.supports import (
     blas_reasons,
+    heads_reasons,
+    heads_slower,
     hopper_reasons,
     hopper_slower,
     rows_reasons,
@@ -44,6 +46,12 @@ def _stream(*args: Any) -> Tensor:
     return fp8_linear_stream(*args)
 
 
+def _heads(*args: Any) -> Tensor:
+    from mlacompile.kernels.fp8_linear.heads_launch import fp8_linear_heads
+
+    return fp8_linear_heads(*args)
+
+
 def _blas(*args: Any) -> Tensor:
     from mlacompile.kernels.fp8_linear.blas import fp8_linear_blas
 
@@ -52,6 +60,7 @@ def _blas(*args: Any) -> Tensor:
 
 KERNELS = (
     Kernel("gluon", "fp8_linear", rows_reasons, _rows, rows_slower),
+    Kernel("heads", "fp8_linear", heads_reasons, _heads, heads_slower),
     Kernel("triton", "fp8_linear", tiles_reasons, _tiles, tiles_slower),
     Kernel("stream", "fp8_linear", stream_reasons, _stream, stream_slower),
     Kernel("hopper", "fp8_linear", hopper_reasons, _hopper, hopper_slower),

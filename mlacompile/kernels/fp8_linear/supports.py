@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.device import capability_of, device_reasons, interpreted
+from mlacompile.geometry import SCALE_GROUP, scale_groups
+from mlacompile.kernels.device import SMEM, capability_of, device_reasons, interpreted
 
 GROUP_ROWS = 64  # of x: what a group of four warps of the Hopper kernels multiplies at once
 RESERVED = 2048  # bytes of their shared memory for barriers and what warps are told when they begin
@@ -75,6 +75,32 @@ def stream_reasons(
     return reasons
 
 
+def heads_reasons(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why the Hopper kernel for a weight of each head cannot run on these inputs; empty when it can."""
+    reasons = tiles_reasons(x, x_descale, weight, weight_descale, dtype)
+    if interpreted():
+        reasons.append("Gluon cannot be interpreted")
+    if x.device.type == "cuda" and torch.cuda.is_available() and capability_of(x.device) != (9, 0):
+        reasons.append("the kernel is written for compute capability 9.0")
+    if x_descale is not None:
+        reasons.append("x is quantized, the kernel multiplies in 16 bits")
+    if dtype != x.dtype:
+        reasons.append(f"the result is {dtype}, the kernel leaves it in the dtype of x")
+    if weight.dim() != 3:
+        return [*reasons, "there is one weight for all rows"]
+    if x.shape[-2] > GROUP_ROWS:
+        reasons.append(f"x has {x.shape[-2]} rows, the kernel takes up to {GROUP_ROWS}")
+    n, k = (scale_groups(size) for size in weight.shape[1:])
+    needed = n * k * SCALE_GROUP**2 + (n + k) * GROUP_ROWS * SCALE_GROUP * 2
+    if needed > SMEM - RESERVED:
+        reasons.append(f"a head of {list(weight.shape[1:])} needs {needed} bytes of shared memory, there are {SMEM}")
+    if weight.shape[1] % 8:
+        reasons.append(f"rows of {weight.shape[1]} results are not a multiple of 16 bytes long, which TMA needs")
+    return reasons
+
+
 def blas_reasons(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
@@ -140,6 +166,14 @@ def hopper_slower(
     """Why cuBLASLt is faster where it can serve (measured, docs/kernels.md)."""
     m, k = x.shape[-2], weight.shape[-1]
     return [f"cuBLASLt is faster with {m} rows by sums of {k}"] if m > FEW_ROWS and k > DEEP else []
+
+
+def heads_slower(
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Why tiles are faster where both can serve (measured, docs/kernels.md)."""
+    m = x.shape[-2]
+    return [] if m > WIDEN_ROWS else [f"tiles of fewer rows are faster with {m} rows"]
 
 
 def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:

@@ -12,7 +12,7 @@ from mlacompile.kernels.launch import Launch
 from mlacompile.kernels.write_latents.launch import launch as write_launch
 from mlacompile.ops.absorb_and_write import empty_results
 
-TOKENS = 16  # whose queries of a head are rotated at once
+TOKENS = 32  # whose queries of a head are rotated at once
 REGISTERS = 128  # of a thread that writes
 
 

@@ -21,6 +21,7 @@ from mlacompile.lowering.share_bounds import share_bounds
 from mlacompile.lowering.single_row import place_head_products, place_row_products
 from mlacompile.lowering.stack_products import stack_products
 from mlacompile.lowering.store_once import store_before_spreading
+from mlacompile.lowering.sum_beside import sum_beside_rows
 from mlacompile.lowering.tidy import tidy
 
 
@@ -58,6 +59,8 @@ def place(
             notes.append(f"{placed} pairs of FP8 products of the same rows are one launch each")
         if placed := norms_behind_products(gm):
             notes.append(f"the root of a norm is a factor behind the FP8 product of its rows, at {placed} places")
+        if placed := sum_beside_rows(gm):
+            notes.append(f"parts of {placed} products are added up where some of their columns are quantized")
         if placed := absorb_and_write(gm):
             notes.append(f"{placed} layers absorb their queries in the launch that stores what they cache")
         if placed := quantize_heads(gm):

@@ -71,11 +71,11 @@ def _stack(first: Node, second: Node) -> bool:
     for node, part in zip(pair, parts, strict=True):
         node.replace_all_uses_with(part)
         emit.graph.erase_node(node)
-        _reshape_anew(part, emit)
+        reshape_anew(part, emit)
     return True
 
 
-def _reshape_anew(node: Node, emit: Emitter) -> None:
+def reshape_anew(node: Node, emit: Emitter) -> None:
     """Trace what only views ``node`` again: it was traced on contiguous rows, which now lie further apart."""
     for user in list(node.users):
         if user.target is aten.view.default:
@@ -84,7 +84,7 @@ def _reshape_anew(node: Node, emit: Emitter) -> None:
             args, kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: n.meta["val"])
             with emit.mode:
                 user.meta["val"] = user.target(*args, **kwargs)  # type: ignore[operator]
-            _reshape_anew(user, emit)
+            reshape_anew(user, emit)
 
 
 def _shape(node: Any) -> Any:

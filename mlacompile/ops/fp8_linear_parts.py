@@ -50,12 +50,7 @@ def fp8_linear_parts(
     """
     check_weight("fp8_linear_parts", weight, weight_descale)
     check_left("fp8_linear_parts", x, x_descale, weight)
-    groups = scale_groups(x.shape[-1])
-    if x.dim() != 2 or parts < 1 or filled_parts(groups, parts) != parts:
-        raise UnsupportedInputError(
-            f"fp8_linear_parts: got x {list(x.shape)} in {parts} parts; expected [M, K] in parts of equally many of "
-            f"its {groups} blocks, none of them empty"
-        )
+    check_parts("fp8_linear_parts", x, parts)
     kernel = registry.chosen("fp8_linear_parts", impl, x, x_descale, weight, weight_descale, parts)
     if kernel is None:
         return fp8_linear_parts_reference(x, x_descale, weight, weight_descale, parts)
@@ -67,3 +62,13 @@ def _(
     x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int, *, impl: str = "auto"
 ) -> Tensor:
     return x.new_empty((parts, x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def check_parts(op: str, x: Tensor, parts: int) -> None:
+    """Raise UnsupportedInputError unless x ``[M, K]`` can be cut in so many parts."""
+    groups = scale_groups(x.shape[-1])
+    if x.dim() != 2 or parts < 1 or filled_parts(groups, parts) != parts:
+        raise UnsupportedInputError(
+            f"{op}: got x {list(x.shape)} in {parts} parts; expected [M, K] in parts of equally many of its {groups} "
+            "blocks, none of them empty"
+        )

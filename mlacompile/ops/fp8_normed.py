@@ -13,17 +13,21 @@ from torch import Tensor
 
 from mlacompile.errors import UnsupportedInputError
 from mlacompile.kernels import registry
+from mlacompile.ops.fp8_linear_parts import check_parts, fp8_linear_parts_reference
 from mlacompile.ops.fp8_stacked import check_stack, fp8_stacked_reference
 from mlacompile.ops.quantize_rows import STRETCH
 
 
 def fp8_normed_reference(
     x: Tensor, x_descale: Tensor, squares: Tensor, weights: list[Tensor], descales: list[Tensor], dtype: torch.dtype,
-    *, eps: float,
+    *, eps: float, parts: int = 1,
 ) -> Tensor:  # fmt: skip
     """The definition, in float32 up to the root."""
-    products = fp8_stacked_reference(x, x_descale, weights, descales, torch.float32)
-    return (products * torch.rsqrt(squares.sum(-1, keepdim=True) / x.shape[1] + eps)).to(dtype)
+    root = torch.rsqrt(squares.sum(-1, keepdim=True) / x.shape[1] + eps)
+    if parts == 1:
+        return (fp8_stacked_reference(x, x_descale, weights, descales, torch.float32) * root).to(dtype)
+    each = [fp8_linear_parts_reference(x, x_descale, w, s, parts) for w, s in zip(weights, descales, strict=True)]
+    return torch.cat(each, -1) * root
 
 
 @torch.library.custom_op("mlacompile::fp8_normed", mutates_args=())
@@ -36,6 +40,7 @@ def fp8_normed(
     dtype: torch.dtype,
     *,
     eps: float,
+    parts: int = 1,
     impl: str = "auto",
 ) -> Tensor:
     """``x @ torch.cat(weights).T``, each row divided by the root of its mean square.
@@ -46,9 +51,10 @@ def fp8_normed(
         weights: one or two, e4m3 ``[Nᵢ, K]``, the first of two with N in multiples of 128. descales: theirs, float32
             ``[⌈Nᵢ / 128⌉, ⌈K / 128⌉]``.
         dtype: of the result. eps: of the norm.
+        parts: with more than one, K is cut as in ``fp8_linear_parts``, and they are not added up.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
     Returns:
-        ``[M, ΣNᵢ]`` in ``dtype``, summed in float32, contiguous.
+        ``[M, ΣNᵢ]`` in ``dtype``, summed in float32, or float32 ``[parts, M, ΣNᵢ]``; contiguous.
     Raises:
         UnsupportedInputError: shapes or dtypes that do not fit together, or a named kernel that cannot take them.
     """
@@ -59,11 +65,12 @@ def fp8_normed(
             f"fp8_normed: got squares of {squares.dtype} {list(squares.shape)}; expected torch.float32 {list(want)}, "
             f"a sum for every {STRETCH} values of a row"
         )
+    check_parts("fp8_normed", x, parts)
     arguments = (x, x_descale, squares, weights, descales, dtype)
-    kernel = registry.chosen("fp8_normed", impl, *arguments, eps=eps)
+    kernel = registry.chosen("fp8_normed", impl, *arguments, eps=eps, parts=parts)
     if kernel is None:
-        return fp8_normed_reference(*arguments, eps=eps)
-    return kernel.run(*arguments, eps=eps)  # type: ignore[no-any-return]
+        return fp8_normed_reference(*arguments, eps=eps, parts=parts)
+    return kernel.run(*arguments, eps=eps, parts=parts)  # type: ignore[no-any-return]
 
 
 @fp8_normed.register_fake
@@ -76,6 +83,8 @@ def _(
     dtype: torch.dtype,
     *,
     eps: float,
+    parts: int = 1,
     impl: str = "auto",
 ) -> Tensor:
-    return x.new_empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=dtype)
+    shape = (x.shape[0], sum(w.shape[0] for w in weights))
+    return x.new_empty(shape, dtype=dtype) if parts == 1 else x.new_empty((parts, *shape), dtype=torch.float32)

@@ -17,10 +17,12 @@ from mlacompile.testing.scaled import values
 
 #: What stands before the quantization.
 FORMS = (
-    "parts, added, normed", "parts, added, normed, squares", "added, normed", "normed", "normed, squares", "silu",
+    "parts, added, normed", "parts, added, normed, squares", "parts, normed, beside", "parts, added, squares, beside",
+    "added, normed", "normed", "normed, squares", "silu",
     "gelu_tanh", "heads", "plain",
 )  # fmt: skip
 PARTS = 3
+BESIDE = 96
 
 
 @dataclass
@@ -46,23 +48,31 @@ def make_rows(
         return Rows((heads.transpose(0, 1), None, None, None))
     if form in ACTIVATIONS:
         return Rows((wide(0), None, None, wide(1)), {"eps": 0.0, "gate": form})
-    added, normed = wide(1) if "added" in form else None, "normed" in form
+    added, normed = wide(1) if "added" in form else None, "normed" in form or "squares" in form
     norm = (1 + values((k,), "plain", device, 2) / 4).to(dtype) if normed else None
     settings: dict[str, Any] = {"eps": 1e-6 if normed else 0.0, "gate": ""}
     if "squares" in form:
         settings["squares"] = True
     if "parts" in form:
-        parts = values((PARTS, m, k), kind, device, 0).float()
-        return Rows((parts, added, norm, None), settings | {"parts": True})
+        settings |= {"parts": True, "dtype": None if "added" in form else dtype}
+        settings["beside"] = BESIDE if "beside" in form else 0
+        parts = values((PARTS, m, k + settings["beside"]), kind, device, 0).float()
+        return Rows((parts, added, norm, None), settings)
     return Rows((wide(0), added, norm, None), settings)
 
 
 def total_of(rows: Rows) -> Tensor:
     """What is normed or gated, before that: x and what is added to it, in their dtype."""
     x, added, _, _ = rows.tensors
-    if added is None:
-        return x.flatten(1)
-    return (sum(x[1:], x[0]).to(added.dtype) if rows.settings.get("parts") else x.flatten(1)) + added
+    whole = summed(rows) if rows.settings.get("parts") else x.flatten(1)
+    whole = whole[:, : whole.shape[1] - rows.settings.get("beside", 0)]
+    return whole if added is None else whole + added
+
+
+def summed(rows: Rows) -> Tensor:
+    """What parts come to, in the dtype that they are rounded to."""
+    x, added, _, _ = rows.tensors
+    return sum(x[1:], x[0]).to(rows.settings["dtype"] if added is None else added.dtype)
 
 
 def exact_rows(rows: Rows) -> Tensor:
@@ -90,6 +100,10 @@ def worst_rows(rows: Rows, results: list[Tensor]) -> str:
         sums = torch.stack([part.sum(1) for part in stretches], 1)
         if squares.shape != sums.shape or not ((squares - sums).abs() <= sums * STRETCH * 2.0**-24).all():
             return f"squares are {list(squares.shape)}, or others"
+    if width := rows.settings.get("beside"):
+        *results, beside = results
+        if not torch.equal(beside, summed(rows)[:, -width:]):
+            return "what is beside is another"
     q, descale = results[:2]
     want = exact_rows(rows)
     m, k = want.shape

@@ -1,8 +1,8 @@
 """Compiles a Triton kernel for an NVIDIA GPU that is not there, and reads registers, spills and instructions.
 
 The Triton wheel carries ptxas, cuobjdump and nvdisasm, so a test on any machine can assert that products became
-``wgmma`` (HGMMA), that tiles arrive by TMA (UTMALDG) or cp.async (LDGSTS), and that nothing lives in local memory
-(LDL, STL).
+``wgmma`` (HGMMA), that tiles arrive by TMA (UTMALDG) or cp.async (LDGSTS) and leave by it (UTMASTG), and that nothing
+lives in local memory (LDL, STL).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG", "LDL", "STL", "FFMA")
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "LDL", "STL", "FFMA")
 _ORDERS = re.compile(r"\b(?:BAR\.SYNC|LDS|LDSM|STS|STSM|ATOMS|WARPGROUP\.DEPBAR|HGMMA|QGMMA)\b")
 _GLOBAL = re.compile(r"\b(?:LDG|STG|LDGSTS|RED|ATOMG|UTMALDG|UTMASTG|UBLKCP|UBLKPF)\b")
 _WAIT = "ACQBULK"  # griddepcontrol.wait

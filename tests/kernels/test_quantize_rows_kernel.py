@@ -37,9 +37,11 @@ def test_what_it_compiles_to(form: str) -> None:
     tensors = [None if t is None else t.to("meta") for t in rows.tensors]
     x, added = tensors[:2]
     assert x is not None
-    results = empty_results(x, added, parts="parts" in form, squares="squares" in form)
+    shaping = {key: rows.settings[key] for key in ("parts", "squares", "beside", "dtype") if key in rows.settings}
+    results = empty_results(x, added, **shaping)
     grid, arguments, options = launch(*tensors, results, **rows.settings)  # type: ignore[arg-type]
-    assert grid == ((64, 1) if "normed" in form and "squares" not in form else (64, 4))
+    blocks = 1 if "normed" in form and "squares" not in form else 4
+    assert grid == (64, blocks + 1 if "beside" in form else blocks)
     from mlacompile.kernels.quantize_rows.portable import _quantize_rows_kernel
 
     built = compile_for(_quantize_rows_kernel, arguments, options, name=f"quantize_rows {form}")
@@ -70,6 +72,16 @@ def test_what_it_may_drop() -> None:
     assert not drops(lines[:512].expand(4, 512)), "rows are one and the same"
     assert not drops(both[:, :256], both[:, 128:384]), "each is part of the other"
     assert drops(lines[: 6 * 128 * 4].view(4, 6, 128).transpose(0, 1)), "heads"
+
+    def drops_parts(beside: int) -> bool:
+        x = lines[: 2 * 2 * 2 * (256 + beside)].view(torch.float32).view(2, 2, 256 + beside)
+        results = empty_results(x, None, parts=True, beside=beside, dtype=torch.bfloat16)
+        _, arguments, _ = launch(x, None, None, None, results, eps=0.0, gate="", parts=True, beside=beside,
+                                 dtype=torch.bfloat16, spent=True)  # fmt: skip
+        return bool(arguments["SPENT"])
+
+    assert drops_parts(32)
+    assert not drops_parts(48), "what is beside ends within a line"
 
 
 def test_it_says_why_not() -> None:

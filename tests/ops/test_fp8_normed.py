@@ -25,6 +25,18 @@ def test_it_is_what_it_says(m: int, rows: tuple[int, ...], k: int, kind: str) ->
         )  # fmt: skip
 
 
+def test_parts_come_to_the_same() -> None:
+    case = make_normed(5, (256, 72), 2064)
+    whole = fp8_normed(*case.arguments, torch.float32, eps=case.eps)
+    parts = fp8_normed(*case.arguments, torch.bfloat16, eps=case.eps, parts=3)
+    assert parts.shape == (3, 5, 328)
+    assert parts.dtype == torch.float32
+    torch.testing.assert_close(parts.sum(0), whole)
+    torch.library.opcheck(
+        fp8_normed, (*case.arguments, torch.bfloat16), {"eps": case.eps, "parts": 3}, test_utils="test_faketensor"
+    )  # fmt: skip
+
+
 def test_the_root_is_that_of_the_norm() -> None:
     """Rows that are a thousand times larger come to the same."""
     case = make_normed(4, (128,), 4096)
@@ -44,9 +56,10 @@ def test_the_root_is_that_of_the_norm() -> None:
         ({4: [torch.ones(1, 1)]}, {}, "fp8_normed: got a weight"),
         ({}, {"impl": "stream"}, "impl='stream' cannot take these inputs: .*CUDA device"),
         ({}, {"impl": "fast"}, "no kernel 'fast'; it has stream"),
+        ({}, {"parts": 32}, r"fp8_normed: got x \[3, 4112\] in 32 parts; expected \[M, K\] in parts of equally many"),
     ],
 )
-def test_it_refuses_what_does_not_fit(changed: dict[int, Any], settings: dict[str, str], message: str) -> None:
+def test_it_refuses_what_does_not_fit(changed: dict[int, Any], settings: dict[str, Any], message: str) -> None:
     arguments: list[Tensor | list[Tensor]] = list(make_normed(3, (8,), 4112).arguments)
     for i, value in changed.items():
         arguments[i] = value

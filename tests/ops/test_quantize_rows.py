@@ -49,6 +49,8 @@ def test_without_anything_before_it_is_fp8_quantize() -> None:
         ({"squares": True}, "got squares=True and no norm; expected one"),
         ({"gated": torch.zeros(2, 256), "gate": "relu"}, "expected one of silu"),
         ({"gated": torch.zeros(2, 256), "gate": "silu", "norm": torch.ones(256)}, "a tensor and without a norm"),
+        ({"beside": 32}, r"got beside=32 and x \[2, 256\]; expected parts \[P, M, K \+ beside\]"),
+        ({"x": torch.zeros(2, 2, 256), "parts": True, "dtype": torch.bfloat16, "beside": 256}, "got beside=256"),
         ({"impl": "triton"}, "impl='triton' cannot take these inputs: .*CUDA device"),
         ({"impl": "fast"}, "no kernel 'fast'; it has triton"),
     ],

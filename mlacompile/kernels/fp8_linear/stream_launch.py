@@ -29,7 +29,7 @@ def fp8_linear_stream(
 
 def fp8_stacked_stream(
     x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], dtype: torch.dtype,
-    tiles: StreamTiles | None = None, *, squares: Tensor | None = None, eps: float = 0.0,
+    tiles: StreamTiles | None = None, squares: Tensor | None = None, eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """As above, by one weight or two; with ``squares`` as ``fp8_normed``."""
     weights = [aligned(w) for w in weights]
@@ -39,13 +39,31 @@ def fp8_stacked_stream(
     return out
 
 
+def fp8_normed_stream(
+    x: Tensor, x_descale: Tensor, squares: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor],
+    dtype: torch.dtype, *, eps: float, parts: int,
+) -> Tensor:  # fmt: skip
+    """``fp8_normed`` by the same kernel."""
+    if parts == 1:
+        return fp8_stacked_stream(x, x_descale, weights, descales, dtype, None, squares, eps)
+    return _in_parts(x, x_descale, weights, descales, parts, squares, eps)
+
+
 def fp8_parts_stream(x: Tensor, x_descale: Tensor, weight: Tensor, weight_descale: Tensor, parts: int) -> Tensor:
     """``fp8_linear_parts`` by the same kernel."""
-    x, weight = aligned(x), aligned(weight)
-    (m, k), n = x.shape, weight.shape[0]
+    return _in_parts(x, x_descale, [weight], [weight_descale], parts)
+
+
+def _in_parts(
+    x: Tensor, x_descale: Tensor, weights: Sequence[Tensor], descales: Sequence[Tensor], parts: int,
+    squares: Tensor | None = None, eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """A product in parts of K that nobody has added up."""
+    x, weights = aligned(x), [aligned(w) for w in weights]
+    (m, k), n = x.shape, sum(w.shape[0] for w in weights)
     out = x.new_empty((parts, m, n), dtype=torch.float32)
     tiles = choose_stream_tiles(m, n, k, sms_of(x.device), parts)
-    stream_launch(x, x_descale, [weight], [weight_descale], out, tiles)()
+    stream_launch(x, x_descale, weights, descales, out, tiles, squares, eps)()
     return out
 
 

@@ -13,19 +13,19 @@ from mlacompile.kernels.registry import Kernel
 _STACKED_REASONS, _STACKED_SLOWER = for_each(stream_reasons), for_all(stream_slower)
 
 
-def _reasons(x: Tensor, x_descale: Tensor, squares: Tensor, *product: Any, eps: float) -> list[str]:
+def _reasons(x: Tensor, x_descale: Tensor, squares: Tensor, *product: Any, eps: float, parts: int = 1) -> list[str]:
     reasons = _STACKED_REASONS(x, x_descale, *product)
     return reasons if squares.is_contiguous() else [*reasons, "sums of squares are not contiguous"]
 
 
-def _slower(x: Tensor, x_descale: Tensor, squares: Tensor, *product: Any, eps: float) -> list[str]:
+def _slower(x: Tensor, x_descale: Tensor, squares: Tensor, *product: Any, eps: float, parts: int = 1) -> list[str]:
     return _STACKED_SLOWER(x, x_descale, *product)
 
 
-def _run(x: Tensor, x_descale: Tensor, squares: Tensor, *product: Any, eps: float) -> Tensor:
-    from mlacompile.kernels.fp8_linear.stream_launch import fp8_stacked_stream
+def _run(x: Tensor, x_descale: Tensor, squares: Tensor, *product: Any, eps: float, parts: int = 1) -> Tensor:
+    from mlacompile.kernels.fp8_linear.stream_launch import fp8_normed_stream
 
-    return fp8_stacked_stream(x, x_descale, *product, squares=squares, eps=eps)
+    return fp8_normed_stream(x, x_descale, squares, *product, eps=eps, parts=parts)
 
 
 KERNELS = (Kernel("stream", "fp8_normed", _reasons, _run, _slower),)

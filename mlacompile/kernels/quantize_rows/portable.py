@@ -26,38 +26,62 @@ _LARGEST = tl.constexpr(448.0)
 
 @triton.jit
 def _quantize_rows_kernel(
-    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, p_squares, K, eps, stride_xp,
-    stride_xm, stride_xg, stride_am, stride_gm, PARTS: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr,
-    PDL: tl.constexpr, p_done, done_lines, SPENT: tl.constexpr, THREADS: tl.constexpr,
+    p_x, p_added, p_norm, p_gated, p_q, p_descale, p_total, p_squares, p_beside, K, BESIDE, eps, stride_xp,
+    stride_xm, stride_xg, stride_am, stride_gm, PARTS: tl.constexpr, SUM: tl.constexpr, GROUPS: tl.constexpr,
+    GATE: tl.constexpr, PDL: tl.constexpr, p_done, done_lines, SPENT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, ⌈groups of a row / GROUPS⌉). stride_xg: from one group of x to the next. Where there is a norm and
-    no p_squares, one program has all groups of a row. PARTS: in float32 that x is the sum of, stride_xp apart, if there
-    is more than one. SPENT, p_done: what is dropped, with K a multiple of 128 then.
+    """Grid: (rows, ⌈groups of a row / GROUPS⌉, and as many of what is beside). stride_xg: from one group of x to the
+    next. Where there is a norm and no p_squares, one program has all groups of a row. PARTS: in float32 that x is the
+    sum of, stride_xp apart, if there is more than one; SUM: what that is rounded to, or None. p_beside: of the sum of
+    BESIDE columns more, or None. SPENT, p_done: what is dropped, with K a multiple of 128 then.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    o_g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    block = tl.program_id(1)
+    blocks = tl.cdiv(K, GROUPS * 128)
+    if block < blocks:
+        _quantize_groups(
+            p_x + row * stride_xm, p_added, p_norm, p_gated, p_q, p_descale, p_total, p_squares, row, block, blocks, K,
+            eps, stride_xp, stride_xg, stride_am, stride_gm, PARTS, SUM, GROUPS, GATE, SPENT, THREADS,
+        )  # fmt: skip
+    elif p_beside is not None:
+        _add_beside(
+            p_x + row * stride_xm + K, p_beside + row * BESIDE, block - blocks, BESIDE, stride_xp, PARTS, GROUPS * 128,
+            SPENT, THREADS,
+        )  # fmt: skip
+    if p_done is not None:
+        _drop_share(p_done, done_lines, THREADS)
+
+
+@triton.jit
+def _quantize_groups(
+    p_row, p_added, p_norm, p_gated, p_q, p_descale, p_total, p_squares, row, block, blocks, K, eps, stride_xp,
+    stride_xg, stride_am, stride_gm, PARTS: tl.constexpr, SUM: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr,
+    SPENT: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Block number block, of blocks, of a row, which x has at p_row."""
+    o_g = block * GROUPS + tl.arange(0, GROUPS)
     o_c = tl.arange(0, 128)
     o = o_g[:, None] * 128 + o_c[None, :]
     mask = o < K
-    p_row = p_x + row * stride_xm
     p_x = p_row + o_g[:, None] * stride_xg + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0)
     if p_norm is not None:  # here, so that nothing is waited for behind the sum over a row
         norm = tl.load(p_norm + o, mask=mask, other=0.0)
     for i in tl.static_range(1, PARTS):
         x += tl.load(p_x + i * stride_xp, mask=mask, other=0.0)
+    if SUM is not None:
+        x = x.to(SUM)
     if p_added is not None:
-        x = x.to(p_added.dtype.element_ty)
         x += tl.load(p_added + row * stride_am + o, mask=mask, other=0.0)
         tl.store(p_total + row * K + o, x, mask=mask)
     y = x.to(tl.float32)
     if p_norm is not None:
         squares = tl.sum(tl.sum(y * y, 1), 0)
         if p_squares is not None:
-            tl.store(p_squares + row * tl.num_programs(1) + tl.program_id(1), squares)
+            tl.store(p_squares + row * blocks + block, squares)
         else:
             y = y * tl.rsqrt(squares / K + eps)
         y = y * norm.to(tl.float32)
@@ -75,20 +99,37 @@ def _quantize_rows_kernel(
     tl.store(p_descale + row * groups + o_g, descale, mask=o_g < groups)
     if SPENT:
         tl.debug_barrier()  # all warps have what they loaded
-        _drop_groups(p_row, stride_xp, stride_xg, groups, PARTS, GROUPS, THREADS)
+        _drop_groups(p_row, block, stride_xp, stride_xg, groups, PARTS, GROUPS, THREADS)
         if p_gated is not None:
-            _drop_groups(p_gated + row * stride_gm, 0, 128, groups, 1, GROUPS, THREADS)
-    if p_done is not None:
-        _drop_share(p_done, done_lines, THREADS)
+            _drop_groups(p_gated + row * stride_gm, block, 0, 128, groups, 1, GROUPS, THREADS)
 
 
 @triton.jit
-def _drop_groups(p_row, stride_p, stride_g, groups, PARTS: tl.constexpr, GROUPS: tl.constexpr, THREADS: tl.constexpr):
+def _add_beside(p_row, p_beside, block, BESIDE, stride_p, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                SPENT: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """The sum of parts of a block of columns, and their lines dropped if SPENT."""
+    o = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(p_row + o, mask=o < BESIDE, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        x += tl.load(p_row + i * stride_p + o, mask=o < BESIDE, other=0.0)
+    tl.store(p_beside + o, x.to(p_beside.dtype.element_ty), mask=o < BESIDE)
+    if SPENT:
+        tl.debug_barrier()  # all warps have what they loaded
+        LINES: tl.constexpr = BLOCK // 32
+        for first in tl.static_range(0, PARTS * LINES, THREADS):
+            i = first + tl.arange(0, THREADS)
+            element = block * BLOCK + i % LINES * 32
+            _drop(p_row + (i // LINES).to(tl.int64) * stride_p + element, (i < PARTS * LINES) & (element < BESIDE))
+
+
+@triton.jit
+def _drop_groups(p_row, block, stride_p, stride_g, groups, PARTS: tl.constexpr, GROUPS: tl.constexpr,
+                 THREADS: tl.constexpr):  # fmt: skip
     """Drop the program's groups of 128 values of a row, of each part, a line a thread."""
     LINES: tl.constexpr = p_row.dtype.element_ty.primitive_bitwidth // 8  # of a group
     for first in tl.static_range(0, PARTS * GROUPS * LINES, THREADS):
         i = first + tl.arange(0, THREADS)
-        part, group = i // (GROUPS * LINES), tl.program_id(1) * GROUPS + i // LINES % GROUPS
+        part, group = i // (GROUPS * LINES), block * GROUPS + i // LINES % GROUPS
         p = p_row + part.to(tl.int64) * stride_p + group * stride_g + i % LINES * (128 // LINES)
         _drop(p, (part < PARTS) & (group < groups))
 

@@ -13,7 +13,8 @@ MAX_ROW = 16384
 
 def triton_reasons(
     x: Tensor, added: Tensor | None, norm: Tensor | None, gated: Tensor | None, done: Tensor | None = None, *,
-    eps: float, gate: str, parts: bool = False, squares: bool = False, spent: bool = False,
+    eps: float, gate: str, parts: bool = False, squares: bool = False, spent: bool = False, beside: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:  # fmt: skip
     """Why the kernel cannot run on these inputs; empty when it can. Called like ``quantize_rows``."""
     reasons = device_reasons(x.device)

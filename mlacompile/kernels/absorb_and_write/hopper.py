@@ -1,9 +1,10 @@
 """The Hopper kernel of ``absorb_and_write``: while a program's products are on their way, it has time for the rest.
 
-    _multiply_head   8 warps, a head of the product each program (``fp8_linear/heads.py``)
-    _write           4 warps beside them: some heads' queries rotated, and some tokens written, each program its share
+    _multiply_head    8 warps   a head of the product (``fp8_linear/heads.py``)
+    _write_tokens     4 warps   a program's share of the tokens
+    _rotate_queries   4 warps   and of the heads, with TOKENS tokens of each
 
-Both are done when the longer of them is, and neither waits for a launch.
+None waits for another, nor for a launch.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,7 +15,6 @@ from triton.experimental.gluon import language as gl
 from mlacompile.kernels.fp8_linear.heads import _head_room, _multiply_head, _send_for
 from mlacompile.kernels.hopper import _launch_later, _wait_for_earlier
 
-WRITE_WARPS = gl.constexpr(4)
 SMALLEST = gl.constexpr(2.0**-126)  # descale of ``fp8_quantize``
 INFINITY = gl.constexpr(0x7F800000)  # the bits of one in float32
 
@@ -131,26 +131,27 @@ def _write_token(
 
 
 @gluon.jit
-def _write(
-    p_latent, p_norm, p_k, p_q, p_factors, p_slots, p_into, p_scales, p_keys, p_out,
-    stride_lb, stride_ls, stride_kb, stride_ks, stride_qb, stride_qh, stride_qs,
-    stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B, S, T, H, eps,
-    R: gl.constexpr, P: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr, GROUP: gl.constexpr,
-    LARGEST: gl.constexpr, PAIRS: gl.constexpr, TOKENS: gl.constexpr,
+def _write_tokens(
+    p_latent, p_norm, p_k, p_factors, p_slots, p_into, p_scales, p_keys, stride_lb, stride_ls, stride_kb, stride_ks,
+    stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B, S, T, eps, R: gl.constexpr, P: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr, GROUP: gl.constexpr, LARGEST: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """The program's share of all tokens, and of all heads of all TOKENS tokens."""
-    tokens = B * S
-    for i in range(gl.program_id(0), tokens, gl.num_programs(0)):
+    """The program's share of all tokens."""
+    for i in range(gl.program_id(0), B * S, gl.num_programs(0)):
         _write_token(
             p_latent, p_norm, p_k, p_factors, p_slots, p_into, p_scales, p_keys, i, stride_lb, stride_ls, stride_kb,
-            stride_ks, stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, tokens, S, T, eps,
+            stride_ks, stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B * S, S, T, eps,
             R, P, BLOCK_R, BLOCK_P, GROUP, LARGEST, PAIRS,
         )  # fmt: skip
+
+
+@gluon.jit
+def _rotate_queries(p_q, p_factors, p_out, stride_qb, stride_qh, stride_qs, B, S, H, P: gl.constexpr,
+                    BLOCK_P: gl.constexpr, TOKENS: gl.constexpr, PAIRS: gl.constexpr):  # fmt: skip
+    """The program's share of all heads, of TOKENS tokens each."""
     if p_q is not None:
-        for job in range(gl.program_id(0), H * gl.cdiv(tokens, TOKENS), gl.num_programs(0)):
-            _rotate(
-                p_q, p_factors, p_out, job, stride_qb, stride_qh, stride_qs, tokens, S, H, P, BLOCK_P, TOKENS, PAIRS
-            )
+        for job in range(gl.program_id(0), H * gl.cdiv(B * S, TOKENS), gl.num_programs(0)):
+            _rotate(p_q, p_factors, p_out, job, stride_qb, stride_qh, stride_qs, B * S, S, H, P, BLOCK_P, TOKENS, PAIRS)
 
 
 @gluon.jit
@@ -172,11 +173,12 @@ def _absorb_and_write_hopper_kernel(
     gl.warp_specialize(
         [
             (_multiply_head, (head, d_out, None, None, p_descale + h * stride_dh, h, M, stride_dn, 0, N, K)),
-            (_write, (p_latent, p_norm, p_k, p_q, p_factors, p_slots, p_into, p_scales, p_keys, p_out, stride_lb,
-                      stride_ls, stride_kb, stride_ks, stride_qb, stride_qh, stride_qs, stride_ib, stride_it, stride_sb,
-                      stride_st, stride_yb, stride_yt, B, S, T, H, eps, R, P, BLOCK_R, BLOCK_P, GROUP, LARGEST, PAIRS,
-                      TOKENS)),
+            (_write_tokens, (p_latent, p_norm, p_k, p_factors, p_slots, p_into, p_scales, p_keys, stride_lb, stride_ls,
+                             stride_kb, stride_ks, stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B,
+                             S, T, eps, R, P, BLOCK_R, BLOCK_P, GROUP, LARGEST, PAIRS)),
+            (_rotate_queries, (p_q, p_factors, p_out, stride_qb, stride_qh, stride_qs, B, S, H, P, BLOCK_P, TOKENS,
+                               PAIRS)),
         ],
-        [WRITE_WARPS],
-        [REGS],
+        [4, 4],
+        [REGS, REGS],
     )  # fmt: skip

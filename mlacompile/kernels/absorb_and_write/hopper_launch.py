@@ -12,8 +12,8 @@ from mlacompile.kernels.launch import Launch
 from mlacompile.kernels.write_latents.launch import launch as write_launch
 from mlacompile.ops.absorb_and_write import empty_results
 
-TOKENS = 32  # whose queries of a head are rotated at once
-REGISTERS = 128  # of a thread that writes
+TOKENS = 16  # whose queries of a head are rotated at once
+REGISTERS = 96  # of a thread that writes or rotates
 
 
 def absorb_and_write_hopper(

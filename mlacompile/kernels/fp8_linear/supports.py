@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP, scale_groups
-from mlacompile.kernels.device import SMEM, capability_of, device_reasons, interpreted
+from mlacompile.kernels.device import SMEM, capability_of, device_reasons, interpreted, sms_of
 
 GROUP_ROWS = 64  # of x: what a group of four warps of the Hopper kernels multiplies at once
 RESERVED = 2048  # bytes of their shared memory for barriers and what warps are told when they begin
@@ -17,6 +17,10 @@ WIDE = 16384  # weights of fewer rows are read as fast by tiles of more programs
 WIDEN_ROWS = 16  # of x: with more, a tile of 64 rows is not wasted
 MANY_ROWS = 4096  # … unless rows of x make up for it
 FEW_ROWS = 256  # of x: with more, by sums of …
+FILLED = 0.75  # of all SMs, with heads: with fewer, smaller tiles are faster, …
+FILLED_ONCE = (
+    0.33  # … or with fewer than this where their results leave quantized, which tiles need a second launch for
+)
 DEEP = 4096  # … more products than this, cuBLASLt is faster than the Hopper kernel
 
 
@@ -169,11 +173,16 @@ def hopper_slower(
 
 
 def heads_slower(
-    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
-) -> list[str]:
-    """Why tiles are faster where both can serve (measured, docs/kernels.md)."""
-    m = x.shape[-2]
-    return [] if m > WIDEN_ROWS else [f"tiles of fewer rows are faster with {m} rows"]
+    x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype,
+    least: float = FILLED,
+) -> list[str]:  # fmt: skip
+    """Why tiles are faster where both can serve (measured, docs/kernels.md). least: of SMs, with a head."""
+    m, heads, sms = x.shape[-2], weight.shape[0], sms_of(x.device)
+    if m <= WIDEN_ROWS:
+        return [f"tiles of fewer rows are faster with {m} rows"]
+    if heads < least * sms:
+        return [f"tiles of less than a head are on more SMs with {heads} heads"]
+    return [f"{heads} heads are more than there are SMs, and taken in two rounds"] if heads > sms else []
 
 
 def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mlacompile.geometry import SCALE_GROUP
-from mlacompile.kernels.fp8_linear.supports import heads_reasons, heads_slower
+from mlacompile.kernels.fp8_linear.supports import FILLED_ONCE, heads_reasons, heads_slower
 from mlacompile.kernels.registry import Kernel
 
 
@@ -17,7 +17,7 @@ def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor, *, spent: bool =
 
 
 def _slower(x: Tensor, weight: Tensor, weight_descale: Tensor, *, spent: bool = False) -> list[str]:
-    return heads_slower(x, None, weight, weight_descale, x.dtype)
+    return heads_slower(x, None, weight, weight_descale, x.dtype, FILLED_ONCE)
 
 
 def _run(x: Tensor, weight: Tensor, weight_descale: Tensor, *, spent: bool = False) -> tuple[Tensor, Tensor]:

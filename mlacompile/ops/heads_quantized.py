@@ -33,7 +33,7 @@ def heads_quantized(
     """Rows of heads in e4m3, as ``fp8_linear`` takes them.
 
     Args:
-        x: ``[H, M, K]`` in 16 bits. weight, weight_descale: ``[H, 128, K]`` in e4m3 and its scales.
+        x: ``[H, M, K]`` in 16 or 32 bits. weight, weight_descale: ``[H, 128, K]`` in e4m3 and its scales.
         spent: nobody reads x again: what it holds afterwards is not defined. Only the lowering can know that, and no
             schema says it.
         impl: "auto", "reference", or the name of a kernel, which then must support the inputs.
@@ -43,10 +43,11 @@ def heads_quantized(
         UnsupportedInputError: inputs that do not fit together, or a named kernel that cannot take them.
     """
     check_weight("heads_quantized", weight, weight_descale)
-    if x.dim() != 3 or weight.dim() != 3 or x.shape[::2] != weight.shape[::2] or weight.shape[1] != SCALE_GROUP:
+    fits = x.dim() == weight.dim() == 3 and x.shape[::2] == weight.shape[::2] and weight.shape[1] == SCALE_GROUP
+    if not fits or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedInputError(
-            f"heads_quantized: got x {list(x.shape)} and a weight {list(weight.shape)}; expected [H, M, K] and "
-            f"[H, {SCALE_GROUP}, K]"
+            f"heads_quantized: got x of {x.dtype} {list(x.shape)} and a weight {list(weight.shape)}; expected "
+            f"[H, M, K] of 16 or 32 bits and [H, {SCALE_GROUP}, K]"
         )
     kernel = registry.chosen("heads_quantized", impl, x, weight, weight_descale, spent=spent)
     if kernel is None:

@@ -1,8 +1,9 @@
 """Just enough of Gluon in plain Python to run the Hopper kernels of ``fp8_linear``: their partitions as threads.
 
 What is asynchronous on a GPU happens as late as it may here: a product is computed from shared memory when it is waited
-for, and a result leaves shared memory then, too. So a stage that is given back too early, a buffer that is written too
-early and a barrier that nobody arrives at are found, as are wrong rows, columns and scales.
+for, and a result leaves shared memory then, too. What a copy replaces is gone when the copy is asked for, and what it
+brings is there when someone waits for it. So a stage that is given back too early, a buffer that is written too early,
+a wait that is left out and a barrier that nobody arrives at are found, as are wrong rows, columns and scales.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Barrier:
     def __init__(self, count: int) -> None:
         self.count, self.left, self.bytes, self.phase = count, count, 0, 0
         self.changed = threading.Condition()
+        self.coming: list[Callable[[], None]] = []
 
     def change(self, arrivals: int, size: int) -> None:
         with self.changed:
@@ -81,9 +83,20 @@ class Barrier:
                 self.left, self.phase = self.count, self.phase + 1
             self.changed.notify_all()
 
+    def later(self, copy: Callable[[], None]) -> None:
+        """Copy when someone waits here."""
+        with self.changed:
+            self.coming.append(copy)
+            self.changed.notify_all()
+
+    def _passed(self, parity: int) -> bool:
+        while self.phase & 1 == parity and self.coming:
+            self.coming.pop(0)()
+        return self.phase & 1 != parity
+
     def wait(self, parity: int) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.phase & 1 != parity, PATIENCE), "waits for what never comes"
+            assert self.changed.wait_for(lambda: self._passed(parity), PATIENCE), "waits for what never comes"
 
 
 class Barriers(list):  # type: ignore[type-arg]
@@ -101,10 +114,14 @@ class Descriptor:
         return slice(at[0], at[0] + shape[0]), slice(at[1], at[1] + shape[1])
 
     def load(self, at: list[int], barrier: Barrier, to: Memory) -> None:
-        found = self.array[self._inside(at, to.array.shape)]
-        to.array[...] = 0
-        to.array[: found.shape[0], : found.shape[1]] = found
-        barrier.change(0, -to.array.size)
+        def copy() -> None:
+            found = self.array[self._inside(at, to.array.shape)]
+            to.array[...] = 0
+            to.array[: found.shape[0], : found.shape[1]] = found
+            barrier.change(0, -to.array.size)
+
+        to.array[...] = np.nan
+        barrier.later(copy)
 
     def store(self, at: list[int], source: Memory) -> None:
         target = self.array[self._inside(at, source.array.shape)]

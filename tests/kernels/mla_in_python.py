@@ -29,14 +29,14 @@ from mlacompile.kernels.mla_decode import hopper_launch, hopper_rows
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import LatentInputs
-from tests.kernels.gluon_in_python import Barrier, Barriers, at_once
+from tests.kernels.gluon_in_python import Barrier, Barriers, at_once, stores
 
 Numbers = np.ndarray[Any, Any]
 STORAGE = {
     "fp8e4nv": np.uint8, "fp16": np.float16, "fp32": np.float32, "int16": np.int16, "int32": np.int32,
     "int64": np.int64, "uint32": np.uint32,
 }  # fmt: skip
-TYPES = (real.float16, real.float32, real.int32, real.int64)
+TYPES = (real.float8e4nv, real.float16, real.float32, real.int32, real.int64)
 _here = threading.local()
 
 
@@ -205,6 +205,7 @@ def _load(p: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
 
 def _store(p: Pointer, value: Any, mask: Any = None) -> None:
     at = np.asarray(p.offset)
+    value = to_e4m3(value) if p.array.dtype == np.uint8 else value
     if mask is None:
         p.array[at] = value
     else:
@@ -335,11 +336,22 @@ class Descriptor:
         self.layout = described.layout
 
     def load(self, at: list[Any], barrier: Barrier, to: Memory) -> None:
-        found = self.array[tuple(slice(int(i), int(i) + n) for i, n in zip(at, to.shape, strict=True))]
-        whole = np.zeros(to.shape, self.array.dtype)
-        whole[tuple(slice(n) for n in found.shape)] = found
-        to.raw.view(whole.dtype)[to.at] = whole
-        barrier.change(0, -whole.nbytes)
+        def copy() -> None:
+            found = self.array[self._inside(at, to)]
+            whole = np.zeros(to.shape, self.array.dtype)
+            whole[tuple(slice(n) for n in found.shape)] = found
+            to.raw.view(whole.dtype)[to.at] = whole
+            barrier.change(0, -whole.nbytes)
+
+        to.raw.view(self.array.dtype)[to.at] = np.full(8, 255, np.uint8).view(self.array.dtype)[0]
+        barrier.later(copy)
+
+    def store(self, at: list[Any], source: Memory) -> None:
+        target = self.array[self._inside(at, source)]
+        target[...] = source.raw.view(target.dtype)[source.at[tuple(slice(n) for n in target.shape)]]
+
+    def _inside(self, at: list[Any], of: Memory) -> tuple[slice, ...]:
+        return tuple(slice(int(i), int(i) + n) for i, n in zip(at, of.shape, strict=True))
 
 
 def _barriers(count: int, arrivals: int = 1) -> Any:
@@ -422,7 +434,7 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], num_
             return Descriptor(x)
         if isinstance(x, torch.Tensor):
             whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-            return Pointer(whole.numpy(), x.storage_offset())
+            return Pointer((whole.view(torch.uint8) if x.itemsize == 1 else whole).numpy(), x.storage_offset())
         return made(x) if type(x) is int else x
 
     made_once = {name: argument(x) for name, x in arguments.items()}
@@ -436,11 +448,14 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], num_
 def _specialize(
     partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]
 ) -> None:
+    program = _here.program
+
     def one(function: Callable[..., None], args: tuple[Any, ...], warps: int) -> None:
-        _here.warps = warps
+        _here.program, _here.warps = program, warps
         with np.errstate(all="ignore"):
             function(*args)
         assert not _products(), "ends before its products are waited for"
+        assert not stores(), "ends before its results have left"
 
     assert len(warps) == len(registers) == len(partitions) - 1
     at_once([partial(one, *partition, n) for partition, n in zip(partitions, [4, *warps], strict=True)])

@@ -14,9 +14,12 @@ import torch
 
 from mlacompile.ops import mla_decode
 from mlacompile.ops.absorb_and_write import absorb_and_write
+from mlacompile.ops.fp8_linear import fp8_linear
 from mlacompile.ops.fp8_stacked import fp8_stacked
+from mlacompile.ops.heads_quantized import heads_quantized
 from mlacompile.ops.quantize_rows import quantize_rows
 from mlacompile.testing.absorbed import AbsorbCase, make_absorbed
+from mlacompile.testing.heads import make_heads
 from mlacompile.testing.latents import LatentCase, in_one_run, make_inputs, paged, quantized
 from mlacompile.testing.quantized_rows import FORMS, make_rows
 from mlacompile.testing.scaled import make_product
@@ -72,9 +75,20 @@ def main() -> None:
         print("rows quantized,", form, "ran", flush=True)
     for kind in ("token", "block"):
         made = make_absorbed(AbsorbCase(3, 5, 208, 192, 24, kind=kind, device="cuda"))
-        absorb_and_write(*made.arguments, **made.settings)
-        torch.cuda.synchronize()
-        print("queries absorbed and a token written ran", flush=True)
+        for impl in ["auto"] + ["heads"] * ("gluon" in impls):
+            absorb_and_write(*made.arguments, **made.settings, impl=impl)
+            torch.cuda.synchronize()
+            print("queries absorbed and a token written ran,", impl, flush=True)
+    if "gluon" in impls:
+        for n, k in ((208, 144), (128, 256)):
+            heads = make_heads(20, 3, n, k, device="cuda")
+            fp8_linear(*heads.tensors, torch.bfloat16, impl="heads")
+            torch.cuda.synchronize()
+            print("products of heads ran", flush=True)
+        for spent in (False, True):  # of the last
+            heads_quantized(heads.x, heads.weight, heads.weight_descale, spent=spent, impl="heads")
+            torch.cuda.synchronize()
+            print("heads quantized ran, spent" if spent else "heads quantized ran", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def heads_reasons(
         reasons.append(f"the result is {dtype}, the kernel leaves it in the dtype of x")
     if weight.dim() != 3:
         return [*reasons, "there is one weight for all rows"]
-    if x.shape[-2] > GROUP_ROWS:
-        reasons.append(f"x has {x.shape[-2]} rows, the kernel takes up to {GROUP_ROWS}")
+    if not 0 < x.shape[-2] <= GROUP_ROWS:
+        reasons.append(f"x has {x.shape[-2]} rows, the kernel takes 1 to {GROUP_ROWS}")
     n, k = (scale_groups(size) for size in weight.shape[1:])
     needed = n * k * SCALE_GROUP**2 + (n + k) * GROUP_ROWS * SCALE_GROUP * 2
     if needed > SMEM - RESERVED:

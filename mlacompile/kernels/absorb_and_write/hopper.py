@@ -172,7 +172,7 @@ def _absorb_and_write_hopper_kernel(
     _send_for(head, d_x, d_w, h, N, K)
     gl.warp_specialize(
         [
-            (_multiply_head, (head, d_out, None, None, p_descale + h * stride_dh, h, M, stride_dn, 0, N, K)),
+            (_multiply_head, (head, d_out, None, None, None, p_descale + h * stride_dh, h, M, 0, stride_dn, 0, N, K)),
             (_write_tokens, (p_latent, p_norm, p_k, p_factors, p_slots, p_into, p_scales, p_keys, stride_lb, stride_ls,
                              stride_kb, stride_ks, stride_ib, stride_it, stride_sb, stride_st, stride_yb, stride_yt, B,
                              S, T, eps, R, P, BLOCK_R, BLOCK_P, GROUP, LARGEST, PAIRS)),

@@ -98,9 +98,9 @@ def _widened(w, layout: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _multiply_head(head, d_out, p_q, p_q_descale, p_descale, h, M, stride_dn, groups, N: gl.constexpr,
-                   K: gl.constexpr):  # fmt: skip
-    """The products of head h, eight warps: by TMA, or quantized."""
+def _multiply_head(head, d_out, p_q, p_q_descale, p_spent, p_descale, h, M, stride_xm, stride_dn, groups,
+                   N: gl.constexpr, K: gl.constexpr):  # fmt: skip
+    """The products of head h, eight warps: by TMA, or quantized. p_spent: the head's rows of x, or None."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, ROWS, 16]
     )
@@ -117,6 +117,8 @@ def _multiply_head(head, d_out, p_q, p_q_descale, p_descale, h, M, stride_dn, gr
         if i + 1 < BLOCKS:
             mbarrier.wait(head.full.index(i + 1), 0)
             left = _widened(_block(head.w, i + 1), layout, head.x.dtype)
+        elif p_spent is not None:  # all of it has come
+            _drop_rows(p_spent, stride_xm, M, K)
         block = warpgroup_mma_wait(0, deps=(block,))
         if i % BLOCKS_K == 0:
             acc = block * factor
@@ -181,6 +183,7 @@ def _fp8_heads_kernel(
     _launch_later()
     _wait_for_earlier()
     _send_for(head, d_x, d_w, h, N, K)
-    _multiply_head(head, d_out, p_q, p_q_descale, p_descale + h * stride_dh, h, M, stride_dn, groups, N, K)
+    p_descale += h * stride_dh
     if p_spent is not None:
-        _drop_rows(p_spent + h.to(gl.int64) * stride_xh, stride_xm, M, K)
+        p_spent += h.to(gl.int64) * stride_xh
+    _multiply_head(head, d_out, p_q, p_q_descale, p_spent, p_descale, h, M, stride_xm, stride_dn, groups, N, K)

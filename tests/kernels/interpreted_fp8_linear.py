@@ -15,7 +15,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from triton.runtime import interpreter
 
-from mlacompile.kernels.fp8_linear import launch, tiles
+from mlacompile.kernels import parts
+from mlacompile.kernels.fp8_linear import launch
 from mlacompile.kernels.fp8_linear.launch import Tiles, fp8_linear_tiles
 from mlacompile.kernels.fp8_linear.supports import tiles_reasons
 from mlacompile.testing.scaled import exact, make_product, worst
@@ -31,8 +32,8 @@ def _patch_tensor_for_numpy(tensor: object, scope: interpreter._LangPatchScope) 
 
 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy
-tiles._drop = spoil  # parts of a sum
-launch.in_whole_lines = lambda parts: parts.stride(0) * parts.itemsize % 128 == 0
+parts._drop = spoil
+launch.in_whole_lines = lambda t: t.stride(0) * t.itemsize % 128 == 0
 
 
 def parts_are_dropped() -> None:

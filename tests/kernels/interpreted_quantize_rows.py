@@ -6,6 +6,7 @@ import interpreted  # noqa: F401  (sets the mode)
 import interpreted_write  # noqa: F401  (casts to FP8 as a GPU does)
 import torch
 
+from mlacompile.kernels import parts
 from mlacompile.kernels.quantize_rows import launch, portable
 from mlacompile.kernels.quantize_rows.launch import quantize_rows_triton
 from mlacompile.kernels.quantize_rows.supports import triton_reasons
@@ -40,7 +41,7 @@ def not_finite() -> None:
 
 def drops_what_it_is_told() -> None:
     """All of what is spent, nothing beside it, and not before it has been read."""
-    portable._drop = spoil
+    portable._drop = parts._drop = spoil
     launch.in_whole_lines = lambda t: True
     for form in FORMS:
         for m, k in ((3, 256), (2, 2176)):

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from mlacompile.kernels.fp8_linear.heads import _head_room, _multiply_head, _send_for
 from mlacompile.kernels.hopper import _launch_later, _wait_for_earlier
+from mlacompile.kernels.write_latents.portable import _partners
 
 SMALLEST = gl.constexpr(2.0**-126)  # descale of ``fp8_quantize``
 INFINITY = gl.constexpr(0x7F800000)  # the bits of one in float32
@@ -26,22 +27,6 @@ def _across(columns):
     lanes = min(32, columns // each)
     warps = min(4, columns // (each * lanes))
     return gl.BlockedLayout([1, each], [32 // lanes, lanes], [4 // warps, warps], [1, 0])
-
-
-@gluon.jit
-def _partners(o_p, P: gl.constexpr, PAIRS: gl.constexpr):
-    """Which two values make the values o_p."""
-    if PAIRS == "interleaved":
-        first = o_p - o_p % 2
-        second = first + 1
-    elif PAIRS == "halves":
-        first = o_p % (P // 2)
-        second = first + P // 2
-    else:
-        gl.static_assert(PAIRS == "interleaved to halves")
-        first = o_p % (P // 2) * 2
-        second = first + 1
-    return first, second
 
 
 @gluon.jit

@@ -53,11 +53,7 @@ def hopper_reasons(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
     """Why the Hopper kernel for many rows cannot run on these inputs; empty when it can."""
-    reasons = tiles_reasons(x, x_descale, weight, weight_descale, dtype)
-    if interpreted():
-        reasons.append("Gluon cannot be interpreted")
-    if x.device.type == "cuda" and torch.cuda.is_available() and capability_of(x.device) != (9, 0):
-        reasons.append("the kernel is written for compute capability 9.0")
+    reasons = [*tiles_reasons(x, x_descale, weight, weight_descale, dtype), *_hopper_alone(x.device)]
     if x_descale is None:
         reasons.append("x is not quantized")
     if x.dim() != 2:
@@ -83,11 +79,7 @@ def heads_reasons(
     x: Tensor, x_descale: Tensor | None, weight: Tensor, weight_descale: Tensor, dtype: torch.dtype
 ) -> list[str]:
     """Why the Hopper kernel for a weight of each head cannot run on these inputs; empty when it can."""
-    reasons = tiles_reasons(x, x_descale, weight, weight_descale, dtype)
-    if interpreted():
-        reasons.append("Gluon cannot be interpreted")
-    if x.device.type == "cuda" and torch.cuda.is_available() and capability_of(x.device) != (9, 0):
-        reasons.append("the kernel is written for compute capability 9.0")
+    reasons = [*tiles_reasons(x, x_descale, weight, weight_descale, dtype), *_hopper_alone(x.device)]
     if x_descale is not None:
         reasons.append("x is quantized, the kernel multiplies in 16 bits")
     if dtype != x.dtype:
@@ -194,6 +186,14 @@ def slower_than_16_bits(m: int, n: int, k: int, heads: int) -> str | None:
     if not heads and 2 * TILE_ROWS < m < MANY_ROWS and n < NARROW:
         return f"a weight of only {n} rows is not faster in FP8 with {m} rows of activations"
     return None
+
+
+def _hopper_alone(device: torch.device) -> list[str]:
+    """Why a kernel in Gluon for Hopper GPUs cannot run there."""
+    reasons = ["Gluon cannot be interpreted"] if interpreted() else []
+    if device.type == "cuda" and torch.cuda.is_available() and capability_of(device) != (9, 0):
+        reasons.append("the kernel is written for compute capability 9.0")
+    return reasons
 
 
 def _reasons(x: Tensor, weight: Tensor, weight_descale: Tensor) -> list[str]:

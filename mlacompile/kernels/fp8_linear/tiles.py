@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mlacompile.kernels.drop import _drop
+from mlacompile.kernels.parts import _add_parts
 
 
 @triton.jit
@@ -108,18 +108,7 @@ def _fp8_tiles_kernel(
 def _fp8_sum_kernel(p_part, p_out, SIZE, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
                     DROP: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """Adds PARTS float32 parts of SIZE elements each, in order. DROP: and drops them, which are whole lines then."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(PARTS):
-        acc += tl.load(p_part + i * SIZE + o, mask=o < SIZE, other=0.0)
-    tl.store(p_out + o, acc.to(p_out.dtype.element_ty), mask=o < SIZE)
-    if DROP:
-        tl.debug_barrier()  # all warps have what they loaded
-        LINES: tl.constexpr = BLOCK // 32
-        for first in tl.static_range(0, PARTS * LINES, THREADS):
-            i = first + tl.arange(0, THREADS)
-            element = tl.program_id(0) * BLOCK + i % LINES * 32
-            _drop(p_part + i // LINES * SIZE + element, (i < PARTS * LINES) & (element < SIZE))
+    _add_parts(p_part, SIZE, p_out, tl.program_id(0), SIZE, PARTS, BLOCK, DROP, THREADS)

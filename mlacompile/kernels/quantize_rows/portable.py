@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mlacompile.kernels.drop import _drop
+from mlacompile.kernels.parts import _add_parts
 from mlacompile.kernels.row_product.portable import _activated
 
 _SMALLEST = tl.constexpr(2.0**-126)
@@ -47,8 +48,8 @@ def _quantize_rows_kernel(
             eps, stride_xp, stride_xg, stride_am, stride_gm, PARTS, SUM, GROUPS, GATE, SPENT, THREADS,
         )  # fmt: skip
     elif p_beside is not None:
-        _add_beside(
-            p_x + row * stride_xm + K, p_beside + row * BESIDE, block - blocks, BESIDE, stride_xp, PARTS, GROUPS * 128,
+        _add_parts(
+            p_x + row * stride_xm + K, stride_xp, p_beside + row * BESIDE, block - blocks, BESIDE, PARTS, GROUPS * 128,
             SPENT, THREADS,
         )  # fmt: skip
     if p_done is not None:
@@ -102,24 +103,6 @@ def _quantize_groups(
         _drop_groups(p_row, block, stride_xp, stride_xg, groups, PARTS, GROUPS, THREADS)
         if p_gated is not None:
             _drop_groups(p_gated + row * stride_gm, block, 0, 128, groups, 1, GROUPS, THREADS)
-
-
-@triton.jit
-def _add_beside(p_row, p_beside, block, BESIDE, stride_p, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                SPENT: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """The sum of parts of a block of columns, and their lines dropped if SPENT."""
-    o = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(p_row + o, mask=o < BESIDE, other=0.0)
-    for i in tl.static_range(1, PARTS):
-        x += tl.load(p_row + i * stride_p + o, mask=o < BESIDE, other=0.0)
-    tl.store(p_beside + o, x.to(p_beside.dtype.element_ty), mask=o < BESIDE)
-    if SPENT:
-        tl.debug_barrier()  # all warps have what they loaded
-        LINES: tl.constexpr = BLOCK // 32
-        for first in tl.static_range(0, PARTS * LINES, THREADS):
-            i = first + tl.arange(0, THREADS)
-            element = block * BLOCK + i % LINES * 32
-            _drop(p_row + (i // LINES).to(tl.int64) * stride_p + element, (i < PARTS * LINES) & (element < BESIDE))
 
 
 @triton.jit

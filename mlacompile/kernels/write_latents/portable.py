@@ -22,15 +22,14 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 @triton.jit
 def _partners(o_p, P: tl.constexpr, PAIRS: tl.constexpr):
-    """Which two values make the values o_p."""
+    """Which two values make the values o_p. Operators alone: a kernel in Gluon can call it, too."""
     if PAIRS == "interleaved":
         first = o_p - o_p % 2
         second = first + 1
     elif PAIRS == "halves":
         first = o_p % (P // 2)
         second = first + P // 2
-    else:
-        tl.static_assert(PAIRS == "interleaved to halves")
+    else:  # interleaved to halves
         first = o_p % (P // 2) * 2
         second = first + 1
     return first, second

@@ -1,229 +1,168 @@
-"""Just enough of Gluon in plain Python to run the Hopper kernels of ``fp8_linear``: their partitions as threads.
+"""Just enough of Gluon in plain Python to run Hopper kernels: a launch's own kernel, grid and arguments.
 
-What is asynchronous on a GPU happens as late as it may here: a product is computed from shared memory when it is waited
-for, and a result leaves shared memory then, too. What a copy replaces is gone when the copy is asked for, and what it
-brings is there when someone waits for it. So a stage that is given back too early, a buffer that is written too early,
-a wait that is left out and a barrier that nobody arrives at are found, as are wrong rows, columns and scales.
+Programs run one after the other, the partitions of a program as threads (``partitions_in_python.py``). What of it is
+asynchronous is in ``shared_memory_in_python.py``.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+import functools
+import inspect
+import random
+import time
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from triton.experimental.gluon import language as real
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-PATIENCE = 20.0  # seconds until a wait counts as endless
-_here = threading.local()
+from mlacompile.kernels.launch import Launch
+from tests.kernels import shared_memory_in_python as shared
+from tests.kernels.assembly_in_python import assembly
+from tests.kernels.partitions_in_python import Barrier, Program, here, specialize
+from tests.kernels.registers_in_python import STORAGE, Pointer, Tensor, load, made, spoil, store
 
-
-class Array(np.ndarray):  # type: ignore[type-arg]
-    """A tensor in registers."""
-
-    type = SimpleNamespace(layout=None)
-
-    def to(self, dtype: Any) -> Array:
-        return self
-
-
-class Number(int):
-    def to(self, dtype: Any) -> int:
-        return int(self)
+Change = Callable[[dict[str, Any]], None]
 
 
-class Pointer:
-    def __init__(self, array: np.ndarray[Any, Any], offset: Any = 0) -> None:
-        self.array, self.offset = array, offset
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.array, self.offset + offset)
+def _scalar_or(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *args: made(function(*args))
 
 
-class Memory:
-    """Shared memory."""
+class Language:
+    """What the kernel calls ``gl``; names of types and layouts are the real ones."""
 
-    dtype = None
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        self.grid = grid
 
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self.array = array
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real, name)
 
-    def index(self, i: int) -> Memory:
-        return Memory(self.array[i])
+    minimum, maximum = staticmethod(_scalar_or(np.minimum)), staticmethod(_scalar_or(np.fmax))
+    abs, where = staticmethod(_scalar_or(np.abs)), staticmethod(_scalar_or(np.where))
+    exp2, log2 = staticmethod(_scalar_or(np.exp2)), staticmethod(_scalar_or(np.log2))
+    div_rn = staticmethod(lambda a, b: made(np.divide(a, b, dtype=np.float32)))
+    sqrt_rn = staticmethod(lambda x: made(np.sqrt(x, dtype=np.float32)))
+    rsqrt = staticmethod(lambda x: made(1 / np.sqrt(x)))
+    cdiv = staticmethod(lambda a, b: -(-a // b))
+    sum = staticmethod(lambda x, axis: made(np.sum(x, axis)))
+    max = staticmethod(lambda x, axis: made(np.fmax.reduce(x, axis)))
+    min = staticmethod(lambda x, axis: made(np.min(x, axis)))
+    reduce = staticmethod(lambda x, axis, combine: functools.reduce(combine, np.moveaxis(x, axis, 0)))
+    associative_scan = staticmethod(lambda x, axis, combine: made(np.cumsum(x, axis)))
+    arange = staticmethod(lambda begin, end, layout=None: made(np.arange(int(begin), int(end))))
+    zeros = staticmethod(lambda shape, dtype, layout=None: made(np.zeros(shape, STORAGE[str(dtype)])))
+    full = staticmethod(
+        lambda shape, value, dtype, layout=None: made(np.full([int(n) for n in shape], value, STORAGE[str(dtype)]))
+    )
+    convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
+    split = staticmethod(lambda x: (made(x[..., 0]), made(x[..., 1])))
+    join = staticmethod(lambda a, b: made(np.stack([a, b], -1)))
+    broadcast = staticmethod(lambda a, b: tuple(made(x.copy()) for x in np.broadcast_arrays(a, b)))
+    reshape = staticmethod(lambda x, shape: made(np.reshape(x, shape)))
+    expand_dims = staticmethod(lambda x, axis: made(np.expand_dims(x, axis)))
+    to_tensor = staticmethod(made)
+    num_warps, static_range = staticmethod(lambda: here.warps), range
+    load, store = staticmethod(load), staticmethod(store)
+    allocate_shared_memory = staticmethod(shared.allocate)
+    inline_asm_elementwise = staticmethod(assembly)
+    program_id = staticmethod(lambda axis: made(here.program.at[axis]))
+    warp_specialize = staticmethod(specialize)
 
-    def slice(self, start: int, length: int, dim: int) -> Memory:
-        assert dim == 0
-        return Memory(self.array[start : start + length])
+    def num_programs(self, axis: int) -> Tensor:
+        return made(self.grid[axis])
 
-    def permute(self, order: tuple[int, ...]) -> Memory:
-        return Memory(self.array.transpose(order))
+    @staticmethod
+    def static_assert(true: bool) -> None:
+        assert true
 
-    def store(self, value: np.ndarray[Any, Any]) -> None:
-        assert not any(np.shares_memory(self.array, source) for source, _ in stores()), (
-            "written while a result leaves it"
-        )
-        self.array[...] = value
-
-
-class Barrier:
-    def __init__(self, count: int) -> None:
-        self.count, self.left, self.bytes, self.phase = count, count, 0, 0
-        self.changed = threading.Condition()
-        self.coming: list[Callable[[], None]] = []
-
-    def change(self, arrivals: int, size: int) -> None:
-        with self.changed:
-            self.left -= arrivals
-            self.bytes += size
-            assert self.left >= 0, "more arrive than should"
-            if self.left == self.bytes == 0:
-                self.left, self.phase = self.count, self.phase + 1
-            self.changed.notify_all()
-
-    def later(self, copy: Callable[[], None]) -> None:
-        """Copy when someone waits here."""
-        with self.changed:
-            self.coming.append(copy)
-            self.changed.notify_all()
-
-    def _passed(self, parity: int) -> bool:
-        while self.phase & 1 == parity and self.coming:
-            self.coming.pop(0)()
-        return self.phase & 1 != parity
-
-    def wait(self, parity: int) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self._passed(parity), PATIENCE), "waits for what never comes"
+    @staticmethod
+    def device_assert(true: Any, message: str) -> None:
+        assert np.all(true), message
 
 
-class Barriers(list):  # type: ignore[type-arg]
-    def index(self, i: int) -> Barrier:  # type: ignore[override]
-        return self[i]  # type: ignore[no-any-return]
+def _aggregate(kind: Any) -> Callable[..., SimpleNamespace]:
+    """Of the same fields as an aggregate of Gluon."""
+    (init,) = kind.hash_attrs
+    fields = list(inspect.signature(init.fn).parameters)[1:]
+    return lambda *args: SimpleNamespace(**dict(zip(fields, args, strict=True)))
 
 
-class Descriptor:
-    """A matrix, of which blocks are copied: zeros beyond its edges, and nothing is written there."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self.array = array
-
-    def _inside(self, at: list[int], shape: tuple[int, ...]) -> tuple[slice, slice]:
-        return slice(at[0], at[0] + shape[0]), slice(at[1], at[1] + shape[1])
-
-    def load(self, at: list[int], barrier: Barrier, to: Memory) -> None:
-        def copy() -> None:
-            found = self.array[self._inside(at, to.array.shape)]
-            to.array[...] = 0
-            to.array[: found.shape[0], : found.shape[1]] = found
-            barrier.change(0, -to.array.size)
-
-        to.array[...] = np.nan
-        barrier.later(copy)
-
-    def store(self, at: list[int], source: Memory) -> None:
-        target = self.array[self._inside(at, source.array.shape)]
-        target[...] = source.array[: target.shape[0], : target.shape[1]]
-
-
-def stores() -> list[tuple[np.ndarray[Any, Any], Callable[[], None]]]:
-    """What this thread has sent and not waited for: from where, and how."""
-    if not hasattr(_here, "stores"):
-        _here.stores = []
-    return _here.stores  # type: ignore[no-any-return]
-
-
-def _store_wait(pendings: int) -> None:
-    for _, store in stores():
-        store()
-    stores().clear()
-
-
-def _load(p: Pointer) -> Array:
-    return p.array[np.asarray(p.offset)].view(Array)
-
-
-def _store(p: Pointer, value: Array, mask: Array) -> None:
-    mask = np.broadcast_to(mask, value.shape)
-    p.array[np.asarray(p.offset)[mask]] = value[mask]
-
-
-def _begun(left: Memory, right: Memory, acc: Any, *, use_acc: bool, is_async: bool) -> Callable[[], Array]:
-    assert is_async
-    assert not use_acc
-    return lambda: (left.array @ right.array).view(Array)
-
-
-def _waited(pendings: int, deps: Sequence[Callable[[], Array]]) -> Any:
-    found = [product() for product in deps]
-    return found if len(found) > 1 else found[0]
-
-
-def install(monkeypatch: pytest.MonkeyPatch, kernel: ModuleType, programs: int, own: Sequence[str]) -> None:
-    """Let the functions of the kernel's module run as Python. own: those that its partitions call."""
-    gl = SimpleNamespace(
-        minimum=np.minimum, where=np.where, rsqrt=lambda x: 1 / np.sqrt(x), load=_load, store=_store,
-        float32=None, int64=None,
-        arange=lambda start, end, layout: np.arange(start, end).view(Array),
-        zeros=lambda shape, dtype, layout: np.zeros(shape).view(Array),
-        SliceLayout=lambda *args: None, NVMMADistributedLayout=lambda **kwargs: None,
-        program_id=lambda axis: _here.program, num_programs=lambda axis: programs, static_range=range,
-        convert_layout=lambda x, layout: x,
-    )  # fmt: skip
-    functions = {name: getattr(kernel, name).fn for name in own}
-    if item := functions.get("_item"):
-        functions["_item"] = lambda *args: tuple(Number(x) for x in item(*args))
-    sizes = {
-        name: int(getattr(kernel, name)) for name in ("BLOCK_K", "ROWS", "COLUMNS", "BURST") if hasattr(kernel, name)
-    }
-    replaced = {
-        "gl": gl,
+def install(
+    monkeypatch: pytest.MonkeyPatch, modules: list[ModuleType], grid: tuple[int, ...],
+    change: Change = lambda replaced: None,
+) -> None:  # fmt: skip
+    """Let the functions of the kernel's modules run as Python. change: what of Gluon is to be wrong."""
+    replaced: dict[str, Any] = {
+        "gl": Language(grid), "warpgroup_mma": shared.begin, "warpgroup_mma_wait": shared.wait,
+        "fence_async_shared": shared.fence,
         "mbarrier": SimpleNamespace(
-            wait=lambda barrier, parity: barrier.wait(parity),
-            expect=lambda barrier, size: barrier.change(1, size),
-            arrive=lambda barrier, count: barrier.change(count, 0),
+            MBarrierLayout=lambda: None,
+            init=Barrier.init, expect=Barrier.expect, arrive=Barrier.arrive, wait=Barrier.wait,
         ),
-        "tma": SimpleNamespace(store_wait=_store_wait), "fence_async_shared": lambda: None,
+        "tma": SimpleNamespace(store_wait=shared.store_wait),
         "load_tile": lambda desc, at, barrier, to: desc.load(at, barrier, to),
-        "store_tile": lambda desc, at, source: stores().append((source.array, lambda: desc.store(at, source))),
-        "warpgroup_mma": _begun, "warpgroup_mma_wait": _waited,
-        "_here": lambda x: x, "_launch_later": lambda: None,
-        "_added": lambda acc, block, factor: acc + block * factor[:, None],
-        **sizes,
-        **functions,
+        "store_tile": lambda desc, at, source: desc.store(at, source),
+        "_drop": spoil, "_here": lambda x: x,
+        "_declare_any": lambda side: None, "_any_thread": lambda x, side: bool(np.any(x)),
+        **dict.fromkeys(("_launch_later", "_wait_for_earlier", "all_warps"), lambda: None),
     }  # fmt: skip
-    for name, value in replaced.items():
-        assert hasattr(kernel, name)
-        monkeypatch.setattr(kernel, name, value)
+    change(replaced)
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if name in replaced:
+                monkeypatch.setattr(module, name, replaced[name])
+            elif hasattr(value, "hash_attrs"):
+                monkeypatch.setattr(module, name, _aggregate(value))
+            elif isinstance(value, real.constexpr):
+                monkeypatch.setattr(module, name, value.value)
+            elif callable(getattr(value, "fn", None)):
+                monkeypatch.setattr(module, name, value.fn)
+                defaults = tuple(getattr(x, "value", x) for x in value.fn.__defaults__ or ())
+                monkeypatch.setattr(value.fn, "__defaults__", defaults or None)
+            elif hasattr(value, "__wrapped__") and name.startswith("_"):
+                monkeypatch.setattr(module, name, value.__wrapped__)
 
 
-def at_once(partitions: list[Callable[[], None]]) -> None:
-    """The partitions of a program, each in a thread; raises what the first that fails has raised."""
-    failed: list[BaseException] = []
-
-    def guarded(partition: Callable[[], None]) -> None:
-        try:
-            partition()
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(partition,), daemon=True) for partition in partitions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
+def _argument(x: Any) -> Any:
+    if isinstance(x, TensorDescriptor):
+        return shared.Descriptor(x)
+    if isinstance(x, torch.Tensor):
+        whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        return Pointer((whole.view(torch.uint8) if x.itemsize == 1 else whole).numpy(), x.storage_offset())
+    return made(x) if type(x) is int else x
 
 
-def run(program: int, partitions: list[Callable[[], None]]) -> None:
-    """One program: its partitions at once."""
+def run(modules: list[ModuleType], launch: Launch, change: Change = lambda replaced: None) -> None:
+    """A launch of a kernel of these modules: every program, one after the other."""
+    grid = *launch.grid, *(1,) * (3 - len(launch.grid))
+    kernel, arguments, num_warps = launch.kernel, launch.arguments, launch.options["num_warps"]
+    made_once = {name: _argument(x) for name, x in arguments.items()}
+    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name in arguments}
+    with pytest.MonkeyPatch.context() as patched, np.errstate(all="ignore"):
+        install(patched, modules, grid, change)
+        for at in np.ndindex(*grid):
+            here.begin(Program(at), num_warps)
+            kernel.fn(**{**made_once, **constants}, num_warps=num_warps)
+            here.ended()
 
-    def one(partition: Callable[[], None]) -> None:
-        _here.program = program
-        partition()
-        assert not stores(), "ends before its results have left"
 
-    at_once([partial(one, partition) for partition in partitions])
+def dawdle(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let every partition be late at times: with memory, with products and with copies."""
+    chance = random.Random(seed)
+
+    def late(method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **settings: Any) -> Any:
+            if chance.random() < 0.2:
+                time.sleep(0.004 * chance.random())
+            return method(*args, **settings)
+
+        return wrapped
+
+    memory, product, descriptor = shared.Memory, shared.Product, shared.Descriptor
+    for owner, name in ((memory, "load"), (memory, "store"), (product, "compute"), (descriptor, "load")):
+        monkeypatch.setattr(owner, name, late(getattr(owner, name)))

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton, which the 
 
 from mlacompile.kernels.fp8_linear import heads, heads_launch
 from mlacompile.testing.sass import compile_for, table
-from tests.kernels import heads_in_python
+from tests.kernels import gluon_in_python
 
 F16 = torch.float16
 
@@ -121,7 +121,7 @@ def test_quantized_fewer_heads_are_enough() -> None:
 
 def in_python(
     product: Product, out: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *, spent: bool = False,
-    change: Callable[[dict[str, Any]], None] = lambda replaced: None,
+    change: gluon_in_python.Change = lambda replaced: None,
 ) -> None:  # fmt: skip
     """The kernel's own text, its launch as it is."""
     with pytest.MonkeyPatch.context() as patched:
@@ -129,7 +129,7 @@ def in_python(
         patched.setattr(heads_launch, "in_whole_lines", lambda t: t.stride(1) * t.itemsize % 128 == 0)
         x, _, weight, descale = product.tensors
         launch = heads_launch.heads_launch(x, weight, descale, out, spent=spent)
-        heads_in_python.run(patched, [heads], launch, change)
+    gluon_in_python.run([heads], launch, change)
 
 
 def room(product: Product) -> torch.Tensor:

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlacompile.kernels import registry
 from mlacompile.kernels.device import SMEM
 from mlacompile.kernels.fp8_linear import supports
-from mlacompile.testing.scaled import E4M3, make_product
-from tests.kernels import gluon_in_python
+from mlacompile.testing.scaled import E4M3, make_product, worst
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
 
@@ -27,6 +27,7 @@ from mlacompile.kernels.fp8_linear.hopper_launch import (
     hopper_launches,
 )
 from mlacompile.testing.sass import compile_for, table
+from tests.kernels import gluon_in_python, wrong_in_python
 
 #: (m, n, k, dtype, tiles): every tile, one and several parts of K, large and small sizes, both dtypes.
 VARIANTS = [
@@ -149,6 +150,33 @@ def test_which_kernel_is_chosen() -> None:
     assert chosen(512, 4096, 8192) == "cublas"
 
 
+def in_python(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int, k: int, tiles: HopperTiles, programs: int, stages: int = 3
+) -> str:
+    """The kernel's own text, its launch but for the number of stages; where its results are wrong."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-4, 5, (rows, k), generator=random).to(E4M3) for rows in (m, n))
+    blocks = -(-k // 128)
+    x_descale, descale = (torch.rand(rows, blocks, generator=random) for rows in (m, -(-n // 128)))
+    out = torch.full((m, n), torch.nan, dtype=torch.float16)
+    monkeypatch.setattr("mlacompile.kernels.fp8_linear.hopper_launch.sms_of", lambda device: programs)
+    launch, *_ = hopper_launches(x, x_descale, weight, descale, out, tiles)
+    launch.arguments["STAGES"] = stages
+    parts = launch.arguments["p_part"]
+    if parts is not None:
+        parts.fill_(torch.nan)
+    gluon_in_python.run([hopper], launch)
+
+    left = x.double() * x_descale.double().repeat_interleave(128, 1)[:, :k]
+    wide = descale.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :k]
+    right = weight.double() * wide
+    want = left @ right.T
+    bound = left.abs() @ right.abs().T * (blocks + 8) * 2.0**-23 + 1e-9  # sums of a block are exact
+    if parts is None:
+        return worst(out, want, bound + want.abs() * 2.0**-11 * 1.01)
+    return worst(parts.double().sum(0), want, bound)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "tiles"),
     [
@@ -160,44 +188,56 @@ def test_which_kernel_is_chosen() -> None:
     ],
 )
 def test_in_python(m: int, n: int, k: int, tiles: HopperTiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's own text, its partitions as threads: rows, scales, barriers, stages and edges."""
-    programs = 2
-    gluon_in_python.install(monkeypatch, hopper, programs, ("_item", "_product", "_begin", "_sent"))
-    random = np.random.default_rng(0)
-    x, weight = (random.integers(-4, 5, (rows, k)).astype(float) for rows in (m, n))
-    x_descale, descale = random.random((m, -(-k // 128))), random.random((-(-n // 128), -(-k // 128)))
-    wide = np.repeat(np.repeat(descale, 128, 0), 128, 1)[:n, :k]
-    want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ (weight * wide).T
-    out, partial = np.full((m, n), np.nan), np.full(tiles.parts * m * n, np.nan)
-    blocks = -(-k // 128)
-    work = SimpleNamespace(
-        tiles_m=-(-m // tiles.block_m), tiles_n=-(-n // tiles.block_n), blocks=blocks,
-        blocks_a_part=-(-blocks // tiles.parts),
-        items=-(-m // tiles.block_m) * -(-n // tiles.block_n) * tiles.parts,
-    )  # fmt: skip
-    block_m, block_n, stages = tiles.block_m, tiles.block_n, 3
-    for program in range(programs):
-        room = SimpleNamespace(
-            x=gluon_in_python.Memory(np.full((stages, block_m, 128), np.nan)),
-            w=gluon_in_python.Memory(np.full((stages, block_n, 128), np.nan)),
-            out=gluon_in_python.Memory(np.full((2, 64, block_n), np.nan)),
-            full=gluon_in_python.Barriers(gluon_in_python.Barrier(1) for _ in range(stages)),
-            empty=gluon_in_python.Barriers(gluon_in_python.Barrier(2) for _ in range(stages)),
-        )
-        shared = (
-            room, work, gluon_in_python.Descriptor(out), gluon_in_python.Pointer(partial) if tiles.parts > 1 else None,
-            gluon_in_python.Pointer(x_descale.ravel()), gluon_in_python.Pointer(descale.ravel()), m, n, blocks, 1,
-            blocks,
-        )  # fmt: skip
-        sizes = (block_m, block_n, stages, tiles.band)
-        both = (gluon_in_python.Descriptor(x), gluon_in_python.Descriptor(weight))
-        gluon_in_python.run(
-            program,
-            [
-                lambda: hopper._multiply.fn(*shared, 0, *sizes),  # noqa: B023
-                lambda: hopper._multiply.fn(*shared, 1, *sizes),  # noqa: B023
-                lambda: hopper._fetch.fn(room, work, *both, *sizes),  # noqa: B023
-            ],
-        )
-    got = partial.reshape(tiles.parts, m, n).sum(0) if tiles.parts > 1 else out
-    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-9)
+    """Its partitions as threads: rows, scales, barriers, stages and edges."""
+    wrong = in_python(monkeypatch, m, n, k, tiles, 2)
+    assert not wrong, wrong
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1, 600), st.integers(1, 40), st.integers(1, 60), st.sampled_from(TILES), st.integers(1, 4),
+    st.integers(1, 4), st.integers(2, 6),
+)  # fmt: skip
+def test_any_sizes_in_python(m: int, n: int, k: int, tile: HopperTiles, parts: int, programs: int, stages: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        tiles = HopperTiles(tile.block_m, tile.block_n, parts)
+        wrong = in_python(patched, m, 8 * n, 16 * k, tiles, programs, stages)
+    assert not wrong, wrong
+
+
+ARRIVE = "mbarrier.arrive(room.empty.index(stage), count=1)"
+LOOP = f"""{ARRIVE}
+                lower = _added(lower, block, lower_factor)"""
+FULL = """(g // STAGES) & 1)
+            block = _product(room, stage, UPPER, block, never)
+            upper_factor"""
+LAST = f"""{ARRIVE}
+            lower = _added(lower, block, lower_factor)"""
+
+
+@pytest.mark.parametrize(
+    ("function", "changes"),
+    [
+        ("_multiply", [(LOOP, LOOP.replace(ARRIVE, "pass")), ("o_w += 1", f"{ARRIVE}; o_w += 1")]),
+        ("_multiply", [(LAST, LAST.replace(ARRIVE, "pass")), ("upper = _added(upper, block, upper_scale * w_scale)",
+         f"upper = _added(upper, block, upper_scale * w_scale); {ARRIVE}")]),
+        ("_multiply", [(LAST, LAST.replace(ARRIVE, "pass"))]),
+        ("_multiply", [(LAST, LAST.replace(ARRIVE, f"{ARRIVE}; {ARRIVE}"))]),
+        ("_multiply", [(FULL, FULL.replace("& 1", "& 1 ^ 1"))]),
+        ("_fetch", [("mbarrier.wait(room.empty.index(stage), ((g // STAGES) & 1) ^ 1)", "pass")]),
+        ("_fetch", [("((g // STAGES) & 1) ^ 1", "(g // STAGES) & 1")]),
+        ("_fetch", [("(BLOCK_M + BLOCK_N) * BLOCK_K", "BLOCK_M * BLOCK_K")]),
+        ("_sent", [("tma.store_wait(0)", "pass")]),
+        ("_sent", [("fence_async_shared()", "pass")]),
+        ("_multiply", [("_launch_later()\n    tma.store_wait(0)", "_launch_later()")]),
+        ("_multiply", [("o_lower += stride_xsk", "pass")]),
+        ("_multiply", [("row + ROWS, column", "row, column")]),
+        ("_item", [("i // height, part", "i // BAND, part")]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_found(function: str, changes: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages given back early or never, waits and fences left out, wrong parities and places."""
+    wrong_in_python.rewrite(monkeypatch, hopper, function, *changes)
+    gluon_in_python.dawdle(monkeypatch, 0)
+    with pytest.raises((AssertionError, IndexError)):
+        assert not in_python(monkeypatch, 300, 200, 784, HopperTiles(256, 128), 1)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlacompile.testing.scaled import E4M3
-from tests.kernels import gluon_in_python
-from tests.kernels.gluon_in_python import Barrier, Barriers, Descriptor, Memory, Pointer
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton, which the dev extra brings")
 
 from mlacompile.kernels.device import SMEM
-from mlacompile.kernels.fp8_linear import stream
+from mlacompile.kernels.fp8_linear import hopper, stream
 from mlacompile.kernels.fp8_linear.stream_launch import stream_launches
-from mlacompile.kernels.fp8_linear.stream_tiles import StreamTiles, choose_stream_tiles
+from mlacompile.kernels.fp8_linear.stream_tiles import STRIPS, StreamTiles, choose_stream_tiles
 from mlacompile.testing.sass import compile_for, table
+from mlacompile.testing.scaled import worst
+from tests.kernels import gluon_in_python, wrong_in_python
 
 
 @pytest.mark.parametrize(
@@ -91,6 +88,38 @@ def test_chosen_tiles_fit(m: int, n: int, k: int, sms: int) -> None:
     assert -(-groups // -(-groups // tiles.parts)) == tiles.parts, "no part is empty"
 
 
+def in_python(
+    monkeypatch: pytest.MonkeyPatch, m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, programs: int,
+    stretches: int = 0, stages: int = 3,
+) -> str:  # fmt: skip
+    """The kernel's own text, its launch but for the number of stages; where its results are wrong."""
+    random = torch.Generator().manual_seed(0)
+    x, *weights = (torch.randint(-4, 5, (height, k), generator=random).to(E4M3) for height in (m, *rows))
+    blocks = -(-k // 128)
+    x_descale, *descales = (torch.rand(n, blocks, generator=random) for n in (m, *(-(-r // 128) for r in rows)))
+    squares = torch.rand(m, stretches, generator=random) if stretches else None
+    out = torch.full((m, sum(rows)), torch.nan, dtype=torch.float16)
+    monkeypatch.setattr("mlacompile.kernels.fp8_linear.stream_launch.sms_of", lambda device: programs)
+    launch, *_ = stream_launches(x, x_descale, weights, descales, out, tiles, squares, 1e-3)
+    launch.arguments["STAGES"] = stages
+    parts = launch.arguments["p_part"]
+    if parts is not None:
+        parts.fill_(torch.nan)
+    gluon_in_python.run([stream, hopper], launch)
+
+    left = x.double() * x_descale.double().repeat_interleave(128, 1)[:, :k]
+    wide = [d.double().repeat_interleave(128, 0).repeat_interleave(128, 1) for d in descales]
+    right = torch.cat([w.double() * d[: w.shape[0], :k] for w, d in zip(weights, wide, strict=True)])
+    want, sizes = left @ right.T, left.abs() @ right.abs().T
+    if squares is not None:
+        root = (squares.double().sum(1, keepdim=True) / k + 1e-3).rsqrt()
+        want, sizes = want * root, sizes * root
+    bound = sizes * (blocks + 8) * 2.0**-23 + 1e-9  # sums of a block are exact
+    if parts is None:
+        return worst(out, want, bound + want.abs() * 2.0**-11 * 1.01)
+    return worst(parts.double().sum(0), want, bound)
+
+
 @pytest.mark.parametrize("stretches", [0, 1, 3])
 @pytest.mark.parametrize(
     ("m", "rows", "k", "tiles", "programs"),
@@ -110,45 +139,54 @@ def test_in_python(
     m: int, rows: tuple[int, ...], k: int, tiles: StreamTiles, programs: int, stretches: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The kernel's own text, its partitions as threads: tiles, strips, parts, scales, stages, edges, roots."""
-    n, blocks, stages = sum(rows), -(-k // 128), 3
-    own = ("_item", "_scales", "_scales_of", "_load_rows", "_roots", "_product", "_leave")
-    gluon_in_python.install(monkeypatch, stream, programs, own)
-    random = np.random.default_rng(0)
-    x, *weights = (random.integers(-4, 5, (height, k)).astype(float) for height in (m, *rows))
-    x_descale, *descales = (random.random((height, blocks)) for height in (m, *(-(-r // 128) for r in rows)))
-    wide = [np.repeat(np.repeat(d, 128, 0), 128, 1)[:r, :k] for d, r in zip(descales, rows, strict=True)]
-    factors = np.concatenate([w * s for w, s in zip(weights, wide, strict=True)])
-    want = (x * np.repeat(x_descale, 128, 1)[:, :k]) @ factors.T
-    squares = random.random((m, stretches))
-    if stretches:
-        want /= np.sqrt(squares.sum(1, keepdims=True) / k + 1e-3)
-    out, parts = np.full((m, n), np.nan), np.full((tiles.parts, m, n), np.nan)
-    count = -(-n // tiles.width)
-    work = SimpleNamespace(
-        tiles=count, blocks=blocks, blocks_a_part=-(-blocks // tiles.parts), items=count * tiles.parts
-    )
-    for program in range(programs):
-        room = SimpleNamespace(
-            x=Memory(np.full((stages, tiles.block_m, 128), np.nan)),
-            w=Memory(np.full((stages * tiles.blocks, 128, 128), np.nan)),
-            strip=Memory(np.full((stages, tiles.strip, 128), np.nan)),
-            out=Memory(np.full((2, 64, tiles.columns), np.nan)),
-            side=Memory(np.full((2, 64, tiles.strip_columns), np.nan)),
-            full=Barriers(Barrier(1) for _ in range(stages)), empty=Barriers(Barrier(2) for _ in range(stages)),
-        )  # fmt: skip
-        forms = tiles.block_m, tiles.blocks, tiles.strip, stages, len(rows) == 2
-        target = Descriptor(out), Descriptor(out), None
-        if tiles.parts > 1:
-            target = None, None, Pointer(parts.reshape(-1))  # type: ignore[assignment]
-        scales = Pointer(x_descale.ravel()), Pointer(descales[0].ravel()), Pointer(descales[-1].ravel())
-        strides = m, n, rows[0], k, blocks, 1, blocks, blocks
-        root = Pointer(squares.ravel()), 1e-3
-        boxes = [Descriptor(weights[0]), Descriptor(weights[-1])] * 2
-        groups = [
-            partial(stream._multiply.fn, room, work, *target, *root, *scales, *strides, i, *forms, stretches)
-            for i in range(2)
-        ]
-        fetch = partial(stream._fetch.fn, room, work, Descriptor(x), *boxes, rows[0], *forms)
-        gluon_in_python.run(program, [*groups, fetch])
-    np.testing.assert_allclose(out if tiles.parts == 1 else parts.sum(0), want, rtol=1e-12, atol=1e-9)
+    """Its partitions as threads: tiles, strips, parts, scales, stages, edges, roots."""
+    wrong = in_python(monkeypatch, m, rows, k, tiles, programs, stretches)
+    assert not wrong, wrong
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 128), st.integers(0, 3), st.integers(1, 60), st.integers(1, 60), st.integers(1, 2),
+    st.sampled_from(STRIPS), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.integers(2, 6),
+)  # fmt: skip
+def test_any_sizes_in_python(
+    m: int, first: int, n: int, k: int, blocks: int, strip: int, parts: int, programs: int, stretches: int, stages: int
+) -> None:
+    """first: blocks of rows of a first weight, if there are two."""
+    tiles = StreamTiles(64 if m <= 64 else 128, blocks if m <= 64 else 1, strip, parts)
+    assume(tiles.strip_columns == 0 or tiles.strip_columns >= 16)
+    with pytest.MonkeyPatch.context() as patched:
+        rows = (128 * first, 8 * n) if first else (8 * n,)
+        wrong = in_python(patched, m, rows, 16 * k, tiles, programs, stretches, stages)
+    assert not wrong, wrong
+
+
+ARRIVE = "mbarrier.arrive(room.empty.index(stage), count=1)"
+
+
+@pytest.mark.parametrize(
+    ("function", "changes"),
+    [
+        ("_multiply", [(ARRIVE, "pass"), ("factor = x_scale * w_scale", f"{ARRIVE}; factor = x_scale * w_scale")]),
+        ("_multiply", [(ARRIVE, "pass")]),
+        ("_multiply", [(ARRIVE, f"{ARRIVE}; {ARRIVE}")]),
+        ("_multiply", [("mbarrier.wait(room.full.index(stage), (g // STAGES) & 1)", "pass")]),
+        ("_multiply", [("(g // STAGES) & 1)", "((g // STAGES) & 1) ^ 1)")]),
+        ("_fetch", [("mbarrier.wait(room.empty.index(stage), (((g + ahead) // STAGES) & 1) ^ 1)", "pass")]),
+        ("_fetch", [("((g + ahead) // STAGES) & 1) ^ 1)", "((g + ahead) // STAGES) & 1))")]),
+        ("_fetch", [("+ BLOCKS * COLUMNS + STRIP) * BLOCK_K", "+ BLOCKS * COLUMNS) * BLOCK_K")]),
+        ("_multiply", [("tma.store_wait(0)  # what the item before has left", "pass")]),
+        ("_multiply", [("_launch_later()\n    tma.store_wait(0)", "_launch_later()")]),
+        ("_leave", [("fence_async_shared()", "pass")]),
+        ("_multiply", [("gl.minimum(k + 2, end - 1)", "gl.minimum(k + 1, end - 1)")]),
+        ("_multiply", [("UPPER, row + LEFT, M, N)", "UPPER, row, M, N)")]),
+        ("_multiply", [("side + SIDE, M, N)", "side, M, N)")]),
+        ("_scales_of", [("row = gl.minimum(row, N - 1)", "pass")]),
+    ],
+)
+def test_what_is_wrong_is_found(function: str, changes: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages given back early or never, waits and fences left out, wrong parities and places."""
+    wrong_in_python.rewrite(monkeypatch, stream, function, *changes)
+    gluon_in_python.dawdle(monkeypatch, 0)
+    with pytest.raises((AssertionError, IndexError)):
+        assert not any(in_python(monkeypatch, 30, (n,), 656, StreamTiles(64, 1, 32), 1) for n in (600, 200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from mlacompile.kernels.mla_decode import (
 from mlacompile.kernels.mla_decode.hopper_launch import hopper_launches
 from mlacompile.kernels.mla_decode.plan import HopperPlan
 from mlacompile.testing.latents import LatentCase, exact, in_one_run, make_inputs, paged, quantized, worst
-from tests.kernels import mla_in_python
+from tests.kernels import gluon_in_python, mla_in_python, wrong_in_python
 
 MODULES = [hopper, hopper_fetch, hopper_in_place, hopper_plan, hopper_right, hopper_room, hopper_rows, merge, widen]
 
@@ -106,7 +107,7 @@ def test_fp8_parity(
 def test_whoever_is_late(monkeypatch: pytest.MonkeyPatch, seed: int, heads: int) -> None:
     """Late partitions, products and copies change nothing."""
     with monkeypatch.context() as late:
-        mla_in_python.dawdle(late, seed)
+        gluon_in_python.dawdle(late, seed)
         parity(monkeypatch, replace(CASE, heads=heads, tokens=400, **RAGGED), 64, 2)
 
 
@@ -129,3 +130,23 @@ def test_one_batch_row_of_any_length(monkeypatch: pytest.MonkeyPatch, live: int)
     out, lse = mla_in_python.decode(monkeypatch, MODULES, said, HopperPlan(5))
     assert not worst(out, want.out, want.out_bound), worst(out, want.out, want.out_bound)
     assert not worst(lse, want.lse, want.lse_bound), worst(lse, want.lse, want.lse_bound)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "line", "per"),
+    [
+        (hopper, "_left", "        fence_async_shared()\n", ""),
+        (hopper, "_store_p", "        fence_async_shared()\n", "token"),
+        (hopper_right, "_right", "        fence_async_shared()\n", ""),
+        (hopper_rows, "_clear_dead", "    fence_async_shared()\n", ""),
+        (hopper_in_place, "_widen", "fence_async_shared()\n            mbarrier.arrive(bar.last_full", "token"),
+    ],
+    ids=lambda x: "" if isinstance(x, ModuleType) else None,
+)
+def test_a_fence_that_is_left_out_is_found(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str, line: str, per: str
+) -> None:
+    said = make_inputs(replace(CASE, batch=1, tokens=60 if function == "_clear_dead" else 64))
+    wrong_in_python.rewrite(monkeypatch, module, function, (line, line.replace("fence_async_shared()", "pass")))
+    with pytest.raises(AssertionError, match="without a fence"):
+        mla_in_python.decode(monkeypatch, MODULES, quantized(said, per=per)[0] if per else said, HopperPlan(1))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the planner is written in Gluon, which Triton brings")
 from mlacompile.kernels.mla_decode import hopper_plan
-from tests.kernels import mla_in_python
+from tests.kernels import gluon_in_python
+from tests.kernels.registers_in_python import Pointer, made
 
 BLOCK, LIGHT, HEAVY = hopper_plan.BLOCK.value, hopper_plan.LIGHT.value, hopper_plan.HEAVY.value
 LIGHT_FROM = 10 * BLOCK  # tokens
@@ -23,8 +24,8 @@ batches = st.one_of(st.lists(tokens, min_size=1, max_size=80), alike)
 
 def planned(lengths: list[int], parts: int, overhead: int, weighed: bool) -> tuple[list[list[tuple[Any, ...]]], int]:
     """Of every program its items, as (row, first block, blocks, parts of the row if it begins here), and the share."""
-    p_length = mla_in_python.Pointer(np.array(lengths, np.int32))
-    made, batch, most = mla_in_python.made, len(lengths), 20 * BLOCK
+    p_length = Pointer(np.array(lengths, np.int32))
+    batch, most = len(lengths), 20 * BLOCK
     chunk = 1 if batch == 1 else 32 if len(lengths) % 2 else 64  # rows that are looked at together, or in rounds
     found = []
     for part in range(parts):
@@ -51,8 +52,7 @@ def test_every_block_is_done_once(
     monkeypatch: pytest.MonkeyPatch, weighed: bool, lengths: list[int], parts: int, overhead: int
 ) -> None:
     with monkeypatch.context() as patched:
-        mla_in_python.install(patched, [hopper_plan], (1, parts, 1))
-        mla_in_python._here.warps = 4
+        gluon_in_python.install(patched, [hopper_plan], (1, parts, 1))
         programs, share = planned(lengths, parts, overhead, weighed)
     todo = [max(-(-n // BLOCK), 1) for n in lengths]
     done = [0] * len(lengths)
@@ -77,8 +77,7 @@ def test_every_block_is_done_once(
 
 def test_short_rows_weigh_more_where_their_blocks_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program with none but short rows gets fewer blocks than one with long ones."""
-    mla_in_python.install(monkeypatch, [hopper_plan], (1, 4, 1))
-    mla_in_python._here.warps = 4
+    gluon_in_python.install(monkeypatch, [hopper_plan], (1, 4, 1))
     lengths = [9 * BLOCK] * 10 + [19 * BLOCK] * 5
     blocks = {}
     for weighed in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ from mlacompile.testing.latents import (
     sloped,
     worst,
 )
-from tests.kernels import mla_in_python
+from tests.kernels import gluon_in_python, mla_in_python, wrong_in_python
 
 MODULES = [
     hopper_fetch, hopper_plan, hopper_room, hopper_rows, hopper_turned, hopper_turned_by_tokens, hopper_turned_by_turns,
@@ -286,5 +287,28 @@ def test_nobody_is_waited_for_too_little(
     want = run(monkeypatch, stored, plan)
     for seed in range(3):
         with monkeypatch.context() as late:
-            mla_in_python.dawdle(late, seed)
+            gluon_in_python.dawdle(late, seed)
             assert all(torch.equal(x, y) for x, y in zip(run(late, stored, plan), want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "heads", "per", "apart"),
+    [
+        (hopper_turned_values, "_values", 40, "token", False),
+        (hopper_turned_words, "_clear_dead_words", 40, "token", False),
+        (hopper_turned_scores, "_publish", 16, "token", False),
+        (hopper_turned_groups, "_publish_groups", 16, "block", False),
+        (hopper_turned_by_turns, "_scores_by_turns", 64, "token", False),
+        (hopper_turned_by_tokens, "_scores_by_tokens", 64, "token", True),
+    ],
+    ids=lambda x: "" if isinstance(x, ModuleType) else None,
+)
+def test_a_fence_that_is_left_out_is_found(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str, heads: int, per: str, apart: bool
+) -> None:
+    case = replace(CASE, heads=heads, batch=1, tokens=700 if function == "_clear_dead_words" else 192)
+    stored, _ = quantized(make_inputs(case), per=per)
+    wrong_in_python.rewrite(monkeypatch, module, function, ("fence_async_shared()", "pass"))
+    stored = stored if per == "token" else in_one_run(stored)
+    with pytest.raises(AssertionError, match="without a fence"):
+        run(monkeypatch, stored, HopperPlan(1, turned=True, apart=apart))

@@ -28,9 +28,11 @@ from mlacompile.lowering.region import MOVES
 from mlacompile.passes.hoist import behind
 
 aten = torch.ops.aten
-_QUANTIZE_ROWS = torch.ops.mlacompile.quantize_rows.default
-_GATED, _DONE = 3, 4  # arguments of it
-_DROPS = (_QUANTIZE_ROWS, torch.ops.mlacompile.heads_quantized.default)
+#: Ops that can drop: which of their arguments are spent, and which one is told what else is done; None for none.
+_DROPS: dict[Any, tuple[tuple[int, ...], int | None]] = {
+    torch.ops.mlacompile.quantize_rows.default: ((0, 3), 4),
+    torch.ops.mlacompile.heads_quantized.default: ((0,), None),
+}
 #: Ops whose result is, or may be, the memory of their first argument.
 _VIEWS = MOVES - {aten.clone.default, aten.contiguous.default, operator.getitem}
 #: Bytes below which memory is spared less than it takes to drop them.
@@ -52,19 +54,20 @@ def drop_spent(gm: GraphModule) -> int:
 def _drop(call: Node, kept: dict[Node, set[Node]], order: dict[Node, int]) -> bool:
     """Let a call drop what has been read by then, and take that from what is kept."""
     by_then = behind(call)
-    rows = call.target is _QUANTIZE_ROWS
-    own = _memory(call.args[0], *(call.args[_GATED:_DONE] if rows else ()))
+    of_spent, of_done = _DROPS[call.target]
+    own = _memory(*(a for i, a in enumerate(call.args) if i in of_spent))
+    others = _memory(*(a for i, a in enumerate(call.args) if i not in of_spent))
     spent = all(n in kept and kept[n] <= by_then for n in own) and sum(map(_size, own)) >= SMALLEST
-    spent = spent and own.isdisjoint(_memory(*call.args[1:_GATED]))  # of which a program may have other rows
-    before = by_then - {call} if rows else set()
+    spent = spent and own.isdisjoint(others)  # of which a program may have other rows
+    before = set() if of_done is None else by_then - {call}
     over = [n for n, readers in kept.items() if readers and readers <= before and _size(n) >= SMALLEST]
     done = max((n for n in over if n not in own), key=lambda n: max(map(order.__getitem__, kept[n])), default=None)
     for node in (*over, *(own if spent else ())):
         kept.pop(node, None)
     if not spent and done is None:
         return False
-    if rows:
-        call.args = (*call.args, *[None] * (_DONE - len(call.args)), done)
+    if of_done is not None:
+        call.args = (*call.args, *[None] * (of_done - len(call.args)), done)
     call.kwargs = {**call.kwargs, "spent": spent}
     return True
 

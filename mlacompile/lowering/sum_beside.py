@@ -24,6 +24,7 @@ import mlacompile.ops.quantize_rows  # noqa: F401  (both register an op)
 from mlacompile.kernels import registry
 from mlacompile.kernels.fp8_linear.stream_tiles import stream_parts
 from mlacompile.lowering.stack_products import reshape_anew
+from mlacompile.lowering.stretches import stretch_of
 from mlacompile.passes.emit import Emitter
 from mlacompile.passes.pull import RESHAPES
 
@@ -78,7 +79,7 @@ def _write(product: Node, first: Columns, rows: Node, weight: Node, others: list
     if parts == 1 or kernel is None or kernel.slower(*values, dtype, **settings):
         return False
     emit = Emitter(product.next)
-    summed = {"eps": rows.kwargs["eps"], "gate": "", "parts": True, "beside": n - first.end, "dtype": dtype}
+    summed = {"eps": rows.kwargs.get("eps", 0.0), "gate": "", "parts": True, "beside": n - first.end, "dtype": dtype}
     norm = emit.view(weight, [first.end])
     both = product.meta["val"].new_empty((parts, m, n), dtype=torch.float32)
     adds, _ = registry.best("quantize_rows", both, None, norm.meta["val"], None, **summed)
@@ -99,21 +100,17 @@ def _write(product: Node, first: Columns, rows: Node, weight: Node, others: list
 
 def _columns(node: Node, n: int) -> Iterator[Columns | None]:
     """What reads which columns of n; None for what reads them in another way."""
+    last = len(node.meta["val"].shape) - 1
     for user in node.users:
-        value = user.meta.get("val")
-        last = len(node.meta["val"].shape) - 1
-        if user.target is aten.slice.Tensor and user.args[1] in (last, -1) and user.args[4:] in ((), (1,)):
-            begin, end = (*user.args[2:4], None, None)[:2]
-            yield Columns(user, begin or 0, n if end is None else min(end, n))  # type: ignore[arg-type, type-var]
-        elif user.target is aten.split_with_sizes.default and user.args[2:] in ((last,), (-1,)):
-            ends = [sum(user.args[1][: i + 1]) for i in range(len(user.args[1]))]  # type: ignore[index, arg-type]
-            for part in user.users:
-                i: Any = part.args[1]
-                yield Columns(part, ends[i] - user.args[1][i], ends[i])  # type: ignore[index]
-        elif user.target in RESHAPES and value is not None and value.shape[-1] == n:
+        if user.target in RESHAPES and user.meta["val"].shape[-1] == n:
             yield from _columns(user, n)
-        else:
-            yield None
+            continue
+        for part in user.users if user.target is aten.split_with_sizes.default else (user,):
+            stretch = stretch_of(part)
+            if stretch is None or stretch[:2] != (node, last):
+                yield None
+            else:
+                yield Columns(part, stretch[2], stretch[2] + part.meta["val"].shape[last])
 
 
 def _only_rows(node: Node) -> Node | None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mlacompile.lowering.stretches import stretch_of
 from mlacompile.passes.emit import Emitter
 
 aten = torch.ops.aten
@@ -153,13 +154,8 @@ def _whole(emit: Emitter, part: Any, dim: int) -> tuple[Node, int] | None:
             order[a], order[b] = b, a
         inner = _whole(emit, part.args[0], order[dim])
         return None if inner is None else (emit(part.target, inner[0], *part.args[1:]), inner[1])
-    if part.target is aten.slice.Tensor:
-        along, start, _end, step = part.args[1:] + (0, None, None, 1)[len(part.args) - 1 :]
-        return (part.args[0], start or 0) if (along % rank, step) == (dim, 1) else None
-    if part.target is operator.getitem and part.args[0].target is aten.split_with_sizes.default:
-        whole, sizes, *rest = part.args[0].args
-        return (whole, sum(sizes[: part.args[1]])) if _dimension(rest, rank) == dim else None
-    return None
+    stretch = stretch_of(part)
+    return None if stretch is None or stretch[1] != dim else (stretch[0], stretch[2])
 
 
 #: Through which a value is still the memory that an op wrote.

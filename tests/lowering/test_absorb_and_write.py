@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering import place
 from mlacompile.lowering.absorb_and_write import absorb_and_write
 from mlacompile.ops import mla_decode, write_latents, write_latents_reference
@@ -19,7 +17,7 @@ from mlacompile.ops.absorb_and_write import absorb_and_write_reference
 from mlacompile.ops.fp8_linear import fp8_linear, fp8_linear_reference
 from mlacompile.testing.absorbed import AbsorbCase, make_absorbed
 from tests.lowering.fp8_step import fp8_model, fp8_step
-from tests.lowering.rewritten import rewritten
+from tests.lowering.rewritten import rewritten, willing
 
 ABSORB_AND_WRITE = torch.ops.mlacompile.absorb_and_write.default
 CASE = AbsorbCase(3, 2, 128, 64, 8, kind="static")
@@ -27,10 +25,7 @@ CASE = AbsorbCase(3, 2, 128, 64, 8, kind="static")
 
 @pytest.fixture(autouse=True)
 def _willing(monkeypatch: pytest.MonkeyPatch) -> None:
-    any_of: dict[str, Any] = {"fp8_linear": fp8_linear_reference, "absorb_and_write": absorb_and_write_reference}
-    willing = {op: (Kernel("any", op, lambda *_, **__: [], run),) for op, run in any_of.items()}
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: willing.get(op) or real(op))
+    willing(monkeypatch, {"fp8_linear": fp8_linear_reference, "absorb_and_write": absorb_and_write_reference})
 
 
 def _step(change: Callable[..., Any] | None = None) -> Callable[..., tuple[Tensor, ...]]:
@@ -88,18 +83,14 @@ def test_a_product_that_is_read_before_the_token_is_known_keeps_apart() -> None:
 
 
 def test_another_kernel_for_the_product_keeps_it_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = (Kernel("rows", "fp8_linear", lambda *_, **__: [], fp8_linear_reference),)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: other if op == "fp8_linear" else real(op))
+    willing(monkeypatch, {"fp8_linear": fp8_linear_reference}, name="rows")
     assert joined(_step(), *_inputs())[1] == 0
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "minicpm3"])
 def test_every_layer_of_a_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step with everything in FP8, whatever order a model projects in; logits and caches are as without."""
-    write = Kernel("any", "write_latents", lambda *_, **__: [], write_latents_reference)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (write,) if op == "write_latents" else real(op))
+    willing(monkeypatch, {"write_latents": write_latents_reference})
     model = fp8_model(family)
     got, notes = fp8_step(model, 3)
     monkeypatch.setattr(place, "absorb_and_write", lambda gm: 0)

@@ -17,13 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mlacompile
 import mlacompile.compiler as compiler
 from mlacompile import LatentCache
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.cache_writes import place_cache_writes
 from mlacompile.lowering.region import fed_by_tokens
 from mlacompile.lowering.rotation import pairs_of, rotation_before
 from mlacompile.ops import mla_decode, write_latents_reference
 from mlacompile.testing import models
+from tests.lowering.rewritten import willing
 
 WRITE_LATENTS = torch.ops.mlacompile.write_latents.default
 aten = torch.ops.aten
@@ -32,9 +31,7 @@ aten = torch.ops.aten
 @pytest.fixture(autouse=True)
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that takes everything, on the CPU."""
-    willing = Kernel("triton", "write_latents", lambda *_, **__: [], write_latents_reference)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "write_latents" else real(op))
+    willing(monkeypatch, {"write_latents": write_latents_reference}, name="triton")
 
 
 def _graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering import drop_spent as module
 from mlacompile.lowering import place
 from mlacompile.lowering.drop_spent import drop_spent
@@ -18,7 +16,7 @@ from mlacompile.ops.fp8_linear import fp8_linear, fp8_quantize_weight
 from mlacompile.ops.fp8_linear_parts import fp8_linear_parts
 from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
 from tests.lowering.fp8_step import fp8_model, fp8_step
-from tests.lowering.rewritten import rewritten
+from tests.lowering.rewritten import rewritten, willing
 
 ROWS = torch.ops.mlacompile.quantize_rows.default
 BF16 = torch.bfloat16
@@ -34,9 +32,7 @@ def _spoiling(x: Tensor, added: Any, norm: Any, gated: Tensor | None, done: Tens
 
 @pytest.fixture(autouse=True)
 def _willing(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoils = Kernel("spoils", "quantize_rows", lambda *_, **__: [], _spoiling)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (spoils,) if op == "quantize_rows" else real(op))
+    willing(monkeypatch, {"quantize_rows": _spoiling}, name="spoils")
     monkeypatch.setattr(module, "SMALLEST", 1)
 
 

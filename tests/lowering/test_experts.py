@@ -9,12 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.cudagraphs import replayable
 from mlacompile.lowering.experts import place_experts
 from mlacompile.ops.fp8_experts import fp8_experts
 from mlacompile.ops.fp8_linear import E4M3
+from tests.lowering.rewritten import willing
 
 PLACED = torch.ops.mlacompile.fp8_experts_placed.default
 
@@ -29,9 +28,7 @@ def _traced(impl: str = "auto") -> GraphModule:
 
 
 def test_a_graph_with_a_kernel_for_them_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    willing = Kernel("triton", "fp8_experts", lambda *_: [], lambda *_: None)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "fp8_experts" else real(op))
+    willing(monkeypatch, {"fp8_experts": lambda *_: None}, name="triton")
     gm = _traced()
     assert not replayable(gm)
     assert place_experts(gm) == 1

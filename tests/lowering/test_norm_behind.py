@@ -9,28 +9,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.norm_behind import norms_behind_products
 from mlacompile.ops.fp8_linear import fp8_linear, fp8_quantize_weight
 from mlacompile.ops.fp8_normed import fp8_normed_reference
 from mlacompile.ops.fp8_stacked import fp8_stacked
 from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
-from tests.lowering.rewritten import rewritten
+from tests.lowering.rewritten import rewritten, willing
 
 NORMED, ROWS = torch.ops.mlacompile.fp8_normed.default, torch.ops.mlacompile.quantize_rows.default
 K = 2304  # two stretches
 
 
 def _kernels(monkeypatch: pytest.MonkeyPatch, slower: list[str]) -> None:
-    willing = {
-        "quantize_rows": Kernel("any", "quantize_rows", lambda *_, **__: [], quantize_rows_reference),
-        "fp8_normed": Kernel(
-            "any", "fp8_normed", lambda *_, **__: [], fp8_normed_reference, lambda *_, **__: slower
-        ),
-    }  # fmt: skip
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (willing[op],) if op in willing else real(op))
+    willing(monkeypatch, {"quantize_rows": quantize_rows_reference})
+    willing(monkeypatch, {"fp8_normed": fp8_normed_reference}, slower=slower)
 
 
 def _random(*shape: int) -> Tensor:

@@ -7,20 +7,17 @@ import torch
 
 import mlacompile
 import mlacompile.compiler as compiler
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering import place, single_row
 from mlacompile.ops import head_product_reference, row_product_reference
 from mlacompile.testing import models
+from tests.lowering.rewritten import willing
 
 REFERENCES = {"row_product": row_product_reference, "head_product": head_product_reference}
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that take everything, on the CPU."""
-    real = registry.kernels
-    willing = {op: (Kernel("triton", op, lambda *_, **__: [], run),) for op, run in REFERENCES.items()}
-    monkeypatch.setattr(registry, "kernels", lambda op: willing.get(op) or real(op))
+    willing(monkeypatch, REFERENCES, name="triton")
     monkeypatch.setattr(single_row, "SMALLEST", 1)
     monkeypatch.setattr(single_row, "_one_row", lambda value, dim: value.shape[dim] == 1)
     monkeypatch.setattr(place, "place_cpu_rows", lambda gm, fused: 0)

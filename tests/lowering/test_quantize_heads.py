@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering import drop_spent as module
 from mlacompile.lowering import place
 from mlacompile.lowering.drop_spent import drop_spent
@@ -19,7 +18,7 @@ from mlacompile.ops.fp8_linear import fp8_linear, fp8_quantize_weight
 from mlacompile.ops.heads_quantized import heads_quantized, heads_quantized_reference
 from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
 from tests.lowering.fp8_step import fp8_model, fp8_step
-from tests.lowering.rewritten import rewritten
+from tests.lowering.rewritten import rewritten, willing
 
 HEADS_QUANTIZED = torch.ops.mlacompile.heads_quantized.default
 ROWS = torch.ops.mlacompile.quantize_rows.default
@@ -41,10 +40,8 @@ def slower() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _willing(monkeypatch: pytest.MonkeyPatch, slower: list[str]) -> None:
-    spoils = Kernel("spoils", "heads_quantized", lambda *_, **__: [], _spoiling, lambda *_, **__: slower)
-    quantizes = Kernel("any", "quantize_rows", lambda *_, **__: [], quantize_rows_reference)
-    willing, real = {"heads_quantized": (spoils,), "quantize_rows": (quantizes,)}, registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: willing.get(op) or real(op))
+    willing(monkeypatch, {"quantize_rows": quantize_rows_reference})
+    willing(monkeypatch, {"heads_quantized": _spoiling}, name="spoils", slower=slower)
     monkeypatch.setattr(module, "SMALLEST", 1)
 
 

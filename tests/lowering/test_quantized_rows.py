@@ -17,7 +17,7 @@ from mlacompile.ops.fp8_linear import fp8_quantize_weight
 from mlacompile.ops.fp8_linear_parts import fp8_linear_parts_reference
 from mlacompile.ops.fp8_quantize import fp8_quantize
 from mlacompile.ops.quantize_rows import quantize_rows_reference
-from tests.lowering.rewritten import rewritten
+from tests.lowering.rewritten import rewritten, willing
 
 ROWS = torch.ops.mlacompile.quantize_rows.default
 QUANTIZE = torch.ops.mlacompile.fp8_quantize.default
@@ -25,9 +25,7 @@ QUANTIZE = torch.ops.mlacompile.fp8_quantize.default
 
 @pytest.fixture(autouse=True)
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    willing = Kernel("any", "quantize_rows", lambda *_, **__: [], quantize_rows_reference)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "quantize_rows" else real(op))
+    willing(monkeypatch, {"quantize_rows": quantize_rows_reference})
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:

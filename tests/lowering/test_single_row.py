@@ -20,15 +20,15 @@ import mlacompile.ops  # noqa: F401  (registers row_product)
 from mlacompile.kernels import registry
 from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.single_row import place_head_products, place_row_products
+from tests.lowering.rewritten import willing
 
 ROW_PRODUCT = torch.ops.mlacompile.row_product.default
 
 
 @pytest.fixture
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    willing = Kernel("triton", "any", lambda *_, **__: [], lambda *_, **__: None)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op.endswith("_product") else real(op))
+    runs = {op: lambda *_, **__: None for op in ("row_product", "head_product")}
+    willing(monkeypatch, runs, name="triton")
 
 
 def _traced(function: object, *shapes: tuple[int, ...]) -> GraphModule:

@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.stack_products import stack_products
 from mlacompile.ops.fp8_linear import E4M3, fp8_linear
 from mlacompile.ops.fp8_quantize import fp8_quantize
+from tests.lowering.rewritten import willing
 
 STACKED = torch.ops.mlacompile.fp8_stacked.default
 LINEAR = torch.ops.mlacompile.fp8_linear.default
@@ -23,9 +22,7 @@ LINEAR = torch.ops.mlacompile.fp8_linear.default
 
 @pytest.fixture
 def _any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    willing = Kernel("triton", "fp8_stacked", lambda *_: [], lambda *_: None)
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: (willing,) if op == "fp8_stacked" else real(op))
+    willing(monkeypatch, {"fp8_stacked": lambda *_: None}, name="triton")
 
 
 def _traced(function: object, x: tuple[int, ...], *weights: tuple[int, int]) -> GraphModule:

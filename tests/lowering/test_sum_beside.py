@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mlacompile.kernels import registry
-from mlacompile.kernels.registry import Kernel
 from mlacompile.lowering.drop_spent import drop_spent
 from mlacompile.lowering.sum_beside import sum_beside_rows
 from mlacompile.ops.fp8_normed import fp8_normed, fp8_normed_reference
 from mlacompile.ops.quantize_rows import quantize_rows, quantize_rows_reference
 from mlacompile.testing.normed import make_normed
-from tests.lowering.rewritten import rewritten
+from tests.lowering.rewritten import rewritten, willing
 
 NORMED, ROWS = torch.ops.mlacompile.fp8_normed.default, torch.ops.mlacompile.quantize_rows.default
 SIZES = (5, (256, 72), 7168)  # cut in parts on any device
@@ -24,10 +22,7 @@ SIZES = (5, (256, 72), 7168)  # cut in parts on any device
 
 @pytest.fixture(autouse=True)
 def _willing(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: dict[str, Any] = {"quantize_rows": quantize_rows_reference, "fp8_normed": fp8_normed_reference}
-    willing = {op: (Kernel("any", op, lambda *_, **__: [], run),) for op, run in runs.items()}
-    real = registry.kernels
-    monkeypatch.setattr(registry, "kernels", lambda op: willing.get(op) or real(op))
+    willing(monkeypatch, {"quantize_rows": quantize_rows_reference, "fp8_normed": fp8_normed_reference})
 
 
 def _inputs() -> list[Tensor]:
@@ -56,11 +51,16 @@ def split(*inputs: Tensor) -> tuple[Tensor, ...]:
     return *rows(queries.reshape(5, 256), inputs[7].view(1, 256).view(256)), latents + 1, k_pe
 
 
+def from_the_end(*inputs: Tensor) -> tuple[Tensor, ...]:
+    made = both(*inputs[:7])
+    return *rows(made[:, :-72], inputs[7]), made[:, -72:-8] + 1, made[:, -8:]
+
+
 def _summed(function: Any) -> tuple[GraphModule, int, list[Tensor], list[Tensor]]:
     return rewritten(function, tuple(_inputs()), sum_beside_rows)
 
 
-@pytest.mark.parametrize("layer", [sliced, split])
+@pytest.mark.parametrize("layer", [sliced, split, from_the_end])
 def test_parts_are_added_up_once(layer: Any) -> None:
     gm, count, want, got = _summed(layer)
     assert count == 1

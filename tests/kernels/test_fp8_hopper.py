@@ -239,6 +239,4 @@ LAST = f"""{ARRIVE}
 def test_what_is_wrong_is_found(function: str, changes: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages given back early or never, waits and fences left out, wrong parities and places."""
     wrong_in_python.rewrite(monkeypatch, hopper, function, *changes)
-    gluon_in_python.dawdle(monkeypatch, 0)
-    with pytest.raises((AssertionError, IndexError)):
-        assert not in_python(monkeypatch, 300, 200, 784, HopperTiles(256, 128), 1)
+    assert wrong_in_python.is_found(lambda patched: in_python(patched, 300, 200, 784, HopperTiles(256, 128), 1))
